@@ -1,0 +1,510 @@
+"""AlphaNet: the drop-in replacement for a model's last linear layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops, reference
+from ._checks import (
+    as_tensor,
+    check_class_ids,
+    check_finite,
+    check_floating,
+    check_gamma,
+    check_integer,
+    check_same_device,
+    check_shape,
+)
+from .classes import split_classes
+from .neighbors import build_members, check_members, reduce_classifiers, submodule_inputs
+
+INITS = ("identity", "default")
+FIRST_LAYERS = ("dense", "factored")
+
+# Where softmax saturates its gradient vanishes, so "identity" starts no closer to 1 than this.
+_LARGEST_SOFTMAX_START = 0.99
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by what the collapsed first layer's update would have been.
+
+    ``scale`` is ``[F]``, one factor per class, or ``[F, F]``, the Gram matrix of inputs that share one network.
+    """
+
+    @staticmethod
+    def forward(value: Tensor, scale: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return (scale @ gradient if scale.dim() == 2 else scale.unsqueeze(1) * gradient), None
+
+
+class AlphaNet(nn.Module):
+    """A classifier whose few-class rows are learned combinations of themselves and of strong base rows.
+
+    A drop-in for the linear layer it was made from: features ``[..., D]`` to scores ``[..., N]`` in class order (paper,
+    equations 1 to 4). The original classifier is frozen; what is learned is one two-layer network per few class, which maps
+    the class's members (itself and its ``K`` nearest base classes) to the coefficients ``alpha``. Usually made with
+    :meth:`from_linear`.
+
+    Args:
+        weight: ``[N, D]``, the trained classifier.
+        bias: ``[N]``, or None for a classifier without bias.
+        members: ``[F, K+1]`` int64 class ids: column 0 the few class, then its neighbours, nearest first.
+        z: ``[F, (K+1) P]``, each sub-module's fixed input (:func:`alphaext.submodule_inputs`).
+        hidden_dim: hidden units ``H`` of a sub-module; default ``P``, as in the paper (500 on ImageNet-LT).
+        gamma: ``alpha_0`` is kept in ``(0, gamma]``; in ``(0, 1]``. Default 0.7, the paper's choice on ImageNet-LT.
+        rule: ``"clamp"``, ``"softmax"`` or ``"l1"``; see :func:`alphaext.reference.coefficients`.
+        init: ``"identity"`` starts at ``alpha_0 = gamma`` with equal neighbours, near the original classifier (under
+            ``"softmax"`` at most 0.99; under ``"l1"``, which fixes ``alpha_0 = 1``, with equal neighbours). ``"default"`` is
+            PyTorch's ``U(+-1/sqrt(fan_in))`` for every layer.
+        shared: one network for all few classes (paper, appendix A) instead of one each.
+        first_layer: ``"dense"`` holds the first layer's weights. ``"factored"`` holds only its output, which, its input being
+            fixed, is all that training with SGD sees: the same training at a tiny fraction of the memory and time. Exact for
+            SGD with momentum, Nesterov, dampening and weight decay; not for optimisers that work element by element (Adam).
+        projected_gradient: let the gradient of a clamped coefficient through when descent would move it back inside; without
+            it, a class that leaves the interval under ``"clamp"`` never returns.
+        seed: of the initial weights; None draws one from PyTorch's default generator. Dense and factored heads of the same
+            seed start the same.
+
+    All tensors share the dtype and device of ``weight``.
+
+    Raises:
+        ValueError, TypeError: for values, shapes, dtypes or devices that do not fit; the message names the argument.
+
+    Example:
+        >>> members = torch.tensor([[3, 0, 1]])
+        >>> z = submodule_inputs(torch.eye(4), members)
+        >>> head = AlphaNet(torch.eye(4), None, members, z, gamma=0.5, seed=0)
+        >>> head(torch.eye(4)[3:]).detach()
+        tensor([[0.0000, 0.0000, 0.0000, 0.5000]])
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        members: Tensor,
+        z: Tensor,
+        *,
+        hidden_dim: int | None = None,
+        gamma: float = 0.7,
+        rule: str = "clamp",
+        init: str = "identity",
+        shared: bool = False,
+        first_layer: str = "dense",
+        projected_gradient: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        gamma = check_gamma(gamma)
+        ops.rule_number(rule)
+        _check_choice(init, "init", INITS)
+        _check_choice(first_layer, "first_layer", FIRST_LAYERS)
+        check_same_device(weight=weight, bias=bias, members=members, z=z)
+        _check_classifier(weight, bias)
+        members = check_members(members, weight.shape[0])
+        num_few, num_members = members.shape
+        check_shape(z, "z", (num_few, "(K+1)*P"))
+        _check_dtype(z, "z", weight)
+        check_finite(z, "z")
+        if hidden_dim is None:
+            hidden_dim = max(1, z.shape[1] // num_members)
+        hidden_dim = check_integer(hidden_dim, "hidden_dim", minimum=1)
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ()))
+        seed = check_integer(seed, "seed", minimum=0)
+
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.members: Tensor
+        self.z: Tensor
+        self.register_buffer("members", members.clone())
+        self.register_buffer("z", z.detach().clone())
+        self.gamma = gamma
+        self.rule = rule
+        self.first_layer = first_layer
+        self.projected_gradient = bool(projected_gradient)
+
+        networks = 1 if shared else num_few
+        generator = torch.Generator().manual_seed(seed)
+        self._init_first_layer(networks, hidden_dim, generator)
+        self._init_second_layer(networks, hidden_dim, init, generator)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        class_counts: Tensor | None = None,
+        class_means: Tensor | None = None,
+        few_classes: Tensor | None = None,
+        members: Tensor | None = None,
+        top_k: int = 5,
+        few_below: int = 20,
+        many_above: int = 100,
+        pca_dim: int | None = 500,
+        **options: Any,
+    ) -> AlphaNet:
+        """Make the head for a trained linear layer.
+
+        Few classes are found by ``class_counts`` (fewer than ``few_below`` training samples) or named by ``few_classes``;
+        their neighbours are the ``top_k`` base classes with the nearest class means. Or ``members`` says it all.
+
+        Args:
+            linear: a module with ``weight`` ``[N, D]`` and ``bias`` ``[N]`` or None, such as ``nn.Linear``.
+            class_counts: ``[N]`` integers, training samples of each class.
+            class_means: ``[N, D]``, mean training feature of each class (:func:`alphaext.class_means`).
+            few_classes: ids of the few classes, instead of ``class_counts``.
+            members: ``[F, K+1]`` int64 class ids, instead of all of the above.
+            top_k: neighbours ``K`` of each few class; the paper uses 5.
+            few_below: a class with fewer training samples is few; the paper uses 20.
+            many_above: a class with more training samples is many; the paper uses 100.
+            pca_dim: the sub-modules read classifiers reduced by PCA to ``min(pca_dim, N, D)``; the paper uses 500 on
+                ImageNet-LT and 300 on Places-LT. None feeds the full rows.
+            options: ``hidden_dim``, ``gamma``, ``rule``, ``init``, ``shared``, ``first_layer``, ``projected_gradient``,
+                ``seed``; see :class:`AlphaNet`.
+
+        Returns:
+            The head, with the dtype and on the device of ``linear``.
+
+        Raises:
+            ValueError, TypeError: for anything missing, contradictory or out of range; the message names the argument.
+
+        Example:
+            >>> linear = nn.Linear(16, 10)
+            >>> head = AlphaNet.from_linear(
+            ...     linear, class_counts=[90] * 8 + [5] * 2, class_means=torch.randn(10, 16), top_k=3, seed=0
+            ... )
+            >>> head
+            AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=0.7, rule='clamp', hidden_dim=10)
+        """
+        weight, bias = _parameters_of(linear)
+        num_classes = weight.shape[0]
+        if members is not None:
+            surplus = {"class_counts": class_counts, "class_means": class_means, "few_classes": few_classes}
+            given = [name for name, value in surplus.items() if value is not None]
+            if given:
+                raise ValueError(f"members already names classes and neighbours; do not give {', '.join(given)} as well")
+            members = check_members(as_tensor(members, "members").cpu(), num_classes)
+        else:
+            few = _few_classes(class_counts, few_classes, num_classes, few_below, many_above)
+            if class_means is None:
+                raise ValueError("class_means must be given to find neighbours (or give members)")
+            means = as_tensor(class_means, "class_means")
+            check_shape(means, "class_means", (num_classes, "D"))
+            is_base = torch.ones(num_classes, dtype=torch.bool)
+            is_base[few] = False
+            members = build_members(means.cpu(), few, is_base.nonzero().flatten(), top_k)
+        reduced = reduce_classifiers(weight, pca_dim)
+        members = members.to(weight.device)
+        return cls(weight, bias, members, submodule_inputs(reduced, members), **options)
+
+    def _init_first_layer(self, networks: int, hidden_dim: int, generator: torch.Generator) -> None:
+        # One network after another, so that the factored form never holds more than one network's weights.
+        inputs, bound = self.z.shape[1], 1 / math.sqrt(self.z.shape[1])
+        dense = self.first_layer == "dense"
+        w1 = torch.empty(networks if dense else 1, hidden_dim, inputs, dtype=self.z.dtype)
+        b1 = torch.empty(networks if dense else 1, hidden_dim, dtype=self.z.dtype)
+        preactivations = []
+        for network in range(networks):
+            here = network if dense else 0
+            w1[here].uniform_(-bound, bound, generator=generator)
+            b1[here].uniform_(-bound, bound, generator=generator)
+            if not dense:
+                z = self.z.cpu() if networks == 1 else self.z[network : network + 1].cpu()
+                preactivations.append(reference.preactivations(z, w1, b1))
+        if dense:
+            self.w1 = nn.Parameter(w1.to(self.z.device))
+            self.b1 = nn.Parameter(b1.to(self.z.device))
+            return
+        self.preactivation = nn.Parameter(torch.cat(preactivations).to(self.z.device))
+        # SGD moves w1 along z and b1 along 1, so it moves w1 z + b1 along z.z' + 1 (docs/exactness.md).
+        wide = self.z.double()
+        scale = wide @ wide.t() + 1 if networks == 1 else wide.square().sum(dim=1) + 1
+        self.gradient_scale: Tensor
+        self.register_buffer("gradient_scale", scale.to(self.z.dtype))
+
+    def _init_second_layer(self, networks: int, hidden_dim: int, init: str, generator: torch.Generator) -> None:
+        dtype, device, num_members = self.z.dtype, self.z.device, self.top_k + 1
+        w2 = torch.empty(networks, num_members, hidden_dim, dtype=dtype)
+        b2 = torch.empty(networks, num_members, dtype=dtype)
+        if init == "default":
+            bound = 1 / math.sqrt(hidden_dim)
+            for network in range(networks):
+                w2[network].uniform_(-bound, bound, generator=generator)
+                b2[network].uniform_(-bound, bound, generator=generator)
+        else:
+            w2.zero_()
+            b2[:] = _identity_outputs(self.rule, self.gamma, self.top_k, dtype)
+        self.w2 = nn.Parameter(w2.to(device))
+        self.b2 = nn.Parameter(b2.to(device))
+
+    @property
+    def in_features(self) -> int:
+        """Width ``D`` of the features."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Number ``N`` of classes."""
+        return self.weight.shape[0]
+
+    @property
+    def num_few(self) -> int:
+        """Number ``F`` of few classes, whose rows are rebuilt."""
+        return self.members.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """Number ``K`` of neighbours of each few class."""
+        return self.members.shape[1] - 1
+
+    @property
+    def few_classes(self) -> Tensor:
+        """Ids of the few classes, ``[F]`` int64."""
+        return self.members[:, 0]
+
+    @property
+    def shared(self) -> bool:
+        """Whether one network serves all few classes."""
+        return self.w2.shape[0] == 1 and self.num_few != 1
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores of all classes, ``[..., N]`` in class order, from ``features`` ``[..., D]`` (equations 3 and 4)."""
+        self._check_input(features, "features", self.in_features)
+        flat = features.reshape(-1, features.shape[-1])
+        return self._head(flat, self.weight).view(*features.shape[:-1], self.out_features)
+
+    def mix_logits(self, logits: Tensor) -> Tensor:
+        """The same scores from the original classifier's ``logits`` ``[..., N]``, computed once and kept.
+
+        A composed score is a mix of original ones, ``sum_k alpha_fk logits[members_fk]``, so with a frozen backbone and
+        classifier a training step needs neither features nor weights.
+
+        Example:
+            >>> head = AlphaNet.from_linear(nn.Linear(8, 4), members=[[3, 0, 1]], seed=0)
+            >>> features = torch.randn(2, 8)
+            >>> logits = nn.functional.linear(features, head.weight, head.bias)
+            >>> torch.allclose(head.mix_logits(logits), head(features), atol=1e-6)
+            True
+        """
+        self._check_input(logits, "logits", self.out_features)
+        return self._head(logits.reshape(-1, logits.shape[-1]), None).view(logits.shape)
+
+    def alphas(self) -> Tensor:
+        """The coefficients alpha, ``[F, K+1]`` in float32 (float64 for a float64 head): column 0 the few class's own."""
+        return self._outputs()[1]
+
+    def clamped(self) -> Tensor:
+        """``[F]`` bool: classes whose own coefficient is held by the clamp, so that its gradient is blocked.
+
+        Under ``"l1"``, which has no clamp, none is.
+        """
+        raw, _ = self._outputs()
+        if self.rule == "l1":
+            return torch.zeros(self.num_few, dtype=torch.bool, device=raw.device)
+        value = raw[:, 0] if self.rule == "clamp" else raw.softmax(dim=1)[:, 0]
+        low = min(reference.ALPHA_FLOOR, self.gamma) if self.rule == "clamp" else 0.0
+        return (value > self.gamma) | (value < low)
+
+    @torch.no_grad()
+    def composed(self) -> tuple[Tensor, Tensor | None]:
+        """The composed few rows: weight ``[F, D]`` and bias ``[F]``, or None without bias (equations 1 and 2)."""
+        alpha = self.alphas()
+        wide = self.weight.to(alpha.dtype)
+        # embedding_bag sums alpha-weighted rows without first gathering all F (K+1) of them.
+        weight = nn.functional.embedding_bag(self.members, wide, per_sample_weights=alpha, mode="sum")
+        if self.bias is None:
+            return weight.to(self.weight.dtype), None
+        bias = self.bias.to(alpha.dtype)[self.members]
+        composed_bias = bias[:, 0] if self.rule == "l1" else (alpha * bias).sum(dim=1)
+        return weight.to(self.weight.dtype), composed_bias.to(self.weight.dtype)
+
+    @torch.no_grad()
+    def fold(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with the same scores: the original layer, its few rows replaced by the composed ones.
+
+        Example:
+            >>> head = AlphaNet.from_linear(nn.Linear(8, 4), members=[[3, 0, 1]], seed=0)
+            >>> features = torch.randn(2, 8)
+            >>> torch.allclose(head.fold()(features), head(features), atol=1e-6)
+            True
+        """
+        weight, bias = self.composed()
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        linear.weight.copy_(self.weight)
+        linear.weight[self.few_classes] = weight
+        if self.bias is not None and bias is not None:
+            linear.bias.copy_(self.bias)
+            linear.bias[self.few_classes] = bias
+        linear.requires_grad_(self.weight.requires_grad)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, num_few={self.num_few}, "
+            f"top_k={self.top_k}, gamma={self.gamma:g}, rule={self.rule!r}, hidden_dim={self.w2.shape[2]}"
+        )
+        if self.bias is None:
+            text += ", bias=False"
+        if self.shared:
+            text += ", shared=True"
+        if self.first_layer != "dense":
+            text += f", first_layer={self.first_layer!r}"
+        if self.projected_gradient:
+            text += ", projected_gradient=True"
+        return text
+
+    def get_extra_state(self) -> Tensor:
+        """What the tensors do not say, as JSON in a uint8 tensor: so a state_dict holds tensors only."""
+        options = {
+            "gamma": self.gamma,
+            "rule": self.rule,
+            "first_layer": self.first_layer,
+            "projected_gradient": self.projected_gradient,
+        }
+        return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take gamma, rule and projected_gradient from a state_dict."""
+        options = json.loads(bytes(state.cpu().tolist()).decode())
+        ops.rule_number(options["rule"])
+        self.gamma = check_gamma(options["gamma"])
+        self.rule = options["rule"]
+        self.projected_gradient = bool(options["projected_gradient"])
+
+    def _first_layer_arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        if self.first_layer == "dense":
+            return self.z, self.w1, self.b1
+        if not torch.is_grad_enabled():
+            return None, None, self.preactivation
+        scaled: Tensor = _ScaleGradient.apply(self.preactivation, self.gradient_scale)
+        return None, None, scaled
+
+    def _head(self, input: Tensor, weight: Tensor | None) -> Tensor:
+        z, w1, b1 = self._first_layer_arguments()
+        return ops.alpha_head(
+            input,
+            weight,
+            self.bias,
+            self.members,
+            z,
+            w1,
+            b1,
+            self.w2,
+            self.b2,
+            gamma=self.gamma,
+            rule=self.rule,
+            projected_gradient=self.projected_gradient,
+        )
+
+    @torch.no_grad()
+    def _outputs(self) -> tuple[Tensor, Tensor]:
+        """The sub-modules' raw outputs and alpha, by running the head on no samples."""
+        nothing = self.weight.new_empty(0, self.out_features)
+        arguments = (nothing, None, None, self.members, *self._first_layer_arguments(), self.w2, self.b2)
+        options = (self.gamma, ops.rule_number(self.rule), self.projected_gradient)
+        _, _, raw, alpha, _ = torch.ops.alphaext.head(*arguments, *options)
+        return raw, alpha
+
+    def _check_input(self, x: Tensor, name: str, width: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() < 1 or x.shape[-1] != width:
+            raise ValueError(f"{name} must have shape [..., {width}], got {list(x.shape)}")
+        if x.device != self.weight.device:
+            raise ValueError(f"{name} must be on the head's device, {self.weight.device}, got {x.device}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}; convert with .float()")
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} must have the head's dtype, {self.weight.dtype}, got {x.dtype}")
+
+
+def _identity_outputs(rule: str, gamma: float, top_k: int, dtype: torch.dtype) -> Tensor:
+    """Raw outputs ``[K+1]`` at which ``alpha_0 = gamma`` and the neighbours are equal."""
+    if rule == "l1":
+        return torch.full((top_k + 1,), 1 / top_k, dtype=dtype)
+    if rule == "clamp":
+        outputs = torch.full((top_k + 1,), (1 - gamma) / top_k, dtype=torch.float64).to(dtype)
+        outputs[0] = gamma
+        if outputs[0].double() > torch.tensor(gamma, dtype=_wide(dtype)).double():
+            # Rounded up to beyond the clamp, where no gradient passes: take the next number below.
+            outputs[0] -= torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(gamma))
+        return outputs
+    # A few rounding errors below gamma, so that no clamp holds at the start.
+    own = min(gamma * (1 - 8 * torch.finfo(_wide(dtype)).eps), _LARGEST_SOFTMAX_START)
+    p = torch.full((top_k + 1,), (1 - own) / top_k, dtype=torch.float64)
+    p[0] = own
+    return p.log().to(dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_dtype(tensor: Tensor, name: str, weight: Tensor) -> None:
+    if tensor.dtype != weight.dtype:
+        raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
+
+
+def _check_classifier(weight: Tensor, bias: Tensor | None) -> None:
+    check_floating(weight, "weight")
+    check_shape(weight, "weight", ("N", "D"))
+    check_finite(weight, "weight")
+    if bias is not None:
+        _check_dtype(bias, "bias", weight)
+        check_shape(bias, "bias", (weight.shape[0],))
+        check_finite(bias, "bias")
+
+
+def _parameters_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"linear must have a weight [num_classes, in_features], such as nn.Linear; got {type(linear).__name__}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"linear.bias must be a tensor or None, got {type(bias).__name__}")
+    check_same_device(weight=weight, bias=bias)
+    _check_classifier(weight, bias)
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+def _few_classes(
+    class_counts: Tensor | None, few_classes: Tensor | None, num_classes: int, few_below: int, many_above: int
+) -> Tensor:
+    if (class_counts is None) == (few_classes is None):
+        got = "neither" if class_counts is None else "both"
+        raise ValueError(f"give class_counts or few_classes, to say which classes are few (or members); got {got}")
+    if few_classes is not None:
+        return check_class_ids(few_classes, num_classes, "few_classes").cpu()
+    counts = as_tensor(class_counts, "class_counts").cpu()
+    check_shape(counts, "class_counts", (num_classes,))
+    few = split_classes(counts, few_below=few_below, many_above=many_above).few
+    if len(few) == 0:
+        raise ValueError(
+            f"class_counts has no few class: the smallest has {int(counts.min())} samples, few are those below "
+            f"few_below={few_below}"
+        )
+    return few

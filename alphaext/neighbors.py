@@ -1,0 +1,303 @@
+"""Which base classifiers each few class is composed of, and the fixed inputs of the alpha sub-modules.
+
+Everything here is done once per run, on the CPU in float64, so that a choice of neighbours depends neither on the
+device the data lives on nor on the number of threads. Results come back on the device of the first argument.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from ._checks import (
+    TensorLike,
+    as_tensor,
+    check_class_ids,
+    check_finite,
+    check_floating,
+    check_integer,
+    check_integral,
+    check_labels,
+    check_same_device,
+    check_shape,
+    format_ids,
+)
+
+__all__ = [
+    "build_members",
+    "check_members",
+    "class_means",
+    "nearest_classes",
+    "reduce_classifiers",
+    "submodule_inputs",
+]
+
+# Elements of one block of features. It stays in cache between its conversion and its sum, and torch starts its threads
+# from 2**15 elements on: waiting for them costs more than such light work, many times more on a busy machine.
+_BLOCK_ELEMENTS = 2**15 - 1
+
+
+def class_means(features: TensorLike, labels: TensorLike, num_classes: int | None = None) -> Tensor:
+    """Return the mean feature of each class.
+
+    The features are read block by block, so that a memory-mapped array larger than memory will do. Sums are kept in
+    float64 and added in the order of the samples.
+
+    Args:
+        features: floating point [n, D], the input of the last layer (paper section 4.2: "its mean feature from the last
+            layer before fc"); tensor on any device, NumPy array or memory map.
+        labels: class id of each sample, integers [n].
+        num_classes: N. Default: the largest label plus one.
+
+    Returns:
+        [N, D] on the device of ``features``, in their dtype but at least float32.
+
+    Raises:
+        TypeError: features that are not floating point, labels that are not integers.
+        ValueError: a class without samples (the message names it), NaN or infinity, labels out of range, numbers of
+            samples or devices that disagree.
+
+    Example:
+        >>> class_means(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]]), [0, 0, 1])
+        tensor([[2., 0.],
+                [0., 5.]])
+    """
+    check_same_device(features=features, labels=labels)
+    source = features if isinstance(features, (Tensor, np.ndarray)) else as_tensor(features, "features")
+    if source.ndim != 2:
+        raise ValueError(f"features must have shape [n, D], got {list(source.shape)}")
+    # An empty slice tells dtype and device without touching a memory map's data.
+    empty = as_tensor(source[:0], "features")
+    check_floating(empty, "features")
+    samples, width = int(source.shape[0]), int(source.shape[1])
+    if num_classes is not None:
+        num_classes = check_integer(num_classes, "num_classes", minimum=1)
+    label_ids = check_labels(labels, num_classes).cpu()
+    if label_ids.numel() != samples:
+        raise ValueError(f"features and labels must have one entry a sample, got {samples} and {label_ids.numel()}")
+    if num_classes is None and samples == 0:
+        raise ValueError("labels is empty, so the number of classes is unknown: give num_classes")
+    counts = torch.bincount(label_ids, minlength=num_classes or 0)
+    if bool((counts == 0).any()):
+        missing = torch.nonzero(counts == 0)[:, 0].tolist()
+        raise ValueError(
+            f"labels must hold every class of 0..{counts.numel() - 1}, no samples of class {format_ids(missing)}"
+        )
+
+    sums = np.zeros((counts.numel(), width))
+    sum_rows, label_list = list(sums), label_ids.tolist()
+    rows = max(1, _BLOCK_ELEMENTS // max(1, width))
+    for start in range(0, samples, rows):
+        block = as_tensor(source[start : start + rows], "features").detach().cpu()
+        check_finite(block, "features", first_row=start)
+        # Row by row: index_add_ would leave the order, and so the last bit, to the device and the number of threads.
+        with np.errstate(over="ignore"):  # an infinite sum is found below
+            for label, row in zip(label_list[start : start + rows], block.to(torch.float64).numpy(), strict=True):
+                sum_rows[label] += row
+    dtype = empty.dtype if empty.dtype.itemsize >= 4 else torch.float32
+    means = (torch.from_numpy(sums) / counts[:, None]).to(dtype)
+    check_finite(means, "the sum over a class of features")
+    return means.to(empty.device)
+
+
+def nearest_classes(class_means: TensorLike, targets: TensorLike, candidates: TensorLike, top_k: int) -> Tensor:
+    """Return the ``top_k`` candidate classes nearest to each target class.
+
+    Nearest by Euclidean distance between class means (paper section 4.2), nearest first; of equally near classes the
+    one of lower id comes first. A class is never its own neighbour, also where it is among the candidates (the pool
+    "all" of the paper's appendix D).
+
+    Args:
+        class_means: floating point [N, D], as ``class_means`` returns them.
+        targets: class ids [F] whose neighbours are wanted, distinct, in any order: the few classes.
+        candidates: class ids to choose from, distinct, in any order: the base classes.
+        top_k: K, neighbours per target, at least 1 and at most the candidates there are.
+
+    Returns:
+        int64 [F, K] on the device of ``class_means``, row i for ``targets[i]``.
+
+    Raises:
+        TypeError: means that are not floating point, ids or ``top_k`` that are not integers.
+        ValueError: no targets, no candidates, ``top_k`` below 1 or above the number of candidates, ids out of range or
+            repeated, NaN or infinity.
+
+    Example:
+        >>> nearest_classes(torch.tensor([[0.0], [9.0], [2.0], [1.0]]), targets=[3], candidates=[0, 1, 2], top_k=2)
+        tensor([[0, 2]])
+    """
+    means = as_tensor(class_means, "class_means").detach()
+    check_shape(means, "class_means", ("N", "D"))
+    check_floating(means, "class_means")
+    check_finite(means, "class_means")
+    top_k = check_integer(top_k, "top_k", minimum=1)
+    target_ids = check_class_ids(targets, means.shape[0], "targets").cpu()
+    # Ascending ids let a stable sort by distance break ties by id.
+    candidate_ids = check_class_ids(candidates, means.shape[0], "candidates").cpu().sort().values
+    if target_ids.numel() == 0:
+        raise ValueError("targets is empty: there are no few classes to find neighbours for")
+    if candidate_ids.numel() == 0:
+        raise ValueError("candidates is empty: there are no base classes to choose neighbours from")
+    is_self = target_ids[:, None] == candidate_ids[None, :]
+    available = candidate_ids.numel() - int(is_self.any(dim=1).any())
+    if top_k > available:
+        raise ValueError(
+            f"top_k must be at most the number of candidate classes (the class itself not counted), "
+            f"got top_k={top_k} and {available} candidates"
+        )
+
+    points = means.to("cpu", torch.float64)
+    # Dividing by a power of two changes no order and no tie, and keeps squares from overflowing.
+    largest = float(points.abs().max()) if points.numel() else 0.0
+    if largest > 0.0:
+        points = points / 2.0 ** (math.frexp(largest)[1] - 1)
+    # Direct differences: |a|^2 + |b|^2 - 2ab cancels, and would order two copies of one mean by rounding errors.
+    distances = torch.cdist(
+        points[target_ids], points[candidate_ids], compute_mode="donot_use_mm_for_euclid_dist"
+    ).masked_fill(is_self, math.inf)
+    order = torch.sort(distances, dim=1, stable=True).indices[:, :top_k]
+    return candidate_ids[order].to(means.device)
+
+
+def build_members(class_means: TensorLike, few: TensorLike, base: TensorLike, top_k: int = 5) -> Tensor:
+    """Return the classes that each few class is composed of: itself, then its nearest base classes.
+
+    Args:
+        class_means: floating point [N, D], as ``class_means`` returns them.
+        few: class ids [F] of the few classes, distinct.
+        base: class ids of the base classes, distinct.
+        top_k: K, neighbours per few class. Default 5, paper section 4.2.
+
+    Returns:
+        int64 [F, K+1] on the device of ``class_means``: column 0 is ``few``, then the neighbours, nearest first.
+
+    Raises:
+        TypeError, ValueError: as ``nearest_classes``; ``few`` are its targets and ``base`` its candidates.
+
+    Example:
+        >>> build_members(torch.tensor([[0.0], [9.0], [2.0], [1.0]]), few=[3], base=[0, 1, 2], top_k=2)
+        tensor([[3, 0, 2]])
+    """
+    means = as_tensor(class_means, "class_means")
+    neighbors = nearest_classes(means, few, base, top_k)
+    own = check_class_ids(few, means.shape[0], "few").to(neighbors.device)
+    return torch.cat([own[:, None], neighbors], dim=1)
+
+
+def check_members(members: TensorLike, num_classes: int) -> Tensor:
+    """Return ``members`` as int64 after checking that each few class can be composed of them.
+
+    Args:
+        members: class ids [F, K+1] with F and K at least 1, column 0 the few class itself, as from ``build_members``.
+        num_classes: N.
+
+    Returns:
+        int64 [F, K+1] on the device of ``members``.
+
+    Raises:
+        TypeError: ids that are not integers.
+        ValueError: another shape, an id outside ``0 .. N - 1``, a class twice in a row, or two rows for one few class;
+            the message shows the row.
+
+    Example:
+        >>> check_members([[3, 0, 2]], num_classes=4)
+        tensor([[3, 0, 2]])
+    """
+    num_classes = check_integer(num_classes, "num_classes", minimum=1)
+    ids = as_tensor(members, "members").detach()
+    check_shape(ids, "members", ("F", "K+1"))
+    if ids.shape[0] < 1:
+        raise ValueError("members must have at least one row [F, K+1], got none: there are no few classes to compose")
+    if ids.shape[1] < 2:
+        raise ValueError(
+            f"members must have at least two columns [F, K+1] (the few class and one neighbour), got {list(ids.shape)}"
+        )
+    check_integral(ids, "members")
+    ids = ids.to(torch.int64)
+    outside = ((ids < 0) | (ids >= num_classes)).any(dim=1)
+    if bool(outside.any()):
+        row = int(torch.nonzero(outside)[0, 0])
+        raise ValueError(f"members must be class ids in 0..{num_classes - 1}, got {ids[row].tolist()} in row {row}")
+    in_order = ids.sort(dim=1).values
+    repeated = (in_order[:, 1:] == in_order[:, :-1]).any(dim=1)
+    if bool(repeated.any()):
+        row = int(torch.nonzero(repeated)[0, 0])
+        raise ValueError(f"members must name each class once in a row, got {ids[row].tolist()} in row {row}")
+    own, counts = torch.unique(ids[:, 0], return_counts=True)
+    if bool((counts > 1).any()):
+        few_class = int(own[counts > 1][0])
+        rows = torch.nonzero(ids[:, 0] == few_class)[:, 0].tolist()
+        raise ValueError(
+            f"members must have one row for each few class (column 0), got class {few_class} in rows "
+            f"{format_ids(rows)}: row {rows[1]} is {ids[rows[1]].tolist()}"
+        )
+    return ids
+
+
+def reduce_classifiers(weight: TensorLike, pca_dim: int | None = 500) -> Tensor:
+    """Reduce the rows of a classifier by principal component analysis.
+
+    The analysis is fitted on all N rows (scikit-learn, full singular value decomposition, which also fixes the signs)
+    and only feeds the alpha sub-modules: the composed classifiers keep their full width.
+
+    Args:
+        weight: floating point [N, D], one row per class.
+        pca_dim: components to keep, at most. Default 500, the paper's choice for ImageNet-LT (section 4.1); it takes
+            300 for Places-LT. ``None`` returns the rows unchanged.
+
+    Returns:
+        [N, P] with P = min(pca_dim, N, D), in the dtype and on the device of ``weight``, without gradient.
+
+    Raises:
+        TypeError: weights that are not floating point, a ``pca_dim`` that is not an integer.
+        ValueError: ``pca_dim`` below 1, fewer than two rows, NaN or infinity.
+
+    Example:
+        >>> reduce_classifiers(torch.tensor([[1.0, 1.0], [3.0, 3.0]]), pca_dim=1).abs()
+        tensor([[1.4142],
+                [1.4142]])
+    """
+    rows = as_tensor(weight, "weight").detach()
+    check_shape(rows, "weight", ("N", "D"))
+    check_floating(rows, "weight")
+    check_finite(rows, "weight")
+    if pca_dim is None:
+        return rows
+    pca_dim = check_integer(pca_dim, "pca_dim", minimum=1)
+    if rows.shape[0] < 2 or rows.shape[1] < 1:
+        raise ValueError(f"weight must have at least two rows and one column for a PCA, got {list(rows.shape)}")
+    components = min(pca_dim, rows.shape[0], rows.shape[1])
+    # Rows that are all alike have no variance to explain: the ratio 0/0 is of no interest here.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        reduced = PCA(n_components=components, svd_solver="full").fit_transform(rows.to("cpu", torch.float64).numpy())
+    return torch.from_numpy(np.ascontiguousarray(reduced)).to(device=rows.device, dtype=rows.dtype)
+
+
+def submodule_inputs(reduced: TensorLike, members: TensorLike) -> Tensor:
+    """Return the fixed input of each alpha sub-module: the reduced classifiers of its members, end to end.
+
+    Paper section 3.2: "a flattened concatenated vector" of the few class's own classifier and its neighbours'.
+
+    Args:
+        reduced: floating point [N, P], as ``reduce_classifiers`` returns them.
+        members: class ids [F, K+1], as ``build_members`` returns them.
+
+    Returns:
+        [F, (K+1) * P], in the dtype and on the device of ``reduced``.
+
+    Raises:
+        TypeError, ValueError: as ``check_members``; ``reduced`` not [N, P] floating point, NaN or infinity in it.
+
+    Example:
+        >>> submodule_inputs(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [[1, 0]])
+        tensor([[3., 4., 1., 2.]])
+    """
+    rows = as_tensor(reduced, "reduced").detach()
+    check_shape(rows, "reduced", ("N", "P"))
+    check_floating(rows, "reduced")
+    check_finite(rows, "reduced")
+    ids = check_members(members, rows.shape[0]).to(rows.device)
+    return rows[ids].flatten(start_dim=1)

@@ -1,0 +1,266 @@
+"""The custom operators: the one door from Python to the compiled extension.
+
+``alphaext::head`` computes, in one call, all two-layer sub-modules, the coefficient rule, the composition and the concatenation
+of few and base scores in class order; ``alphaext::head_backward`` is its gradient. Schemas and kernels are registered by
+``alphaext._C``; this module adds what the stable ABI cannot: autograd, fake kernels for ``torch.compile``, the autocast rule
+and batching for ``torch.func.vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (its import registers the operators)
+
+# The numbers of csrc/rules.h.
+RULE_NUMBERS = {"softmax": 0, "clamp": 1, "l1": 2}
+
+# Arguments of `head` that can have a gradient, by position; bit i of `wanted` asks for the i-th of them (csrc/ops.cpp).
+_DIFFERENTIABLE = (0, 1, 2, 4, 5, 6, 7, 8)
+_NUM_ARGUMENTS = 12
+
+
+def build_info() -> dict[str, Any]:
+    """How the extension was built and what it uses on this machine.
+
+    Returns:
+        A dictionary with ``version``, ``compiler``, ``flags``, ``torch`` (the version built against), ``cuda`` (version or
+        None), ``cuda_archs`` (list or None), ``simd`` (instruction set of the CPU kernels) and ``threads``.
+
+    Example:
+        >>> sorted(build_info())
+        ['compiler', 'cuda', 'cuda_archs', 'flags', 'simd', 'threads', 'torch', 'version']
+    """
+    info: dict[str, Any] = _C.build_info()
+    return info
+
+
+def alpha_head(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    members: Tensor,
+    z: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    gamma: float,
+    rule: str = "clamp",
+    projected_gradient: bool = False,
+) -> Tensor:
+    """The fused Alpha Net head: features (or logits) to scores of all classes, in class order.
+
+    Computes what :func:`alphaext.reference.alpha_head` states, by compiled kernels, with gradients for every floating argument
+    (once: asking for second derivatives raises). Sums are accumulated in float32, or float64 for float64 arguments.
+
+    Args:
+        input: ``[batch, D]`` features; or ``[batch, N]`` logits of the original classifier when ``weight`` is None.
+        weight: ``[N, D]``, the original classifier, or None.
+        bias: ``[N]`` or None. When ``input`` holds logits, only the rule ``"l1"`` uses it.
+        members: ``[F, K+1]`` int64 class ids, column 0 the few class itself. On a CPU, ids out of range are an error; on a GPU,
+            where looking would stall the stream, they give NaN in that class's column.
+        z: ``[F, I]``, each sub-module's fixed input, or None without ``w1``.
+        w1: ``[F, H, I]``, or ``[1, H, I]`` shared by all classes, or None: then ``b1`` is the pre-activation itself.
+        b1: ``[F, H]``, or ``[1, H]`` with a shared ``w1``.
+        w2: ``[F, K+1, H]`` or ``[1, K+1, H]``.
+        b2: ``[F, K+1]`` or ``[1, K+1]``.
+        gamma: upper end of the interval ``(0, gamma]`` of ``alpha_0``, itself in ``(0, 1]``; the paper uses 0.7.
+        rule: ``"clamp"``, ``"softmax"`` or ``"l1"``; see :func:`alphaext.reference.coefficients`.
+        projected_gradient: let a clamped coefficient's gradient through when descent would move it back inside.
+
+    All floating tensors share one dtype (float32, float64, float16 or bfloat16) and one device, and may have any strides.
+
+    Returns:
+        ``[batch, N]`` scores in the dtype of ``input``.
+
+    Raises:
+        ValueError: for an unknown rule.
+        RuntimeError: for shapes, dtypes, devices or values that disagree; the message names the argument and the value.
+
+    Example:
+        >>> logits, members = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2, 0]])
+        >>> b1, w2, b2 = torch.zeros(1, 4), torch.zeros(1, 2, 4), torch.tensor([[0.5, 0.25]])
+        >>> alpha_head(logits, None, None, members, None, None, b1, w2, b2, gamma=0.7)
+        tensor([[1.0000, 2.0000, 1.7500]])
+    """
+    outputs = AlphaHead.apply(
+        input, weight, bias, members, z, w1, b1, w2, b2, gamma, rule_number(rule), projected_gradient
+    )
+    scores: Tensor = outputs[0]
+    return scores
+
+
+def rule_number(rule: str) -> int:
+    """The number that the kernels know a coefficient rule by."""
+    if rule not in RULE_NUMBERS:
+        raise ValueError(f"rule must be one of {', '.join(sorted(RULE_NUMBERS))}, got {rule!r}")
+    return RULE_NUMBERS[rule]
+
+
+# ---- Autograd ----------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, preactivation, raw, alpha, logits = output
+    # Only the scores have a gradient: the rest is what the backward reads.
+    ctx.mark_non_differentiable(preactivation, raw, alpha, logits)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:9], preactivation, raw, alpha, logits)
+    ctx.options = inputs[9:]
+
+
+def _backward(ctx: Any, grad_scores: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * _NUM_ARGUMENTS
+    if grad_scores is not None:
+        wanted = sum(1 << bit for bit, i in enumerate(_DIFFERENTIABLE) if ctx.needs_input_grad[i])
+        # A graph of the gradient itself is asked for by torch.func and create_graph=True only.
+        differentiate = AlphaHeadBackward.apply if torch.is_grad_enabled() else torch.ops.alphaext.head_backward
+        results = differentiate(grad_scores, *ctx.saved_tensors, *ctx.options, wanted)
+        for bit, i in enumerate(_DIFFERENTIABLE):
+            if wanted >> bit & 1:
+                gradients[i] = results[bit]
+    return tuple(gradients)
+
+
+class AlphaHead(torch.autograd.Function):
+    """``alphaext::head`` as an autograd function; :func:`alpha_head` is its friendly face."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.alphaext.head(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _vmap_by_loop(AlphaHead.apply)(info, in_dims, *inputs)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "alphaext: the fused head can be differentiated once only; for second derivatives use alphaext.reference.alpha_head"
+    )
+
+
+class AlphaHeadBackward(torch.autograd.Function):
+    """``alphaext::head_backward`` as an autograd function, whose own derivative is refused instead of silently missing."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.alphaext.head_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = staticmethod(_no_second_derivative)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _vmap_by_loop(AlphaHeadBackward.apply)(info, in_dims, *inputs)
+
+
+# ---- Batching ----------------------------------------------------------------------------------------------------------
+
+
+def _vmap_by_loop(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Batch an operator by calling it once a sample and stacking the results."""
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        results = []
+        for sample in range(info.batch_size):
+            arguments = [x if dim is None else x.select(dim, sample) for x, dim in zip(inputs, in_dims, strict=True)]
+            results.append(op(*arguments))
+        return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return batched
+
+
+# ---- Fake kernels: shapes and dtypes only ------------------------------------------------------------------------------
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _head_fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    members: Tensor,
+    z: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    gamma: float,
+    rule: int,
+    projected_gradient: bool,
+) -> tuple[Tensor, ...]:
+    for name, x in (("weight", weight), ("bias", bias), ("members", members), ("z", z), ("w1", w1), ("b1", b1), ("w2", w2)):
+        if x is not None and x.device != input.device:
+            raise RuntimeError(f"alphaext: {name} must be on the device of input, {input.device}, got {x.device}")
+    batch, num_classes = input.shape[0], input.shape[1] if weight is None else weight.shape[0]
+    wide = _accumulate_dtype(input.dtype)
+    num_few, num_members = members.shape
+    return (
+        input.new_empty(batch, num_classes),
+        input.new_empty(num_few, w2.shape[2], dtype=wide),
+        input.new_empty(num_few, num_members, dtype=wide),
+        input.new_empty(num_few, num_members, dtype=wide),
+        input.new_empty((0, 0) if weight is None else (batch, num_classes), dtype=wide),
+    )
+
+
+def _head_backward_fake(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    wanted = arguments[-1]
+    input = arguments[0]
+    return tuple(
+        input.new_empty(arguments[i].shape if wanted >> bit & 1 else (0,)) for bit, i in enumerate(_DIFFERENTIABLE)
+    )
+
+
+# ---- Autocast ----------------------------------------------------------------------------------------------------------
+
+
+def _autocast(device_type: str) -> Callable[..., Any]:
+    """Under autocast the head runs in the widest dtype among its floating arguments.
+
+    It is bound by reading its weights, so casting them down at every step would cost more than it saves.
+    """
+
+    def head(*inputs: Any) -> Any:
+        floating = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+        dtype = floating[0].dtype
+        for x in floating[1:]:
+            dtype = torch.promote_types(dtype, x.dtype)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.alphaext.head(
+                *(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+            )
+
+    return head
+
+
+def _register() -> None:
+    library = torch.library
+    library.register_fake("alphaext::head", _head_fake)
+    library.register_fake("alphaext::head_backward", _head_backward_fake)
+    # Direct callers of the operators get the same gradients as callers of AlphaHead, and the same refusal of second ones.
+    library.register_autograd("alphaext::head", _backward, setup_context=_setup_context)
+    library.register_autograd("alphaext::head_backward", _no_second_derivative)
+    library.register_vmap("alphaext::head", _vmap_by_loop(torch.ops.alphaext.head))
+    library.register_vmap("alphaext::head_backward", _vmap_by_loop(torch.ops.alphaext.head_backward))
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl("head", _autocast(device_type), key)
+
+
+_library = torch.library.Library("alphaext", "FRAGMENT")
+_register()

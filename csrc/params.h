@@ -1,0 +1,96 @@
+// What each kernel reads and writes: raw pointers and sizes, no torch. One struct serves both backends.
+//
+// Every array is dense and row-major. `T` is the tensors' dtype (`dtype` below), `Acc` is accumulate_t<T>: double for
+// float64, float for the rest. Shapes use the paper's letters: batch, N classes, F few classes, M = K+1 members,
+// I = M*P inputs and H hidden units of a sub-module. Any pointer marked "or null" switches that result off.
+#pragma once
+
+#include <cstdint>
+
+#include "rules.h"
+#include "scalars.h"
+
+namespace alphaext {
+
+// preactivation[f, h] = sum_i w1[f, h, i] z[f, i] + b1[f, h], one w1 per class (the shared form is one matrix product and is
+// left to ATen).
+struct FirstLayerParams {
+  ScalarType dtype;
+  int64_t num_few, hidden, inputs;
+  const void* z;         // T [F, I]
+  const void* w1;        // T [F, H, I]
+  const void* b1;        // T [F, H]
+  void* preactivation;   // Acc [F, H], written
+};
+
+// grad_w1[f, h, i] = grad_preactivation[f, h] z[f, i];  grad_z[f, i] = sum_h grad_preactivation[f, h] w1[f, h, i]
+struct FirstLayerBackwardParams {
+  ScalarType dtype;
+  int64_t num_few, hidden, inputs;
+  const void* grad_preactivation;  // Acc [F, H]
+  const void* z;                   // T [F, I]
+  const void* w1;                  // T [F, H, I]
+  void* grad_w1;                   // T [F, H, I], written, or null
+  void* grad_z;                    // T [F, I], written, or null
+};
+
+// raw = w2 relu(preactivation) + b2;  alpha = rule(raw)
+struct CoefficientParams {
+  ScalarType dtype;
+  RuleParams rule;
+  int64_t num_few, hidden, members;
+  bool shared;                // one w2, b2 for all classes: strides over f are 0
+  const void* preactivation;  // Acc [F, H]
+  const void* w2;             // T [F or 1, M, H]
+  const void* b2;             // T [F or 1, M]
+  void* raw;                  // Acc [F, M], written
+  void* alpha;                // Acc [F, M], written
+};
+
+// From grad_alpha to the gradients of the second layer and of the pre-activation. With shared weights the caller sums the
+// per-class gradients: grad_w2 and grad_b2 are then not asked for here, grad_raw is.
+struct CoefficientBackwardParams {
+  ScalarType dtype;
+  RuleParams rule;
+  int64_t num_few, hidden, members;
+  bool shared;
+  const void* preactivation;  // Acc [F, H]
+  const void* raw;            // Acc [F, M]
+  const void* w2;             // T [F or 1, M, H]
+  const void* grad_alpha;     // Acc [F, M]
+  void* grad_raw;             // Acc [F, M], written
+  void* grad_w2;              // T [F, M, H], written, or null
+  void* grad_b2;              // T [F, M], written, or null
+  void* grad_preactivation;   // Acc [F, H], written
+};
+
+// scores[b, members[f, 0]] = sum_k alpha[f, k] logits[b, members[f, k]]   (equations 1 to 3 in one sum)
+// scores[b, c] = logits[b, c] for every other class c                      (equation 4)
+// With `bias` (rule l1, where only the own bias counts) neighbours' logits enter less their bias.
+struct MixParams {
+  ScalarType dtype;
+  int64_t batch, num_classes, num_few, members;
+  const int64_t* member_ids;  // [F, M]
+  const void* alpha;          // Acc [F, M]
+  const void* logits;         // Acc [batch, N]
+  const void* bias;           // Acc [N], or null
+  void* scores;               // T [batch, N], written
+};
+
+struct MixBackwardParams {
+  ScalarType dtype;
+  int64_t batch, num_classes, num_few, members;
+  const int64_t* member_ids;  // [F, M]
+  const void* alpha;          // Acc [F, M]
+  const void* logits;         // Acc [batch, N]
+  const void* bias;           // Acc [N], or null
+  const void* grad_scores;    // T [batch, N]
+  void* grad_alpha;           // Acc [F, M], written
+  void* grad_logits;          // Acc [batch, N], written, or null
+  // The members sorted by class, for kernels that gather instead of scatter (CUDA, only with grad_logits): entry_offsets[c]
+  // .. entry_offsets[c + 1] bounds the part of `entries` that lists the flat positions f * M + k with member_ids[f, k] == c.
+  const int64_t* entries;        // [F * M], or null
+  const int64_t* entry_offsets;  // [N + 1], or null
+};
+
+}  // namespace alphaext
