@@ -250,7 +250,7 @@ def write_picture(draw: Draw, output: Path, console: Console) -> None:
             cell.axis("off")
             if column < len(of_class):
                 image = of_class[column]
-                cell.imshow(draw.test_images[image], cmap="gray_r")
+                cell.imshow(draw.test_images[image].numpy(), cmap="gray_r")
                 cell.set_title(f"was {int(draw.predicted_before[image])}", fontsize=8)
             if column == 0:
                 text = f"newly right: {len(of_class)}" if of_class else "none newly right"

@@ -30,26 +30,6 @@ FIRST_LAYERS = ("dense", "factored")
 _LARGEST_SOFTMAX_START = 0.99
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by what the collapsed first layer's update would have been.
-
-    ``scale`` is ``[F]``, one factor per class, or ``[F, F]``, the Gram matrix of inputs that share one network.
-    """
-
-    @staticmethod
-    def forward(value: Tensor, scale: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        return (scale @ gradient if scale.dim() == 2 else scale.unsqueeze(1) * gradient), None
-
-
 class AlphaNet(nn.Module):
     """A classifier whose few-class rows are learned combinations of themselves and of strong base rows.
 
@@ -394,10 +374,7 @@ class AlphaNet(nn.Module):
     def _first_layer_arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
         if self.first_layer == "dense":
             return self.z, self.w1, self.b1
-        if not torch.is_grad_enabled():
-            return None, None, self.preactivation
-        scaled: Tensor = _ScaleGradient.apply(self.preactivation, self.gradient_scale)
-        return None, None, scaled
+        return None, None, self.preactivation
 
     def _head(self, input: Tensor, weight: Tensor | None) -> Tensor:
         z, w1, b1 = self._first_layer_arguments()
@@ -414,6 +391,7 @@ class AlphaNet(nn.Module):
             gamma=self.gamma,
             rule=self.rule,
             projected_gradient=self.projected_gradient,
+            b1_scale=None if self.first_layer == "dense" else self.gradient_scale,
         )
 
     @torch.no_grad()

@@ -53,6 +53,7 @@ def alpha_head(
     gamma: float,
     rule: str = "clamp",
     projected_gradient: bool = False,
+    b1_scale: Tensor | None = None,
 ) -> Tensor:
     """The fused Alpha Net head: features (or logits) to scores of all classes, in class order.
 
@@ -73,6 +74,8 @@ def alpha_head(
         gamma: upper end of the interval ``(0, gamma]`` of ``alpha_0``, itself in ``(0, 1]``; the paper uses 0.7.
         rule: ``"clamp"``, ``"softmax"`` or ``"l1"``; see :func:`alphaext.reference.coefficients`.
         projected_gradient: let a clamped coefficient's gradient through when descent would move it back inside.
+        b1_scale: ``[F]`` or ``[F, F]``, multiplies the gradient of ``b1``: with it a factored first layer follows, under SGD,
+            the dense one exactly. None leaves the gradient as it is.
 
     All floating tensors share one dtype (float32, float64, float16 or bfloat16) and one device, and may have any strides.
 
@@ -89,11 +92,9 @@ def alpha_head(
         >>> alpha_head(logits, None, None, members, None, None, b1, w2, b2, gamma=0.7)
         tensor([[1.0000, 2.0000, 1.7500]])
     """
-    outputs = AlphaHead.apply(
-        input, weight, bias, members, z, w1, b1, w2, b2, gamma, rule_number(rule), projected_gradient
+    return _apply(
+        (input, weight, bias, members, z, w1, b1, w2, b2, gamma, rule_number(rule), projected_gradient), b1_scale
     )
-    scores: Tensor = outputs[0]
-    return scores
 
 
 def rule_number(rule: str) -> int:
@@ -106,41 +107,105 @@ def rule_number(rule: str) -> int:
 # ---- Autograd ----------------------------------------------------------------------------------------------------------
 
 
+def _apply(arguments: tuple[Any, ...], b1_scale: Tensor | None) -> Tensor:
+    """Scores, by the autograd function that fits: torch.func's transforms need another form than plain autograd."""
+    if torch.is_autocast_enabled(arguments[0].device.type):
+        # Here and not below autograd, so that the backward sees what the forward computed with.
+        arguments = _widened(arguments)
+    if torch._C._are_functorch_transforms_active():
+        if b1_scale is not None:
+            b1 = _ScaleGradient.apply(arguments[6], b1_scale)
+            arguments = (*arguments[:6], b1, *arguments[7:])
+        scores: Tensor = AlphaHeadTransformable.apply(*arguments)[0]
+        return scores
+    scores = AlphaHead.apply(b1_scale, *arguments)
+    return scores
+
+
+def _call_kernel(op: Any, *arguments: Any) -> Any:
+    """Call an operator from inside an autograd function, past its own autograd registration.
+
+    That registration would find nothing to do there, but costs as much again as a small head.
+    """
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    return scale @ gradient if scale.dim() == 2 else scale.unsqueeze(1) * gradient
+
+
+def _gradients(
+    needs: tuple[bool, ...], grad_scores: Tensor, saved: tuple[Tensor, ...], options: tuple[Any, ...]
+) -> list[Tensor | None]:
+    """Gradients of the arguments of ``alphaext::head``, None for those that need none."""
+    gradients: list[Tensor | None] = [None] * _NUM_ARGUMENTS
+    wanted = sum(1 << bit for bit, i in enumerate(_DIFFERENTIABLE) if needs[i])
+    if torch.is_grad_enabled():  # by create_graph=True and torch.func only: the gradient is to have a graph itself
+        results = AlphaHeadBackward.apply(grad_scores, *saved, *options, wanted)
+    else:
+        results = _call_kernel(torch.ops.alphaext.head_backward.default, grad_scores, *saved, *options, wanted)
+    for bit, i in enumerate(_DIFFERENTIABLE):
+        if wanted >> bit & 1:
+            gradients[i] = results[bit]
+    return gradients
+
+
+class AlphaHead(torch.autograd.Function):
+    """``alphaext::head`` as an autograd function; :func:`alpha_head` is its friendly face.
+
+    ``b1_scale`` (None, ``[F]`` or ``[F, F]``) multiplies the gradient of ``b1``: for the factored first layer, whose update is
+    that of the weights behind it (docs/exactness.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, b1_scale: Tensor | None, *arguments: Any) -> Tensor:
+        scores, *for_backward = _call_kernel(torch.ops.alphaext.head.default, *arguments)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(b1_scale, *arguments[:9], *for_backward)
+        ctx.options = arguments[9:]
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad_scores: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_scores is None:
+            return (None,) * (1 + _NUM_ARGUMENTS)
+        b1_scale, *saved = ctx.saved_tensors
+        gradients = _gradients(ctx.needs_input_grad[1:], grad_scores, tuple(saved), ctx.options)
+        if b1_scale is not None and gradients[6] is not None:
+            gradients[6] = _scaled(gradients[6], b1_scale)
+        return (None, *gradients)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, preactivation, raw, alpha, logits = output
     # Only the scores have a gradient: the rest is what the backward reads.
-    ctx.mark_non_differentiable(preactivation, raw, alpha, logits)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9], preactivation, raw, alpha, logits)
+    ctx.save_for_backward(*inputs[:9], *output[1:])
     ctx.options = inputs[9:]
 
 
 def _backward(ctx: Any, grad_scores: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * _NUM_ARGUMENTS
-    if grad_scores is not None:
-        wanted = sum(1 << bit for bit, i in enumerate(_DIFFERENTIABLE) if ctx.needs_input_grad[i])
-        # A graph of the gradient itself is asked for by torch.func and create_graph=True only.
-        differentiate = AlphaHeadBackward.apply if torch.is_grad_enabled() else torch.ops.alphaext.head_backward
-        results = differentiate(grad_scores, *ctx.saved_tensors, *ctx.options, wanted)
-        for bit, i in enumerate(_DIFFERENTIABLE):
-            if wanted >> bit & 1:
-                gradients[i] = results[bit]
-    return tuple(gradients)
+    if grad_scores is None:
+        return (None,) * _NUM_ARGUMENTS
+    return tuple(_gradients(ctx.needs_input_grad, grad_scores, ctx.saved_tensors, ctx.options))
 
 
-class AlphaHead(torch.autograd.Function):
-    """``alphaext::head`` as an autograd function; :func:`alpha_head` is its friendly face."""
+class AlphaHeadTransformable(torch.autograd.Function):
+    """:class:`AlphaHead` in the form that torch.func's transforms need, which costs plain autograd several times more."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return torch.ops.alphaext.head(*inputs)
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.alphaext.head(*arguments)
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _vmap_by_loop(AlphaHead.apply)(info, in_dims, *inputs)
+        return _vmap_by_loop(AlphaHeadTransformable.apply)(info, in_dims, *inputs)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
@@ -165,6 +230,24 @@ class AlphaHeadBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
         return _vmap_by_loop(AlphaHeadBackward.apply)(info, in_dims, *inputs)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by ``scale``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, scale: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _scaled(gradient, ctx.saved_tensors[0]), None
 
 
 # ---- Batching ----------------------------------------------------------------------------------------------------------
@@ -230,21 +313,25 @@ def _head_backward_fake(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, .
 # ---- Autocast ----------------------------------------------------------------------------------------------------------
 
 
+def _widened(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with all floating tensors in the widest dtype among them."""
+    dtype = arguments[0].dtype
+    floating = [x is not None and isinstance(x, Tensor) and x.is_floating_point() for x in arguments]
+    for x, is_floating in zip(arguments, floating, strict=True):
+        if is_floating:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x.to(dtype) if is_floating else x for x, is_floating in zip(arguments, floating, strict=True))
+
+
 def _autocast(device_type: str) -> Callable[..., Any]:
     """Under autocast the head runs in the widest dtype among its floating arguments.
 
     It is bound by reading its weights, so casting them down at every step would cost more than it saves.
     """
 
-    def head(*inputs: Any) -> Any:
-        floating = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
-        dtype = floating[0].dtype
-        for x in floating[1:]:
-            dtype = torch.promote_types(dtype, x.dtype)
+    def head(*arguments: Any) -> Any:
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.alphaext.head(
-                *(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-            )
+            return torch.ops.alphaext.head(*_widened(arguments))
 
     return head
 
@@ -253,7 +340,7 @@ def _register() -> None:
     library = torch.library
     library.register_fake("alphaext::head", _head_fake)
     library.register_fake("alphaext::head_backward", _head_backward_fake)
-    # Direct callers of the operators get the same gradients as callers of AlphaHead, and the same refusal of second ones.
+    # Direct callers of the operators get the same gradients as callers of alpha_head, and the same refusal of second ones.
     library.register_autograd("alphaext::head", _backward, setup_context=_setup_context)
     library.register_autograd("alphaext::head_backward", _no_second_derivative)
     library.register_vmap("alphaext::head", _vmap_by_loop(torch.ops.alphaext.head))

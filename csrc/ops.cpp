@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "params.h"
 #include "stable_aten.h"
@@ -152,8 +153,9 @@ void check_member_ids(const int64_t* ids, const Sizes& s) {
 
 // ---- Running kernels ---------------------------------------------------------------------------------------------------
 
-// The fewest elements worth handing to a second thread.
-constexpr int64_t kGrain = 1 << 15;
+// The fewest elements worth handing to a second thread, some 100 microseconds of work: a barrier costs a few of them on an
+// idle machine, but thousands where a core is shared with another process.
+constexpr int64_t kGrain = 1 << 19;
 
 // Runs one loop of a CPU kernel on torch's threads. `work` is the number of elements that one item touches.
 template <typename Params>
@@ -196,10 +198,24 @@ void on_backend(const Tensor& on, Cpu&& cpu, [[maybe_unused]] Cuda&& cuda) {
 const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 void* mutable_data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
 
-Tensor dense(const Tensor& tensor, TorchType type) { return torch::stable::contiguous(torch::stable::to(tensor, type)); }
+// As they are where nothing is to be done: the operators behind these cost microseconds even then, and a step calls many.
+Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor as_type(const Tensor& tensor, TorchType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+Tensor dense(const Tensor& tensor, TorchType type) { return as_contiguous(as_type(tensor, type)); }
 
-Tensor new_empty(const Tensor& like, std::vector<int64_t> shape, TorchType type) {
-  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(shape.data(), shape.size()), type);
+Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, TorchType type) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= shape[i] > 1 ? shape[i] : 1) strides[i] = stride;
+  const auto device = like.device();
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &result));
+  return Tensor(result);
 }
 
 // The only entry of its leading dimension of size 1.
@@ -221,25 +237,25 @@ Tensor original_logits(const Tensor& input, const std::optional<Tensor>& weight,
   if (!weight) return dense(input, type);
   // 16-bit classifiers are widened, so that the product accumulates and is kept in float32.
   std::optional<Tensor> wide_bias;
-  if (bias) wide_bias = torch::stable::to(*bias, type);
-  return torch::stable::contiguous(
-      aten::linear(torch::stable::to(input, type), torch::stable::to(*weight, type), wide_bias));
+  if (bias) wide_bias = as_type(*bias, type);
+  return as_contiguous(
+      aten::linear(as_type(input, type), as_type(*weight, type), wide_bias));
 }
 
 Tensor all_preactivations(const Tensor& input, const Sizes& s, const std::optional<Tensor>& z, const std::optional<Tensor>& w1,
                           const Tensor& b1) {
   const TorchType type = accumulate_type(input.scalar_type());
   if (s.shared_first_layer) {
-    return torch::stable::contiguous(aten::linear(torch::stable::to(*z, type), torch::stable::to(only(*w1), type),
-                                                  std::optional<Tensor>(torch::stable::to(only(b1), type))));
+    return as_contiguous(aten::linear(as_type(*z, type), as_type(only(*w1), type),
+                                                  std::optional<Tensor>(as_type(only(b1), type))));
   }
   Tensor preactivation = new_empty(input, {s.num_few, s.hidden}, type);
   if (!s.separate_first_layer) {
     torch::stable::copy_(preactivation, b1);
     return preactivation;
   }
-  const Tensor dense_z = torch::stable::contiguous(*z), dense_w1 = torch::stable::contiguous(*w1),
-               dense_b1 = torch::stable::contiguous(b1);
+  const Tensor dense_z = as_contiguous(*z), dense_w1 = as_contiguous(*w1),
+               dense_b1 = as_contiguous(b1);
   const FirstLayerParams params{kernel_type(input.scalar_type()), s.num_few, s.hidden, s.inputs, dense_z.const_data_ptr(),
                                 dense_w1.const_data_ptr(), dense_b1.const_data_ptr(), preactivation.mutable_data_ptr()};
   on_backend(
@@ -261,14 +277,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head(const Tensor& input, con
   const TorchType torch_type = input.scalar_type(), wide = accumulate_type(torch_type);
   const ScalarType type = kernel_type(torch_type);
   const RuleParams rule_params{static_cast<Rule>(rule), gamma, projected_gradient};
-  const Tensor ids = torch::stable::contiguous(members);
+  const Tensor ids = as_contiguous(members);
   if (input.is_cpu()) check_member_ids(static_cast<const int64_t*>(ids.const_data_ptr()), s);
 
   const Tensor preactivation = all_preactivations(input, s, z, w1, b1);
   const Tensor raw = new_empty(input, {s.num_few, s.members}, wide);
   const Tensor alpha = new_empty(input, {s.num_few, s.members}, wide);
   {
-    const Tensor dense_w2 = torch::stable::contiguous(w2), dense_b2 = torch::stable::contiguous(b2);
+    const Tensor dense_w2 = as_contiguous(w2), dense_b2 = as_contiguous(b2);
     const CoefficientParams params{type,
                                    rule_params,
                                    s.num_few,
@@ -365,18 +381,18 @@ Tensor mix_gradients(Gradients& gradients, const Sizes& s, const RuleParams& rul
 
   if (of_input) {
     gradients.input =
-        torch::stable::to(weight ? torch::stable::matmul(*grad_logits, torch::stable::to(*weight, wide)) : *grad_logits, type);
+        as_type(weight ? torch::stable::matmul(*grad_logits, as_type(*weight, wide)) : *grad_logits, type);
   }
   if (of_weight) {
     const Tensor transposed = torch::stable::transpose(*grad_logits, 0, 1);
-    gradients.weight = torch::stable::to(torch::stable::matmul(transposed, torch::stable::to(input, wide)), type);
+    gradients.weight = as_type(torch::stable::matmul(transposed, as_type(input, wide)), type);
   }
   if (of_bias) {
     // Under l1 a bias reaches its own score only. Where the logits are the input they hold the biases already: there the
     // kernels only ever take biases out (l1), or do not use them at all.
     Tensor sum = bias_through_logits ? sum_rows(*grad_logits, wide) : torch::stable::new_zeros(*bias, bias->sizes(), wide);
     if (keeps_own_bias) sum = torch::stable::subtract(sum_rows(grad_scores, wide), sum);
-    gradients.bias = torch::stable::to(sum, type);
+    gradients.bias = as_type(sum, type);
   }
   return grad_alpha;
 }
@@ -387,7 +403,7 @@ void submodule_gradients(Gradients& gradients, const Sizes& s, const RuleParams&
                          const Tensor& preactivation, const Tensor& raw) {
   const TorchType type = w2.scalar_type(), wide = accumulate_type(type);
   const bool separate_second_layer = !s.shared_second_layer;
-  const Tensor dense_w2 = torch::stable::contiguous(w2);
+  const Tensor dense_w2 = as_contiguous(w2);
   const Tensor grad_raw = new_empty(w2, {s.num_few, s.members}, wide);
   const Tensor grad_preactivation = new_empty(w2, {s.num_few, s.hidden}, wide);
   if (separate_second_layer && (wanted & kW2)) gradients.w2 = new_empty(w2, {s.num_few, s.members, s.hidden}, type);
@@ -412,29 +428,35 @@ void submodule_gradients(Gradients& gradients, const Sizes& s, const RuleParams&
   if (s.shared_second_layer && (wanted & kW2)) {
     const Tensor transposed = torch::stable::transpose(grad_raw, 0, 1);
     const Tensor sum = torch::stable::matmul(transposed, aten::relu(preactivation));
-    gradients.w2 = torch::stable::unsqueeze(torch::stable::to(sum, type), 0);
+    gradients.w2 = torch::stable::unsqueeze(as_type(sum, type), 0);
   }
   if (s.shared_second_layer && (wanted & kB2)) {
-    gradients.b2 = torch::stable::unsqueeze(torch::stable::to(sum_rows(grad_raw, wide), type), 0);
+    gradients.b2 = torch::stable::unsqueeze(as_type(sum_rows(grad_raw, wide), type), 0);
   }
 
   if (wanted & kB1) {
     gradients.b1 = s.shared_first_layer
-                       ? torch::stable::unsqueeze(torch::stable::to(sum_rows(grad_preactivation, wide), type), 0)
-                       : torch::stable::to(grad_preactivation, type);
+                       ? torch::stable::unsqueeze(as_type(sum_rows(grad_preactivation, wide), type), 0)
+                       : as_type(grad_preactivation, type);
   }
   if (s.shared_first_layer) {
     if (wanted & kW1) {
       const Tensor transposed = torch::stable::transpose(grad_preactivation, 0, 1);
-      const Tensor sum = torch::stable::matmul(transposed, torch::stable::to(*z, wide));
-      gradients.w1 = torch::stable::unsqueeze(torch::stable::to(sum, type), 0);
+      const Tensor sum = torch::stable::matmul(transposed, as_type(*z, wide));
+      gradients.w1 = torch::stable::unsqueeze(as_type(sum, type), 0);
     }
     if (wanted & kZ) {
-      gradients.z = torch::stable::to(torch::stable::matmul(grad_preactivation, torch::stable::to(only(*w1), wide)), type);
+      gradients.z = as_type(torch::stable::matmul(grad_preactivation, as_type(only(*w1), wide)), type);
     }
   } else if (s.separate_first_layer && (wanted & (kW1 | kZ))) {
-    const Tensor dense_z = torch::stable::contiguous(*z), dense_w1 = torch::stable::contiguous(*w1);
-    if (wanted & kW1) gradients.w1 = new_empty(w2, {s.num_few, s.hidden, s.inputs}, type);
+    const Tensor dense_z = as_contiguous(*z), dense_w1 = as_contiguous(*w1);
+    if (wanted & kW1) {
+      gradients.w1 = new_empty(w2, {s.num_few, s.hidden, s.inputs}, type);
+      if (w2.is_cpu()) {
+        cpu::advise_huge_pages(gradients.w1->mutable_data_ptr(),
+                               static_cast<size_t>(gradients.w1->numel()) * gradients.w1->element_size());
+      }
+    }
     if (wanted & kZ) gradients.z = new_empty(w2, {s.num_few, s.inputs}, type);
     const FirstLayerBackwardParams first{kernel_type(type),
                                          s.num_few,
@@ -480,16 +502,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
   STD_TORCH_CHECK(!(wanted & kWeight) || weight, "alphaext: a gradient of weight was asked for, but weight was not given");
   STD_TORCH_CHECK(!(wanted & kBias) || bias, "alphaext: a gradient of bias was asked for, but bias was not given");
   STD_TORCH_CHECK(!(wanted & (kZ | kW1)) || w1, "alphaext: a gradient of z or w1 was asked for, but w1 was not given");
-  const Tensor ids = torch::stable::contiguous(members);
+  const Tensor ids = as_contiguous(members);
   if (input.is_cpu()) check_member_ids(static_cast<const int64_t*>(ids.const_data_ptr()), s);
 
   Gradients gradients;
-  const Tensor grad_alpha = mix_gradients(gradients, s, rule_params, wanted, torch::stable::contiguous(grad_scores), input,
-                                          weight, bias, ids, torch::stable::contiguous(alpha),
-                                          weight ? torch::stable::contiguous(saved_logits) : dense(input, wide));
+  const Tensor grad_alpha = mix_gradients(gradients, s, rule_params, wanted, as_contiguous(grad_scores), input,
+                                          weight, bias, ids, as_contiguous(alpha),
+                                          weight ? as_contiguous(saved_logits) : dense(input, wide));
   if (wanted & kOfSubmodules) {
-    submodule_gradients(gradients, s, rule_params, wanted, grad_alpha, z, w1, w2, torch::stable::contiguous(preactivation),
-                        torch::stable::contiguous(raw));
+    submodule_gradients(gradients, s, rule_params, wanted, grad_alpha, z, w1, w2, as_contiguous(preactivation),
+                        as_contiguous(raw));
   }
   const auto given = [&](const std::optional<Tensor>& gradient) {
     return gradient ? *gradient : new_empty(input, {0}, input.scalar_type());

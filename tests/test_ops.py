@@ -217,13 +217,23 @@ def test_autocast_runs_in_the_widest_dtype(input_dtype):
     torch.testing.assert_close(scores, head(rounded, gamma=0.7))
 
 
-def test_autocast_gradients():
+@pytest.mark.parametrize("direct", [False, True], ids=["alpha_head", "operator"])
+@pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast_gradients(input_dtype, direct):
     problem = make_problem(dtype=torch.float32).requires_grad()
+    input = problem.input.detach().to(input_dtype).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = head(problem, gamma=0.7).square().sum()
-    ours = torch.autograd.grad(loss, problem.w2)
-    theirs = torch.autograd.grad(head(problem, gamma=0.7).square().sum(), problem.w2)
-    torch.testing.assert_close(ours, theirs)
+        if direct:
+            scores = torch.ops.alphaext.head(input, *problem.tensors()[1:], 0.7, 1, False)[0]
+        else:
+            scores = ops.alpha_head(input, *problem.tensors()[1:], gamma=0.7)
+        loss = scores.square().sum()
+    ours = torch.autograd.grad(loss, [problem.w2, input])
+    rounded = Problem(**{**problem.__dict__, "input": input.detach().float().requires_grad_()})
+    theirs = torch.autograd.grad(head(rounded, gamma=0.7).square().sum(), [rounded.w2, rounded.input])
+    torch.testing.assert_close(ours[0], theirs[0])
+    assert ours[1].dtype == input_dtype
+    torch.testing.assert_close(ours[1], theirs[1].to(input_dtype))
 
 
 def test_same_bits_for_any_number_of_threads():
