@@ -102,9 +102,7 @@ def check_finite(tensor: Tensor, name: str, first_row: int | None = None) -> Non
 def check_shape(tensor: Tensor, name: str, shape: Sequence[int | str]) -> None:
     """Check the shape of ``tensor``: a number in ``shape`` must match, a letter such as ``"N"`` stands for any size."""
     sizes = tuple(tensor.shape)
-    if len(sizes) == len(shape) and all(
-        isinstance(want, str) or want == size for want, size in zip(shape, sizes, strict=True)
-    ):
+    if len(sizes) == len(shape) and all(isinstance(want, str) or want == size for want, size in zip(shape, sizes, strict=True)):
         return
     wanted = ", ".join(str(want) for want in shape)
     raise ValueError(f"{name} must have shape [{wanted}], got {list(sizes)}")
@@ -115,9 +113,7 @@ def check_same_device(**values: object) -> None:
     devices = [(name, value.device) for name, value in values.items() if isinstance(value, Tensor)]
     for name, device in devices[1:]:
         if device != devices[0][1]:
-            raise ValueError(
-                f"{name} is on {device} but {devices[0][0]} is on {devices[0][1]}; move both to the same device"
-            )
+            raise ValueError(f"{name} is on {device} but {devices[0][0]} is on {devices[0][1]}; move both to the same device")
 
 
 def check_labels(labels: TensorLike, num_classes: int | None, name: str = "labels") -> Tensor:

@@ -110,9 +110,7 @@ class ClassSplit:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClassSplit):
             return NotImplemented
-        return all(
-            torch.equal(getattr(self, name).cpu(), getattr(other, name).cpu()) for name in ("few", "medium", "many")
-        )
+        return all(torch.equal(getattr(self, name).cpu(), getattr(other, name).cpu()) for name in ("few", "medium", "many"))
 
     # Tensors can be changed in place, so a hash by value could go stale.
     __hash__ = None  # type: ignore[assignment]

@@ -34,9 +34,7 @@ def _png(text: str) -> Path:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="alphaext", description="Alpha Net: repair the rare classes of a trained classifier."
-    )
+    parser = argparse.ArgumentParser(prog="alphaext", description="Alpha Net: repair the rare classes of a trained classifier.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -46,9 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--draws", type=_positive, default=8, help="long-tailed data sets to draw (default: %(default)s)")
     demo.add_argument("--seed", type=_seed, default=0, help="of the first draw (default: %(default)s)")
-    demo.add_argument(
-        "--output", type=_png, default=Path("alphaext_demo.png"), help="PNG to write (default: %(default)s)"
-    )
+    demo.add_argument("--output", type=_png, default=Path("alphaext_demo.png"), help="PNG to write (default: %(default)s)")
     commands.add_parser("info", help="how the extension was built", description="Print how the extension was built.")
     return parser
 

@@ -74,9 +74,7 @@ def label_ranks(logits: TensorLike, labels: TensorLike) -> Tensor:
     return ranks
 
 
-def _hits_and_counts(
-    logits: TensorLike, labels: TensorLike, num_classes: int | None, top_k: int
-) -> tuple[Tensor, Tensor]:
+def _hits_and_counts(logits: TensorLike, labels: TensorLike, num_classes: int | None, top_k: int) -> tuple[Tensor, Tensor]:
     """Return the right answers and the samples of each class, both int64 [N] on the CPU."""
     ranks = label_ranks(logits, labels)
     width = as_tensor(logits, "logits").shape[1]
@@ -88,9 +86,7 @@ def _hits_and_counts(
     return hits.cpu(), torch.bincount(label_ids, minlength=width).cpu()
 
 
-def per_class_accuracy(
-    logits: TensorLike, labels: TensorLike, num_classes: int | None = None, *, top_k: int = 1
-) -> Tensor:
+def per_class_accuracy(logits: TensorLike, labels: TensorLike, num_classes: int | None = None, *, top_k: int = 1) -> Tensor:
     """Return the accuracy of each class: the share of its samples whose right class is among the ``top_k`` best scores.
 
     Args:

@@ -477,6 +477,7 @@ def _few_classes(
         raise ValueError(f"give class_counts or few_classes, to say which classes are few (or members); got {got}")
     if few_classes is not None:
         return check_class_ids(few_classes, num_classes, "few_classes").cpu()
+    assert class_counts is not None
     counts = as_tensor(class_counts, "class_counts").cpu()
     check_shape(counts, "class_counts", (num_classes,))
     few = split_classes(counts, few_below=few_below, many_above=many_above).few

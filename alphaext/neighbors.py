@@ -84,9 +84,7 @@ def class_means(features: TensorLike, labels: TensorLike, num_classes: int | Non
     counts = torch.bincount(label_ids, minlength=num_classes or 0)
     if bool((counts == 0).any()):
         missing = torch.nonzero(counts == 0)[:, 0].tolist()
-        raise ValueError(
-            f"labels must hold every class of 0..{counts.numel() - 1}, no samples of class {format_ids(missing)}"
-        )
+        raise ValueError(f"labels must hold every class of 0..{counts.numel() - 1}, no samples of class {format_ids(missing)}")
 
     sums = np.zeros((counts.numel(), width))
     sum_rows, label_list = list(sums), label_ids.tolist()
@@ -155,9 +153,9 @@ def nearest_classes(class_means: TensorLike, targets: TensorLike, candidates: Te
     if largest > 0.0:
         points = points / 2.0 ** (math.frexp(largest)[1] - 1)
     # Direct differences: |a|^2 + |b|^2 - 2ab cancels, and would order two copies of one mean by rounding errors.
-    distances = torch.cdist(
-        points[target_ids], points[candidate_ids], compute_mode="donot_use_mm_for_euclid_dist"
-    ).masked_fill(is_self, math.inf)
+    distances = torch.cdist(points[target_ids], points[candidate_ids], compute_mode="donot_use_mm_for_euclid_dist").masked_fill(
+        is_self, math.inf
+    )
     order = torch.sort(distances, dim=1, stable=True).indices[:, :top_k]
     return candidate_ids[order].to(means.device)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (its import registers the operators)
+from . import _C
 
 # The numbers of csrc/rules.h.
 RULE_NUMBERS = {"softmax": 0, "clamp": 1, "l1": 2}
@@ -92,9 +92,7 @@ def alpha_head(
         >>> alpha_head(logits, None, None, members, None, None, b1, w2, b2, gamma=0.7)
         tensor([[1.0000, 2.0000, 1.7500]])
     """
-    return _apply(
-        (input, weight, bias, members, z, w1, b1, w2, b2, gamma, rule_number(rule), projected_gradient), b1_scale
-    )
+    return _apply((input, weight, bias, members, z, w1, b1, w2, b2, gamma, rule_number(rule), projected_gradient), b1_scale)
 
 
 def rule_number(rule: str) -> int:
@@ -287,7 +285,15 @@ def _head_fake(
     rule: int,
     projected_gradient: bool,
 ) -> tuple[Tensor, ...]:
-    for name, x in (("weight", weight), ("bias", bias), ("members", members), ("z", z), ("w1", w1), ("b1", b1), ("w2", w2)):
+    for name, x in (
+        ("weight", weight),
+        ("bias", bias),
+        ("members", members),
+        ("z", z),
+        ("w1", w1),
+        ("b1", b1),
+        ("w2", w2),
+    ):
         if x is not None and x.device != input.device:
             raise RuntimeError(f"alphaext: {name} must be on the device of input, {input.device}, got {x.device}")
     batch, num_classes = input.shape[0], input.shape[1] if weight is None else weight.shape[0]
@@ -305,9 +311,7 @@ def _head_fake(
 def _head_backward_fake(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     wanted = arguments[-1]
     input = arguments[0]
-    return tuple(
-        input.new_empty(arguments[i].shape if wanted >> bit & 1 else (0,)) for bit, i in enumerate(_DIFFERENTIABLE)
-    )
+    return tuple(input.new_empty(arguments[i].shape if wanted >> bit & 1 else (0,)) for bit, i in enumerate(_DIFFERENTIABLE))
 
 
 # ---- Autocast ----------------------------------------------------------------------------------------------------------

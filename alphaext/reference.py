@@ -159,9 +159,7 @@ def alpha_head(
     return scores(features, weight, bias, members, composed_weight, composed_bias)
 
 
-def mix_logits(
-    logits: Tensor, members: Tensor, alpha: Tensor, bias: Tensor | None = None, rule: str = "clamp"
-) -> Tensor:
+def mix_logits(logits: Tensor, members: Tensor, alpha: Tensor, bias: Tensor | None = None, rule: str = "clamp") -> Tensor:
     """Scores from the original classifier's ``logits`` ``[batch, N]``, without composing a classifier.
 
     Equations 1 to 4 rearranged: ``x U_f + t_f = sum_k alpha_fk (x V_fk + p_fk)``. Under ``"l1"``, where only the few class's

@@ -201,7 +201,14 @@ class _Samples:
     """The training samples: all few ones, and base ones drawn anew each epoch."""
 
     def __init__(self, head: AlphaNet, data: Tensor, targets: Tensor, few: Tensor, base: Tensor, negatives: int) -> None:
-        self.head, self.data, self.targets, self.few, self.base, self.negatives = head, data, targets, few, base, negatives
+        self.head, self.data, self.targets, self.few, self.base, self.negatives = (
+            head,
+            data,
+            targets,
+            few,
+            base,
+            negatives,
+        )
         self.mixes_logits = not any(p is not None and p.requires_grad for p in (head.weight, head.bias))
         self.few_inputs = self._inputs(few)
 
@@ -257,9 +264,7 @@ class _Run:
         self.scheduler.step()
         return float(total) / len(inputs)
 
-    def record(
-        self, epoch: int, loss: float, validation: _Validation | None, select: str, min_all: float | None
-    ) -> None:
+    def record(self, epoch: int, loss: float, validation: _Validation | None, select: str, min_all: float | None) -> None:
         """Add an epoch to the history, and keep its parameters if it is the one to select so far."""
         entry: dict[str, float] = {
             "epoch": epoch,
@@ -367,15 +372,11 @@ def _on_head(head: AlphaNet, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _original_logits(head: AlphaNet, data: Tensor, indices: Tensor) -> Tensor:
-    blocks = [
-        nn.functional.linear(_on_head(head, data[block]), head.weight, head.bias) for block in indices.split(_BLOCK_ROWS)
-    ]
+    blocks = [nn.functional.linear(_on_head(head, data[block]), head.weight, head.bias) for block in indices.split(_BLOCK_ROWS)]
     return torch.cat(blocks)
 
 
-def _check_options(
-    epochs: int, batch_size: int, lr: float, lr_step: int | None, negative_ratio: float, seed: int
-) -> None:
+def _check_options(epochs: int, batch_size: int, lr: float, lr_step: int | None, negative_ratio: float, seed: int) -> None:
     check_integer(epochs, "epochs", minimum=0)
     check_integer(batch_size, "batch_size", minimum=1)
     check_integer(seed, "seed", minimum=0)

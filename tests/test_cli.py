@@ -17,7 +17,14 @@ def test_demo_writes_table_and_picture(tmp_path):
     draws = demo.run_demo(draws=2, seed=3, output=output, console=Console(file=text, width=120))
     assert output.read_bytes().startswith(b"\x89PNG") and [p.name for p in tmp_path.iterdir()] == ["picture.png"]
     printed = text.getvalue()
-    for part in ("trained classifier", "with Alpha Net", "gain", "few: better on", "Learned alphas", "gamma, chosen on"):
+    for part in (
+        "trained classifier",
+        "with Alpha Net",
+        "gain",
+        "few: better on",
+        "Learned alphas",
+        "gamma, chosen on",
+    ):
         assert part in printed
     for draw in draws:
         assert draw.counts.sort(descending=True).values.tolist() == list(demo.TRAIN_COUNTS)

@@ -90,9 +90,7 @@ def test_second_device():
         pytest.skip("needs two GPUs")
     problem = make_problem(device="cuda:1")
     assert torch.cuda.current_device() == 0
-    assert_close(
-        ops.alpha_head(*problem.tensors(), **OPTIONS), reference_scores(problem, **OPTIONS), torch.float64, "scores"
-    )
+    assert_close(ops.alpha_head(*problem.tensors(), **OPTIONS), reference_scores(problem, **OPTIONS), torch.float64, "scores")
     assert torch.cuda.current_device() == 0
 
 

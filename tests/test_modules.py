@@ -66,7 +66,16 @@ def test_scores_match_reference():
     head = randomise(make_head(make_linear(dtype=torch.float64)))
     features = torch.randn(4, 5, 16, dtype=torch.float64)
     expected = reference.alpha_head(
-        features.view(-1, 16), head.weight, head.bias, head.members, head.z, head.w1, head.b1, head.w2, head.b2, gamma=0.7
+        features.view(-1, 16),
+        head.weight,
+        head.bias,
+        head.members,
+        head.z,
+        head.w1,
+        head.b1,
+        head.w2,
+        head.b2,
+        gamma=0.7,
     )
     torch.testing.assert_close(head(features), expected.view(4, 5, 10))
     logits = nn.functional.linear(features, head.weight, head.bias)
@@ -112,9 +121,7 @@ def test_default_init_has_the_bounds_of_linear():
 def test_factored_starts_like_dense(shared):
     dense = make_head(make_linear(dtype=torch.float64), init="default", shared=shared)
     factored = make_head(make_linear(dtype=torch.float64), init="default", shared=shared, first_layer="factored")
-    torch.testing.assert_close(
-        factored.preactivation.detach(), reference.preactivations(dense.z, dense.w1, dense.b1).detach()
-    )
+    torch.testing.assert_close(factored.preactivation.detach(), reference.preactivations(dense.z, dense.w1, dense.b1).detach())
     features = torch.randn(3, 16, dtype=torch.float64)
     torch.testing.assert_close(factored(features), dense(features))
 

@@ -47,9 +47,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
     block=st.integers(1, 60),
     seed=st.integers(0, 2**16),
 )
-def test_means_against_a_loop(
-    num_classes: int, more: int, width: int, dtype: torch.dtype, block: int, seed: int
-) -> None:
+def test_means_against_a_loop(num_classes: int, more: int, width: int, dtype: torch.dtype, block: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.cat([torch.arange(num_classes), torch.randint(num_classes, (more,), generator=generator)])
     labels = labels[torch.randperm(len(labels), generator=generator)]
@@ -138,9 +136,7 @@ def not_finite(value: float) -> Tensor:
         (torch.full((2, 1), 1.5e308, dtype=torch.float64), [0, 0], None, ValueError, "sum over a class of features"),
     ],
 )
-def test_means_refuse(
-    features: object, labels: object, num_classes: int | None, error: type[Exception], message: str
-) -> None:
+def test_means_refuse(features: object, labels: object, num_classes: int | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         class_means(features, labels, num_classes)  # type: ignore[arg-type]
 
