@@ -101,7 +101,7 @@ ALPHAEXT_HOST_DEVICE void rule_backward(const RuleParams& params, int64_t member
     const bool normalised = norm >= Acc(kNormFloor);
     norm = normalised ? norm : Acc(kNormFloor);
     Acc weighted = 0;
-    for (int64_t k = 1; k < members; ++k) weighted += grad_alpha[k] * raw[k] / norm;
+    for (int64_t k = 1; k < members; ++k) weighted += grad_alpha[k] * (raw[k] / norm);
     for (int64_t k = 1; k < members; ++k) {
       const Acc sign = raw[k] > Acc(0) ? Acc(1) : (raw[k] < Acc(0) ? Acc(-1) : Acc(0));
       grad_raw[k] = (grad_alpha[k] - (normalised ? sign * weighted : Acc(0))) / norm;
