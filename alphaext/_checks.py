@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -27,11 +28,14 @@ def as_tensor(value: TensorLike, name: str) -> Tensor:
         return value
     try:
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
-        # torch refuses negative strides and foreign byte order, and warns about read-only memory.
-        if not array.flags.writeable or not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+        # torch refuses negative strides and foreign byte order.
+        if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
             array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-        # from_numpy, because as_tensor would follow torch.set_default_device.
-        return torch.from_numpy(array)
+        with warnings.catch_warnings():
+            # Nothing here writes to what users hand in, so a read-only memory map need not be copied into memory.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            # from_numpy, because as_tensor would follow torch.set_default_device.
+            return torch.from_numpy(array)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name} must be a tensor, a NumPy array or a list of numbers, got {type(value).__name__}: {error}"

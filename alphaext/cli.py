@@ -10,18 +10,22 @@ from pathlib import Path
 from rich.console import Console
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+def _integer(text: str, minimum: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+    if not minimum <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be at least {minimum} and below 2^32, got {value}")
     return value
+
+
+def _count(text: str) -> int:
+    return _integer(text, 1)
 
 
 def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+    return _integer(text, 0)
 
 
 def _png(text: str) -> Path:
@@ -42,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Make scikit-learn's handwritten digits long-tailed, train a small network on them, and repair its "
         "classifier: a table of the accuracies before and after, the learned alphas, and a picture of both.",
     )
-    demo.add_argument("--draws", type=_positive, default=8, help="long-tailed data sets to draw (default: %(default)s)")
+    demo.add_argument("--draws", type=_count, default=8, help="long-tailed data sets to draw (default: %(default)s)")
     demo.add_argument("--seed", type=_seed, default=0, help="of the first draw (default: %(default)s)")
     demo.add_argument("--output", type=_png, default=Path("alphaext_demo.png"), help="PNG to write (default: %(default)s)")
     commands.add_parser("info", help="how the extension was built", description="Print how the extension was built.")

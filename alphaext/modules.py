@@ -92,19 +92,26 @@ class AlphaNet(nn.Module):
         ops.rule_number(rule)
         _check_choice(init, "init", INITS)
         _check_choice(first_layer, "first_layer", FIRST_LAYERS)
+        for name, value in (("weight", weight), ("members", members), ("z", z)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         check_same_device(weight=weight, bias=bias, members=members, z=z)
         _check_classifier(weight, bias)
         members = check_members(members, weight.shape[0])
         num_few, num_members = members.shape
+        if num_few == weight.shape[0]:
+            raise ValueError(f"members makes all {num_few} classes few; at least one must be a base class")
         check_shape(z, "z", (num_few, "(K+1)*P"))
+        if z.shape[1] == 0 or z.shape[1] % num_members:
+            raise ValueError(f"z must have a multiple of K+1 = {num_members} columns, got {z.shape[1]}")
         _check_dtype(z, "z", weight)
         check_finite(z, "z")
         if hidden_dim is None:
-            hidden_dim = max(1, z.shape[1] // num_members)
+            hidden_dim = z.shape[1] // num_members
         hidden_dim = check_integer(hidden_dim, "hidden_dim", minimum=1)
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
-        seed = check_integer(seed, "seed", minimum=0)
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+        seed = check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
 
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -118,7 +125,7 @@ class AlphaNet(nn.Module):
         self.projected_gradient = bool(projected_gradient)
 
         networks = 1 if shared else num_few
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         self._init_first_layer(networks, hidden_dim, generator)
         self._init_second_layer(networks, hidden_dim, init, generator)
 
@@ -184,7 +191,7 @@ class AlphaNet(nn.Module):
                 raise ValueError("class_means must be given to find neighbours (or give members)")
             means = as_tensor(class_means, "class_means")
             check_shape(means, "class_means", (num_classes, "D"))
-            is_base = torch.ones(num_classes, dtype=torch.bool)
+            is_base = torch.ones(num_classes, dtype=torch.bool, device="cpu")
             is_base[few] = False
             members = build_members(means.cpu(), few, is_base.nonzero().flatten(), top_k)
         reduced = reduce_classifiers(weight, pca_dim)
@@ -195,8 +202,8 @@ class AlphaNet(nn.Module):
         # One network after another, so that the factored form never holds more than one network's weights.
         inputs, bound = self.z.shape[1], 1 / math.sqrt(self.z.shape[1])
         dense = self.first_layer == "dense"
-        w1 = torch.empty(networks if dense else 1, hidden_dim, inputs, dtype=self.z.dtype)
-        b1 = torch.empty(networks if dense else 1, hidden_dim, dtype=self.z.dtype)
+        w1 = torch.empty(networks if dense else 1, hidden_dim, inputs, dtype=self.z.dtype, device="cpu")
+        b1 = torch.empty(networks if dense else 1, hidden_dim, dtype=self.z.dtype, device="cpu")
         preactivations = []
         for network in range(networks):
             here = network if dense else 0
@@ -214,12 +221,12 @@ class AlphaNet(nn.Module):
         wide = self.z.double()
         scale = wide @ wide.t() + 1 if networks == 1 else wide.square().sum(dim=1) + 1
         self.gradient_scale: Tensor
-        self.register_buffer("gradient_scale", scale.to(self.z.dtype))
+        self.register_buffer("gradient_scale", scale.to(_wide(self.z.dtype)))
 
     def _init_second_layer(self, networks: int, hidden_dim: int, init: str, generator: torch.Generator) -> None:
         dtype, device, num_members = self.z.dtype, self.z.device, self.top_k + 1
-        w2 = torch.empty(networks, num_members, hidden_dim, dtype=dtype)
-        b2 = torch.empty(networks, num_members, dtype=dtype)
+        w2 = torch.empty(networks, num_members, hidden_dim, dtype=dtype, device="cpu")
+        b2 = torch.empty(networks, num_members, dtype=dtype, device="cpu")
         if init == "default":
             bound = 1 / math.sqrt(hidden_dim)
             for network in range(networks):
@@ -230,6 +237,14 @@ class AlphaNet(nn.Module):
             b2[:] = _identity_outputs(self.rule, self.gamma, self.top_k, dtype)
         self.w2 = nn.Parameter(w2.to(device))
         self.b2 = nn.Parameter(b2.to(device))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AlphaNet:
+        # A squared norm easily overflows float16, so the scale moves with the head but never gets narrower than float32.
+        scale = self._buffers.get("gradient_scale")
+        super()._apply(fn, recurse)
+        if scale is not None:
+            self.gradient_scale = scale.to(device=self.z.device, dtype=_wide(self.z.dtype))
+        return self
 
     @property
     def in_features(self) -> int:
@@ -323,17 +338,12 @@ class AlphaNet(nn.Module):
             True
         """
         weight, bias = self.composed()
-        linear = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        linear.weight.copy_(self.weight)
+        # On "meta", because initial values that nobody reads would be drawn from the caller's random numbers.
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.detach().clone())
         linear.weight[self.few_classes] = weight
         if self.bias is not None and bias is not None:
-            linear.bias.copy_(self.bias)
+            linear.bias = nn.Parameter(self.bias.detach().clone())
             linear.bias[self.few_classes] = bias
         linear.requires_grad_(self.weight.requires_grad)
         return linear.train(self.training)
@@ -361,12 +371,16 @@ class AlphaNet(nn.Module):
             "first_layer": self.first_layer,
             "projected_gradient": self.projected_gradient,
         }
-        return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
+        return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take gamma, rule and projected_gradient from a state_dict."""
         options = json.loads(bytes(state.cpu().tolist()).decode())
         ops.rule_number(options["rule"])
+        if options["first_layer"] != self.first_layer:
+            raise ValueError(
+                f"the state is of a head with first_layer={options['first_layer']!r}, this one has {self.first_layer!r}"
+            )
         self.gamma = check_gamma(options["gamma"])
         self.rule = options["rule"]
         self.projected_gradient = bool(options["projected_gradient"])
@@ -412,24 +426,24 @@ class AlphaNet(nn.Module):
             raise ValueError(f"{name} must be on the head's device, {self.weight.device}, got {x.device}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}; convert with .float()")
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.weight.dtype and not ops._autocast_enabled(x.device.type):
             raise TypeError(f"{name} must have the head's dtype, {self.weight.dtype}, got {x.dtype}")
 
 
 def _identity_outputs(rule: str, gamma: float, top_k: int, dtype: torch.dtype) -> Tensor:
     """Raw outputs ``[K+1]`` at which ``alpha_0 = gamma`` and the neighbours are equal."""
     if rule == "l1":
-        return torch.full((top_k + 1,), 1 / top_k, dtype=dtype)
+        return torch.full((top_k + 1,), 1 / top_k, dtype=dtype, device="cpu")
     if rule == "clamp":
-        outputs = torch.full((top_k + 1,), (1 - gamma) / top_k, dtype=torch.float64).to(dtype)
+        outputs = torch.full((top_k + 1,), (1 - gamma) / top_k, dtype=torch.float64, device="cpu").to(dtype)
         outputs[0] = gamma
-        if outputs[0].double() > torch.tensor(gamma, dtype=_wide(dtype)).double():
+        if outputs[0].double() > torch.tensor(gamma, dtype=_wide(dtype), device="cpu").double():
             # Rounded up to beyond the clamp, where no gradient passes: take the next number below.
             outputs[0] -= torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(gamma))
         return outputs
     # A few rounding errors below gamma, so that no clamp holds at the start.
     own = min(gamma * (1 - 8 * torch.finfo(_wide(dtype)).eps), _LARGEST_SOFTMAX_START)
-    p = torch.full((top_k + 1,), (1 - own) / top_k, dtype=torch.float64)
+    p = torch.full((top_k + 1,), (1 - own) / top_k, dtype=torch.float64, device="cpu")
     p[0] = own
     return p.log().to(dtype)
 

@@ -92,7 +92,9 @@ def alpha_head(
         >>> alpha_head(logits, None, None, members, None, None, b1, w2, b2, gamma=0.7)
         tensor([[1.0000, 2.0000, 1.7500]])
     """
-    return _apply((input, weight, bias, members, z, w1, b1, w2, b2, gamma, rule_number(rule), projected_gradient), b1_scale)
+    return _differentiable_head(
+        (input, weight, bias, members, z, w1, b1, w2, b2, gamma, rule_number(rule), projected_gradient), b1_scale
+    )
 
 
 def rule_number(rule: str) -> int:
@@ -105,9 +107,9 @@ def rule_number(rule: str) -> int:
 # ---- Autograd ----------------------------------------------------------------------------------------------------------
 
 
-def _apply(arguments: tuple[Any, ...], b1_scale: Tensor | None) -> Tensor:
+def _differentiable_head(arguments: tuple[Any, ...], b1_scale: Tensor | None) -> Tensor:
     """Scores, by the autograd function that fits: torch.func's transforms need another form than plain autograd."""
-    if torch.is_autocast_enabled(arguments[0].device.type):
+    if _autocast_enabled(arguments[0].device.type):
         # Here and not below autograd, so that the backward sees what the forward computed with.
         arguments = _widened(arguments)
     if torch._C._are_functorch_transforms_active():
@@ -132,7 +134,13 @@ def _call_kernel(op: Any, *arguments: Any) -> Any:
 
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    return scale @ gradient if scale.dim() == 2 else scale.unsqueeze(1) * gradient
+    wide = gradient.to(scale.dtype)
+    if scale.dim() == 1:
+        return (scale.unsqueeze(1) * wide).to(gradient.dtype)
+    if not _autocast_enabled(gradient.device.type):
+        return (scale @ wide).to(gradient.dtype)
+    with torch.autocast(gradient.device.type, enabled=False):
+        return (scale @ wide).to(gradient.dtype)
 
 
 def _gradients(
@@ -140,7 +148,9 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Gradients of the arguments of ``alphaext::head``, None for those that need none."""
     gradients: list[Tensor | None] = [None] * _NUM_ARGUMENTS
-    wanted = sum(1 << bit for bit, i in enumerate(_DIFFERENTIABLE) if needs[i])
+    # Without w1 nothing reads z, so it has no gradient.
+    unread = (4,) if saved[5] is None else ()
+    wanted = sum(1 << bit for bit, i in enumerate(_DIFFERENTIABLE) if needs[i] and i not in unread)
     if torch.is_grad_enabled():  # by create_graph=True and torch.func only: the gradient is to have a graph itself
         results = AlphaHeadBackward.apply(grad_scores, *saved, *options, wanted)
     else:
@@ -255,6 +265,8 @@ def _vmap_by_loop(op: Callable[..., Any]) -> Callable[..., Any]:
     """Batch an operator by calling it once a sample and stacking the results."""
 
     def batched(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        if info.batch_size == 0:
+            raise ValueError("alphaext: vmap over no samples has no result; the batch must have at least one")
         results = []
         for sample in range(info.batch_size):
             arguments = [x if dim is None else x.select(dim, sample) for x, dim in zip(inputs, in_dims, strict=True)]
@@ -327,6 +339,11 @@ def _widened(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.to(dtype) if is_floating else x for x, is_floating in zip(arguments, floating, strict=True))
 
 
+def _autocast_enabled(device_type: str) -> bool:
+    # Some devices, "meta" for one, have no autocast and refuse the question.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(device_type: str) -> Callable[..., Any]:
     """Under autocast the head runs in the widest dtype among its floating arguments.
 
@@ -340,6 +357,16 @@ def _autocast(device_type: str) -> Callable[..., Any]:
     return head
 
 
+def _autocast_backward(device_type: str) -> Callable[..., Any]:
+    """A backward that runs under autocast: its products, too, stay in the dtype of the forward."""
+
+    def head_backward(*arguments: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.alphaext.head_backward(*arguments)
+
+    return head_backward
+
+
 def _register() -> None:
     library = torch.library
     library.register_fake("alphaext::head", _head_fake)
@@ -351,6 +378,7 @@ def _register() -> None:
     library.register_vmap("alphaext::head_backward", _vmap_by_loop(torch.ops.alphaext.head_backward))
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl("head", _autocast(device_type), key)
+        _library.impl("head_backward", _autocast_backward(device_type), key)
 
 
 _library = torch.library.Library("alphaext", "FRAGMENT")

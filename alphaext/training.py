@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import pickle
 import sys
 import time
 import warnings
@@ -34,7 +36,7 @@ from .modules import AlphaNet
 
 SELECTIONS = ("best_all", "best_few", "last")
 
-# Rows of features whose logits are computed at once, so that no [samples, N] matrix is needed for more than a block.
+# Rows of features that are checked, and converted to the head's dtype and device, at once.
 _BLOCK_ROWS = 8192
 
 
@@ -43,9 +45,9 @@ class FitResult:
     """What :func:`fit` did.
 
     Attributes:
-        history: one dictionary an epoch, from epoch 0 (before training): ``epoch``, ``loss`` (mean cross-entropy; nan for epoch
-            0), ``lr``, ``clamped`` (classes whose own coefficient sits on its clamp), and with validation data ``few``,
-            ``medium``, ``many``, ``all``: top-1 accuracy, a fraction of 1.
+        history: one dictionary an epoch, from epoch 0 (before training): ``epoch``, ``loss`` (mean cross-entropy; nan for
+            epoch 0), ``lr`` (what the epoch trained with), ``clamped`` (classes whose own coefficient sits on its clamp), and
+            with validation data ``few``, ``medium``, ``many``, ``all``: top-1 accuracy, a fraction of 1.
         selected_epoch: the epoch whose parameters the head now has.
         selection: the policy that chose it, with its bounds.
         before: accuracies of the original classifier on the validation data, or None without.
@@ -90,8 +92,9 @@ def fit(
 ) -> FitResult:
     """Train ``head`` on all samples of its few classes and as many base samples, drawn anew each epoch.
 
-    The loss is the cross-entropy over all classes. With a frozen classifier (the default) a sample's original logits are
-    computed once and mixed (:meth:`AlphaNet.mix_logits`), so a step does not touch features or classifier.
+    The loss is the cross-entropy over all classes. With a frozen classifier (the default) original logits are computed once for
+    few and validation samples, once an epoch for the base samples drawn, and mixed (:meth:`AlphaNet.mix_logits`): so a step
+    does not touch features or classifier.
 
     Args:
         head: trained in place; on return it has the parameters of the selected epoch.
@@ -105,10 +108,11 @@ def fit(
         momentum: 0.9 in the paper.
         weight_decay: L2 penalty; none in the paper.
         nesterov: Nesterov momentum.
-        lr_step: epochs between multiplications of the learning rate by ``lr_factor``; 20 in the paper. None for never.
+        lr_step: epochs between multiplications of the learning rate (of any optimiser) by ``lr_factor``; 20 in the paper. None
+            for never.
         lr_factor: 0.1 in the paper.
-        optimizer: makes any torch optimiser out of the list of parameters, instead of SGD with the options above. A head with
-            ``first_layer="factored"`` is exact for SGD only and refuses others.
+        optimizer: makes any torch optimiser out of the list of parameters, instead of SGD with ``lr``, ``momentum``,
+            ``weight_decay`` and ``nesterov``. A head with ``first_layer="factored"`` is exact for SGD only and refuses others.
         negative_ratio: base samples for each few sample; 1 in the paper, 0 in its appendix E.
         select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data);
             ``"best_few"``, the best few accuracy among those whose accuracy over all is not below ``min_all``;
@@ -116,7 +120,7 @@ def fit(
         min_all: for ``"best_few"``, a fraction of 1; None takes the original classifier's own.
         seed: of the samples drawn and their order.
         checkpoint: a file that is rewritten after each epoch, whole or not at all. If it exists, training goes on from it, to
-            the same bits as without the interruption.
+            the same bits as without the interruption; a checkpoint of another head, data set or configuration is an error.
         progress: show a progress bar; None shows it where standard error is a terminal.
 
     Returns:
@@ -135,23 +139,28 @@ def fit(
         (2, 'autograd')
     """
     started = time.monotonic()
-    _check_options(epochs, batch_size, lr, lr_step, negative_ratio, seed)
+    if not isinstance(head, AlphaNet):
+        raise TypeError(f"head must be an AlphaNet, got {type(head).__name__}")
+    _check_options(epochs, batch_size, lr, lr_step, lr_factor, negative_ratio, seed)
+    path = None if checkpoint is None else _check_path(checkpoint)
     select = _check_selection(select, min_all, val_features is not None)
     data, targets = _check_samples(head, features, labels, "features", "labels")
     few, base = _few_and_base_samples(head, targets)
     negatives = _number_of_negatives(len(few), len(base), negative_ratio)
     parameters = [p for p in head.parameters() if p.requires_grad]
     algorithm = (
-        torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
         if optimizer is None
         else optimizer(parameters)
     )
     _check_optimizer(head, algorithm)
     validation = _Validation.make(head, val_features, val_labels, targets)
-    if select == "best_few" and min_all is None and validation is not None:
-        min_all = validation.before["all"]
+    if select == "best_few" and validation is not None:
+        if math.isnan(validation.before["few"]):
+            raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
+        min_all = validation.before["all"] if min_all is None else min_all
 
-    run = _Run(head, parameters, algorithm, lr_step, lr_factor, torch.Generator().manual_seed(seed))
+    run = _Run(head, parameters, algorithm, lr_step, lr_factor, torch.Generator("cpu").manual_seed(seed))
     options = {
         "batch_size": batch_size,
         "negative_ratio": negative_ratio,
@@ -162,24 +171,26 @@ def fit(
         "lr_factor": lr_factor,
         "seed": seed,
         "head": repr(head),
-        "samples": [len(few), len(base), 0 if validation is None else len(validation.labels)],
     }
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        run.resume(path, options)
-    else:
-        run.record(0, math.nan, validation, select, min_all)
-
+    if path is not None:
+        options["head, classifier and data"] = _fingerprint(head, data, targets, validation)
     samples = _Samples(head, data, targets, few, base, negatives)
+    if path is not None and path.exists():
+        run.resume(path, options, epochs)
+    else:
+        run.record(0, math.nan, run.learning_rate(), validation, select, min_all)
+
     try:
-        with _progress_bar(progress, epochs, len(run.history) - 1) as report:
+        with torch.enable_grad(), _progress_bar(progress, epochs, len(run.history) - 1) as report:
             for epoch in range(len(run.history), epochs + 1):
+                used_lr = run.learning_rate()
                 loss = run.epoch(samples, batch_size)
-                if not math.isfinite(loss):
+                if not math.isfinite(loss) or not samples.scores_are_finite():
                     raise FloatingPointError(
-                        f"the loss became {loss} in epoch {epoch} (lr={run.history[-1]['lr']:g}); a smaller lr may help"
+                        f"training diverged: the loss or the scores are no longer finite in epoch {epoch} (loss {loss:g}, "
+                        f"lr {used_lr:g}); a smaller lr may help"
                     )
-                run.record(epoch, loss, validation, select, min_all)
+                run.record(epoch, loss, used_lr, validation, select, min_all)
                 if path is not None:
                     run.save(path, options)
                 report(run.history[-1])
@@ -218,17 +229,22 @@ class _Samples:
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One epoch's inputs (logits, or features where the classifier learns too) and labels, in random order."""
         if self.negatives > len(self.base):
-            drawn = torch.randint(len(self.base), (self.negatives,), generator=generator)
+            drawn = torch.randint(len(self.base), (self.negatives,), generator=generator, device="cpu")
         else:
-            drawn = torch.randperm(len(self.base), generator=generator)[: self.negatives]
+            drawn = torch.randperm(len(self.base), generator=generator, device="cpu")[: self.negatives]
         negatives = self.base[drawn]
-        order = torch.randperm(len(self.few) + len(negatives), generator=generator)
+        order = torch.randperm(len(self.few) + len(negatives), generator=generator, device="cpu")
         targets = self.targets[torch.cat([self.few, negatives])[order]].to(self.few_inputs.device)
         inputs = torch.cat([self.few_inputs, self._inputs(negatives)])
         return inputs[order.to(inputs.device)], targets
 
     def scores(self, inputs: Tensor) -> Tensor:
         return self.head.mix_logits(inputs) if self.mixes_logits else self.head(inputs)
+
+    @torch.no_grad()
+    def scores_are_finite(self) -> bool:
+        """Whether the head, as it is now, still gives finite scores: of one sample, since every class's alphas enter them."""
+        return bool(self.scores(self.few_inputs[:1]).isfinite().all())
 
 
 class _Run:
@@ -250,26 +266,37 @@ class _Run:
         self.selected_score = -math.inf
         self.selected: list[Tensor] = []
 
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def epoch(self, samples: _Samples, batch_size: int) -> float:
         """Train one epoch; the mean loss."""
         inputs, targets = samples.draw(self.generator)
         total = torch.zeros((), dtype=torch.float64, device=inputs.device)
         for batch, batch_targets in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-            scores = samples.scores(batch)
-            loss = nn.functional.cross_entropy(scores if scores.dtype == torch.float64 else scores.float(), batch_targets)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            total += loss.detach() * len(batch)
+            losses: list[Tensor] = []
+
+            def closure(batch: Tensor = batch, targets: Tensor = batch_targets, losses: list[Tensor] = losses) -> Tensor:
+                self.optimizer.zero_grad()
+                scores = samples.scores(batch)
+                loss = nn.functional.cross_entropy(scores if scores.dtype == torch.float64 else scores.float(), targets)
+                loss.backward()
+                losses.append(loss.detach())
+                return loss
+
+            self.optimizer.step(closure)  # type: ignore[arg-type]  # closures may return tensors, as torch's own examples do
+            total += losses[0] * len(batch)
         self.scheduler.step()
         return float(total) / len(inputs)
 
-    def record(self, epoch: int, loss: float, validation: _Validation | None, select: str, min_all: float | None) -> None:
+    def record(
+        self, epoch: int, loss: float, lr: float, validation: _Validation | None, select: str, min_all: float | None
+    ) -> None:
         """Add an epoch to the history, and keep its parameters if it is the one to select so far."""
         entry: dict[str, float] = {
             "epoch": epoch,
             "loss": loss,
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "lr": lr,
             "clamped": int(self.head.clamped().sum()),
         }
         if validation is not None:
@@ -289,7 +316,7 @@ class _Run:
 
     def restore_selected(self) -> None:
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, self.selected, strict=False):
+            for parameter, value in zip(self.parameters, self.selected, strict=True):
                 parameter.copy_(value)
 
     def save(self, path: Path, options: dict[str, Any]) -> None:
@@ -311,24 +338,51 @@ class _Run:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def resume(self, path: Path, options: dict[str, Any]) -> None:
-        state = torch.load(path, map_location=self.head.weight.device, weights_only=True)
-        different = [name for name, value in options.items() if state["options"].get(name) != value]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"checkpoint {path} belongs to another training: {name} is {options[name]!r} here and "
-                f"{state['options'].get(name)!r} there"
-            )
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
+    def resume(self, path: Path, options: dict[str, Any], epochs: int) -> None:
+        try:
+            state = torch.load(path, map_location=self.head.weight.device, weights_only=True)
+            saved = state["options"]
+        except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"checkpoint {path} cannot be read as one of fit's: {type(error).__name__}: {error}") from error
+        for name, value in options.items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"checkpoint {path} belongs to another training: {name} is {value!r} here and {saved.get(name)!r} there"
+                )
+        if len(state["history"]) - 1 > epochs:
+            raise ValueError(f"checkpoint {path} has {len(state['history']) - 1} epochs, more than epochs={epochs}")
+        # The head last: what is wrong with the rest is found before it is changed.
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"].cpu())
         self.history = state["history"]
         self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
         self.selected = state["selected"]
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+
+
+def _check_path(checkpoint: str | os.PathLike[str]) -> Path:
+    path = Path(checkpoint)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"checkpoint must be a file in a directory that exists, got {str(path)!r}")
+    return path
+
+
+def _fingerprint(head: AlphaNet, data: Tensor, targets: Tensor, validation: _Validation | None) -> str:
+    """Tells trainings apart: a digest of what is fixed in one, of features a sample of a thousand rows."""
+    digest = hashlib.sha256()
+    for name, parameter in head.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)} {parameter.requires_grad}".encode())
+    frozen = [p for p in (head.weight, head.bias) if p is not None and not p.requires_grad]
+    tensors = [head.members, head.z, *frozen, targets, data[:: max(1, len(data) // 1000)]]
+    if validation is not None:
+        tensors += [validation.labels, validation.data[:: max(1, len(validation.data) // 1000)]]
+    for tensor in tensors:
+        digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Validation:
@@ -336,7 +390,7 @@ class _Validation:
 
     def __init__(self, head: AlphaNet, data: Tensor, labels: Tensor, split: ClassSplit) -> None:
         self.data, self.labels, self.split = data, labels, split
-        self.logits = _original_logits(head, data, torch.arange(len(data)))
+        self.logits = _original_logits(head, data, torch.arange(len(data), device="cpu"))
         self.before = split_accuracy(self.logits, labels.to(self.logits.device), split)
 
     @classmethod
@@ -353,16 +407,16 @@ class _Validation:
     @torch.no_grad()
     def accuracy(self, head: AlphaNet) -> dict[str, float]:
         frozen = not any(p is not None and p.requires_grad for p in (head.weight, head.bias))
-        logits = self.logits if frozen else _original_logits(head, self.data, torch.arange(len(self.data)))
+        logits = self.logits if frozen else _original_logits(head, self.data, torch.arange(len(self.data), device="cpu"))
         return split_accuracy(head.mix_logits(logits), self.labels.to(logits.device), self.split)
 
 
 def _split_of(head: AlphaNet, labels: Tensor) -> ClassSplit:
     counts = torch.bincount(labels, minlength=head.out_features)
-    few = torch.zeros(head.out_features, dtype=torch.bool)
+    few = torch.zeros(head.out_features, dtype=torch.bool, device="cpu")
     few[head.few_classes.cpu()] = True
     many = (counts > 100) & ~few
-    ids = torch.arange(head.out_features)
+    ids = torch.arange(head.out_features, device="cpu")
     return ClassSplit(few=ids[few], medium=ids[~few & ~many], many=ids[many])
 
 
@@ -376,14 +430,18 @@ def _original_logits(head: AlphaNet, data: Tensor, indices: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
-def _check_options(epochs: int, batch_size: int, lr: float, lr_step: int | None, negative_ratio: float, seed: int) -> None:
+def _check_options(
+    epochs: int, batch_size: int, lr: float, lr_step: int | None, lr_factor: float, negative_ratio: float, seed: int
+) -> None:
     check_integer(epochs, "epochs", minimum=0)
     check_integer(batch_size, "batch_size", minimum=1)
-    check_integer(seed, "seed", minimum=0)
+    check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
     if lr_step is not None:
         check_integer(lr_step, "lr_step", minimum=1)
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be finite and above 0, got {lr!r}")
+    if not (math.isfinite(lr_factor) and lr_factor > 0):
+        raise ValueError(f"lr_factor must be finite and above 0, got {lr_factor!r}")
     if not (math.isfinite(negative_ratio) and negative_ratio >= 0):
         raise ValueError(f"negative_ratio must be finite and at least 0, got {negative_ratio!r}")
 

@@ -66,8 +66,9 @@ def test_info(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--draws", "0"], "must be at least 1, got 0"),
-        (["demo", "--seed", "-1"], "must be at least 0, got -1"),
+        (["demo", "--draws", "0"], "must be at least 1 and below 2^32, got 0"),
+        (["demo", "--seed", "-1"], "must be at least 0 and below 2^32, got -1"),
+        (["demo", "--draws", "many"], "must be an integer, got 'many'"),
         (["demo", "--output", "picture.jpg"], "must end in .png, got 'picture.jpg'"),
         (["demo", "--output", "no/such/directory/picture.png"], "must be a file in a directory that exists"),
         ([], "required"),

@@ -152,6 +152,47 @@ def test_deepcopy_and_conversion():
     torch.testing.assert_close(half(features.bfloat16()).float(), head(features), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
+def test_factored_in_half_precision_trains_under_autocast(shared):
+    linear = make_linear()
+    with torch.no_grad():
+        linear.weight.mul_(300)  # |z|^2 is then beyond the range of float16
+    head = make_head(linear, first_layer="factored", shared=shared)
+    scale = head.gradient_scale.clone()
+    for half in (copy.deepcopy(head).half(), copy.deepcopy(head).bfloat16()):
+        assert half.gradient_scale.dtype == torch.float32 and half.gradient_scale.equal(scale)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (half(torch.randn(4, 16) * 1e-5).square().mean() * 1e-3).backward()
+        assert half.preactivation.grad.dtype == half.w2.dtype and half.preactivation.grad.isfinite().all()
+
+
+def test_fold_and_demo_leave_random_numbers_alone():
+    head = make_head()
+    before = torch.get_rng_state()
+    head.fold()
+    assert torch.get_rng_state().equal(before)
+
+
+def test_construction_ignores_the_default_device():
+    expected = make_head()
+    linear, means = make_linear(), make_means()
+    with torch.device("meta"):
+        head = AlphaNet.from_linear(linear, class_counts=COUNTS, class_means=means, top_k=3, seed=0)
+    assert head.w1.equal(expected.w1) and head.members.equal(expected.members)
+
+
+def test_head_on_meta():
+    head = make_head().to("meta")
+    assert head(torch.empty(3, 16, device="meta")).shape == (3, 10)
+
+
+def test_state_of_the_other_first_layer_is_refused():
+    head = make_head(first_layer="factored")
+    with pytest.raises((ValueError, RuntimeError), match="first_layer"):
+        head.load_state_dict(make_head(gamma=0.5, rule="softmax").state_dict())
+    assert (head.gamma, head.rule) == (0.7, "clamp")
+
+
 def test_drop_in_for_the_last_layer():
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), make_linear())
     model[2] = make_head(model[2])
@@ -235,7 +276,7 @@ BAD_HEADS = {
     "first_layer must be one of dense, factored, got 'lazy'": dict(first_layer="lazy"),
     "hidden_dim must be at least 1, got 0": dict(hidden_dim=0),
     "pca_dim": dict(pca_dim=0),
-    "seed must be at least 0": dict(seed=-1),
+    "seed must be between 0 and": dict(seed=-1),
 }
 
 
@@ -273,6 +314,19 @@ def test_bad_classifier(value):
         linear.weight[3, 2] = value
     with pytest.raises(ValueError, match=r"weight must be finite, got (nan|inf) at index \[3, 2\]"):
         make_head(linear)
+
+
+def test_members_need_a_base_class():
+    with pytest.raises(ValueError, match="members makes all 2 classes few"):
+        AlphaNet.from_linear(nn.Linear(4, 2), members=[[0, 1], [1, 0]])
+
+
+@pytest.mark.parametrize("columns", [0, 5])
+def test_width_of_z(columns):
+    with pytest.raises(ValueError, match=rf"z must have a multiple of K\+1 = 2 columns, got {columns}"):
+        AlphaNet(torch.eye(4), None, torch.tensor([[0, 1]]), torch.zeros(1, columns))
+    with pytest.raises(TypeError, match="z must be a tensor, got list"):
+        AlphaNet(torch.eye(4), None, torch.tensor([[0, 1]]), [[1.0, 2.0]])
 
 
 def test_not_a_linear_layer():

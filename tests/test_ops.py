@@ -236,6 +236,52 @@ def test_autocast_gradients(input_dtype, direct):
     torch.testing.assert_close(ours[1], theirs[1].to(input_dtype))
 
 
+@pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
+def test_backward_inside_autocast(first_layer):
+    """The products of the backward, too, stay in the dtype of the forward."""
+    problem = make_problem(dtype=torch.float32, first_layer=first_layer, shared_second_layer=True).requires_grad()
+    inputs = list(problem.floating().values())
+    theirs = torch.autograd.grad(head(problem, gamma=0.7).square().sum(), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = torch.autograd.grad(head(problem, gamma=0.7).square().sum(), inputs)
+    for actual, correct in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, correct)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scaled_gradient_of_the_preactivation(shared, autocast):
+    """`b1_scale` multiplies the gradient of b1 alone, in plain autograd and under torch.func alike."""
+    problem = make_problem(dtype=torch.float32, first_layer="factored")
+    scale = torch.rand(3, 3) if shared else torch.rand(3)
+
+    def loss(b1: torch.Tensor, b1_scale: torch.Tensor | None = None) -> torch.Tensor:
+        changed = Problem(**{**problem.__dict__, "b1": b1})
+        return head(changed, gamma=0.7, b1_scale=b1_scale).square().sum()
+
+    b1 = problem.b1.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(loss(b1), b1)
+    expected = scale @ plain if shared else scale.unsqueeze(1) * plain
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        (ours,) = torch.autograd.grad(loss(b1, scale), b1)
+        functional = torch.func.grad(loss)(problem.b1, scale)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(functional, expected)
+
+
+def test_unread_z_has_no_gradient():
+    problem = make_problem(first_layer="factored").requires_grad()
+    z = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    scores = ops.alpha_head(*problem.tensors()[:4], z, *problem.tensors()[5:], gamma=0.7)
+    assert torch.autograd.grad(scores.sum(), [z, problem.w2], allow_unused=True)[0] is None
+
+
+def test_vmap_over_nothing_is_an_error():
+    problem = make_problem()
+    with pytest.raises(ValueError, match="vmap over no samples"):
+        torch.func.vmap(lambda x: ops.alpha_head(x, *problem.tensors()[1:], gamma=0.7))(torch.zeros(0, 2, 7).double())
+
+
 def test_same_bits_for_any_number_of_threads():
     problem = make_problem(
         batch=64, num_classes=300, num_few=40, top_k=5, pca_dim=60, hidden=70, in_features=32, dtype=torch.float32

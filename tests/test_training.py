@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from alphaext import AlphaNet, fit
+from alphaext._checks import as_tensor
 
 NUM_CLASSES, IN_FEATURES = 8, 12
 FEW = [6, 7]
@@ -125,6 +127,12 @@ def test_fit_takes_any_torch_optimizer():
     assert not head.w1.equal(before)
 
 
+def test_fit_takes_optimizers_that_need_a_closure():
+    head = make_head()
+    result = fit(head, *make_data(), epochs=2, optimizer=lambda parameters: torch.optim.LBFGS(parameters, max_iter=3))
+    assert result.history[2]["loss"] < result.history[1]["loss"]
+
+
 def test_factored_refuses_other_optimizers():
     head = make_head(first_layer="factored")
     with pytest.raises(ValueError, match="optimizer must be torch.optim.SGD .* got Adam: .* exact for SGD only"):
@@ -166,7 +174,7 @@ def test_more_negatives_than_base_samples_are_drawn_with_replacement():
 
 def test_learning_rate_schedule():
     result = fit(make_head(), *make_data(), epochs=5, lr=0.1, lr_step=2)
-    assert [round(entry["lr"], 6) for entry in result.history] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    assert [round(entry["lr"], 6) for entry in result.history] == [0.1, 0.1, 0.1, 0.01, 0.01, 0.001]
 
 
 def test_selection_policies():
@@ -183,10 +191,6 @@ def test_selection_policies():
     assert best_few.selection == "best_few with all >= 0.5000"
     unreachable = fit(make_head(), features, labels, select="best_few", min_all=1.0, **data)
     assert unreachable.after["all"] == max(entry["all"] for entry in unreachable.history)
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize("first_layer", ["dense", "factored"])
@@ -228,6 +232,53 @@ def test_resuming_gives_the_same_bits(tmp_path, monkeypatch, first_layer):
         fit(make_head(first_layer=first_layer), *make_data(), checkpoint=path, batch_size=8, **options)
 
 
+def test_checkpoint_of_another_training_is_refused(tmp_path):
+    path = tmp_path / "fit.pt"
+    features, labels = make_data()
+    fit(make_head(), features, labels, epochs=2, checkpoint=path)
+    other_members = AlphaNet.from_linear(make_head().fold(), members=torch.tensor([[6, 1, 2, 4], [7, 0, 3, 5]]), seed=1)
+    for head, data in ((other_members, features), (make_head(), -features), (make_head(pca_dim=4, hidden_dim=8), features)):
+        before = head.w2.detach().clone()
+        with pytest.raises(ValueError, match="belongs to another training: head, classifier and data is"):
+            fit(head, data, labels, epochs=2, checkpoint=path)
+        assert head.w2.equal(before)
+    with pytest.raises(ValueError, match="has 2 epochs, more than epochs=1"):
+        fit(make_head(), features, labels, epochs=1, checkpoint=path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "another file"])
+def test_unreadable_checkpoints(tmp_path, content):
+    path = tmp_path / "fit.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save({"x": 1}, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="cannot be read as one of fit's"):
+        fit(make_head(), *make_data(), epochs=1, checkpoint=path)
+    assert path.read_bytes() == before
+
+
+def test_memory_map_is_not_copied(tmp_path):
+    features, labels = make_data()
+    numpy.save(tmp_path / "features.npy", features.numpy().astype(numpy.float16))
+    mapped = numpy.load(tmp_path / "features.npy", mmap_mode="r")
+    assert as_tensor(mapped, "features").data_ptr() == mapped.ctypes.data
+    one, two = make_head(), make_head()
+    fit(one, mapped, labels.numpy(), epochs=2)
+    fit(two, features.half(), labels, epochs=2)
+    assert one.w2.equal(two.w2)
+
+
+def test_fit_under_no_grad_and_another_default_device():
+    one, two = make_head(), make_head()
+    fit(one, *make_data(), epochs=2)
+    data = make_data()
+    with torch.no_grad(), torch.device("meta"):
+        fit(two, *data, epochs=2)
+    assert one.w2.equal(two.w2)
+
+
 def test_interruption_leaves_the_best_epoch(monkeypatch):
     from alphaext import training
 
@@ -248,9 +299,17 @@ def test_interruption_leaves_the_best_epoch(monkeypatch):
     assert head.w2.isfinite().all()
 
 
+def test_divergence_in_the_very_last_step_is_seen():
+    head = make_head(init="default")
+    before = head.w2.detach().clone()
+    with pytest.raises(FloatingPointError, match="in epoch 1 .*lr 1e\\+38"):
+        fit(head, *make_data(), epochs=1, batch_size=10**6, lr=1e38)
+    assert head.w2.equal(before)
+
+
 def test_diverging_training_is_an_error():
     head = make_head(init="default")
-    with pytest.raises(FloatingPointError, match="the loss became .* a smaller lr may help"):
+    with pytest.raises(FloatingPointError, match="training diverged: .* a smaller lr may help"):
         fit(head, *make_data(), epochs=40, lr=1e30)
     assert head.w2.isfinite().all()
 
@@ -267,6 +326,12 @@ BAD_CALLS = {
     "batch_size must be at least 1, got 0": dict(batch_size=0),
     "lr must be finite and above 0, got 0": dict(lr=0.0),
     "lr_step must be at least 1": dict(lr_step=0),
+    "lr_factor must be finite and above 0, got nan": dict(lr_factor=math.nan),
+    "seed must be between 0 and": dict(seed=2**70),
+    "checkpoint must be a file in a directory that exists": dict(checkpoint="no/such/directory/fit.pt"),
+    "val_labels has no sample of a few class": dict(
+        select="best_few", val_features=FEATURES[LABELS < 6], val_labels=LABELS[LABELS < 6]
+    ),
     "negative_ratio must be finite and at least 0, got -1": dict(negative_ratio=-1.0),
     "select must be one of best_all, best_few, last, got 'best'": dict(select="best"),
     "select='best_all' needs val_features": dict(select="best_all"),
@@ -282,6 +347,11 @@ def test_bad_calls(message):
     with pytest.raises((ValueError, TypeError), match=message):
         fit(head, **{"features": FEATURES, "labels": LABELS, **BAD_CALLS[message]})
     assert head.w2.equal(before)
+
+
+def test_not_a_head():
+    with pytest.raises(TypeError, match="head must be an AlphaNet, got Linear"):
+        fit(nn.Linear(12, 8), FEATURES, LABELS)
 
 
 def test_only_few_samples_need_no_base_unless_asked():

@@ -11,7 +11,8 @@
 
 namespace alphaext::cpu {
 
-// glibc's malloc maps arrays above this size by themselves, so the advice touches nothing else and ends with the array.
+// glibc's malloc, as it comes, maps arrays above this size by themselves: the advice then touches nothing else and ends with
+// the array.
 constexpr size_t kHugePagesFrom = size_t{1} << 25;
 
 // The first write to a fresh array costs a page fault for every 4 KiB: more, for a gradient of w1, than computing it. Where
