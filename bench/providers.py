@@ -24,14 +24,15 @@ class Size:
     num_classes: int
     num_few: int
     pca_dim: int
+    few_samples: int
     top_k: int = 5
     in_features: int = 2048
     batch: int = 64
 
 
 SIZES = {
-    "imagenet-lt": Size("imagenet-lt", num_classes=1000, num_few=136, pca_dim=500),
-    "places-lt": Size("places-lt", num_classes=365, num_few=71, pca_dim=300),
+    "imagenet-lt": Size("imagenet-lt", num_classes=1000, num_few=136, pca_dim=500, few_samples=1643),
+    "places-lt": Size("places-lt", num_classes=365, num_few=71, pca_dim=300, few_samples=804),
 }
 
 

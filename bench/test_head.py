@@ -9,8 +9,10 @@ import pytest
 import torch
 from machine import PeakMemory, keep_freed_memory, seconds_to_read
 from memory import peak_in_own_process
-from providers import MODES, PROVIDERS, SIZES, make_problem, make_step
+from providers import MODES, PROVIDERS, SIZES, Size, make_problem, make_step
 from torch.nn import functional
+
+from alphaext import training
 
 keep_freed_memory()
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -57,6 +59,44 @@ def test_head(benchmark, device, size, mode, provider):
     elif benchmark.enabled:
         peak = peak_in_own_process(size, mode, provider)
     benchmark.extra_info.update(device=device, size=size, mode=mode, provider=provider, peak_mib=peak)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_within_fit(benchmark, device, size):
+    """A step as `fit` takes it from features: an epoch's logits in one product, few ones kept; epoch over steps."""
+    problem = make_problem(SIZES[size], device)
+    head = PROVIDERS["alphaext factored"][0](problem)
+    samples, steps = make_epoch(head, SIZES[size])
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=True)
+    run = training._Run(head, parameters, optimizer, None, 1.0, torch.Generator("cpu").manual_seed(0))
+
+    def epoch() -> None:
+        run.epoch(samples, SIZES[size].batch)
+
+    benchmark.group = f"{size}, sgd step, {device}"
+    benchmark.name = "alphaext factored, within fit"
+    measure(benchmark, epoch, device)
+    benchmark.extra_info.update(
+        device=device, size=size, mode="sgd step", provider="alphaext factored, within fit", peak_mib=None, divide_by=steps
+    )
+
+
+def make_epoch(head, size: Size) -> tuple[training._Samples, int]:
+    """Few samples as many as published, and a pool of base samples that is large enough to draw as many from."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    few_classes = head.few_classes.cpu()
+    few_labels = few_classes[torch.randint(len(few_classes), (size.few_samples,), generator=generator)]
+    is_base = torch.ones(size.num_classes, dtype=torch.bool)
+    is_base[few_classes] = False
+    base_classes = is_base.nonzero().flatten()
+    base_labels = base_classes[torch.randint(len(base_classes), (4 * size.few_samples,), generator=generator)]
+    labels = torch.cat([few_labels, base_labels])
+    features = torch.randn(len(labels), size.in_features, generator=generator)
+    few, base = torch.arange(size.few_samples), torch.arange(size.few_samples, len(labels))
+    samples = training._Samples(head, features, labels, few, base, size.few_samples)
+    return samples, -(-2 * size.few_samples // size.batch)
 
 
 @pytest.mark.parametrize("provider", ["nn.Linear", "folded head"])
