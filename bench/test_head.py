@@ -7,14 +7,13 @@ import time
 
 import pytest
 import torch
-from machine import PeakMemory, keep_freed_memory, seconds_to_read
+from machine import PeakMemory, seconds_to_read
 from memory import peak_in_own_process
 from providers import MODES, PROVIDERS, SIZES, Size, make_problem, make_step
 from torch.nn import functional
 
 from alphaext import training
 
-keep_freed_memory()
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
