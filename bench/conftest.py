@@ -73,8 +73,9 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         "Medians of repeats in one run, float32, tensors drawn at random at the published sizes; machines are noisy, so read",
-        f"the ratios. {report['memory']} Peak memory is the growth of a fresh process while it builds and",
-        "runs the provider.",
+        "the ratios.",
+        report["memory"],
+        "Peak memory is the growth of a fresh process while it builds and runs the provider.",
     ]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in report["rows"]:
