@@ -332,7 +332,7 @@ def _head_backward_fake(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, .
 def _widened(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with all floating tensors in the widest dtype among them."""
     dtype = arguments[0].dtype
-    floating = [x is not None and isinstance(x, Tensor) and x.is_floating_point() for x in arguments]
+    floating = [isinstance(x, Tensor) and x.is_floating_point() for x in arguments]
     for x, is_floating in zip(arguments, floating, strict=True):
         if is_floating:
             dtype = torch.promote_types(dtype, x.dtype)
