@@ -76,7 +76,7 @@ import torch  # noqa: E402
 try:
     DECISION = cuda.decide(os.environ, torch.version.cuda)
     JOBS = jobs.job_count(os.environ, jobs.available_processors(), jobs.available_memory())
-    SOURCES = ["csrc/ops.cpp", "csrc/module.cpp", *sources.read_sources(ROOT, ".cpp")]
+    SOURCES = ["csrc/ops.cpp", "csrc/training_ops.cpp", "csrc/module.cpp", *sources.read_sources(ROOT, ".cpp")]
     ARCHITECTURES: list[str] = []
     if DECISION.toolkit is not None:
         SOURCES += sources.read_sources(ROOT, ".cu")

@@ -125,9 +125,10 @@ class AlphaNet(nn.Module):
         self.projected_gradient = bool(projected_gradient)
 
         networks = 1 if shared else num_few
-        generator = torch.Generator("cpu").manual_seed(seed)
-        self._init_first_layer(networks, hidden_dim, generator)
-        self._init_second_layer(networks, hidden_dim, init, generator)
+        self.seed: int | None = seed
+        self.first_layer_decay = 1.0
+        self._init_first_layer(networks, hidden_dim, seed)
+        self._init_second_layer(networks, hidden_dim, init, torch.Generator("cpu").manual_seed(seed))
 
     @classmethod
     def from_linear(
@@ -198,30 +199,18 @@ class AlphaNet(nn.Module):
         members = members.to(weight.device)
         return cls(weight, bias, members, submodule_inputs(reduced, members), **options)
 
-    def _init_first_layer(self, networks: int, hidden_dim: int, generator: torch.Generator) -> None:
-        # One network after another, so that the factored form never holds more than one network's weights.
-        inputs, bound = self.z.shape[1], 1 / math.sqrt(self.z.shape[1])
-        dense = self.first_layer == "dense"
-        w1 = torch.empty(networks if dense else 1, hidden_dim, inputs, dtype=self.z.dtype, device="cpu")
-        b1 = torch.empty(networks if dense else 1, hidden_dim, dtype=self.z.dtype, device="cpu")
-        preactivations = []
-        for network in range(networks):
-            here = network if dense else 0
-            w1[here].uniform_(-bound, bound, generator=generator)
-            b1[here].uniform_(-bound, bound, generator=generator)
-            if not dense:
-                z = self.z.cpu() if networks == 1 else self.z[network : network + 1].cpu()
-                preactivations.append(reference.preactivations(z, w1, b1))
-        if dense:
-            self.w1 = nn.Parameter(w1.to(self.z.device))
-            self.b1 = nn.Parameter(b1.to(self.z.device))
+    def _init_first_layer(self, networks: int, hidden_dim: int, seed: int) -> None:
+        z = self.z.detach().to(device="cpu", dtype=_wide(self.z.dtype)).contiguous()
+        if self.first_layer == "dense":
+            w1, b1 = _initial_first_layer(networks, hidden_dim, z, seed)
+            self.w1 = nn.Parameter(w1.to(self.z))
+            self.b1 = nn.Parameter(b1.to(self.z))
             return
-        self.preactivation = nn.Parameter(torch.cat(preactivations).to(self.z.device))
-        # SGD moves w1 along z and b1 along 1, so it moves w1 z + b1 along z.z' + 1 (docs/exactness.md).
-        wide = self.z.double()
-        scale = wide @ wide.t() + 1 if networks == 1 else wide.square().sum(dim=1) + 1
+        # The weights are used row by row as they are drawn: they are never held.
+        start = torch.ops.alphaext.initial_preactivation(z, hidden_dim, networks == 1, seed)
+        self.preactivation = nn.Parameter(start.to(self.z))
         self.gradient_scale: Tensor
-        self.register_buffer("gradient_scale", scale.to(_wide(self.z.dtype)))
+        self.register_buffer("gradient_scale", first_layer_scale(self.z, networks))
 
     def _init_second_layer(self, networks: int, hidden_dim: int, init: str, generator: torch.Generator) -> None:
         dtype, device, num_members = self.z.dtype, self.z.device, self.top_k + 1
@@ -307,12 +296,48 @@ class AlphaNet(nn.Module):
 
         Under ``"l1"``, which has no clamp, none is.
         """
-        raw, _ = self._outputs()
-        if self.rule == "l1":
-            return torch.zeros(self.num_few, dtype=torch.bool, device=raw.device)
-        value = raw[:, 0] if self.rule == "clamp" else raw.softmax(dim=1)[:, 0]
-        low = min(reference.ALPHA_FLOOR, self.gamma) if self.rule == "clamp" else 0.0
-        return (value > self.gamma) | (value < low)
+        return clamped_outputs(self._outputs()[0], self.rule, self.gamma)
+
+    @torch.no_grad()
+    def materialize_first_layer(self) -> tuple[Tensor, Tensor]:
+        """The first layer's weights ``w1`` ``[F, H, (K+1) P]`` and biases ``b1`` ``[F, H]`` (``[1, ...]`` shared).
+
+        A factored head holds only what its first layer puts out, but remembers the seed of its start. Under SGD every step
+        moves ``w1`` along the fixed input ``z``, so how far the output has moved tells the weights: these are, to rounding, the
+        ones that training a dense head of the same seed would have produced (docs/exactness.md). A dense head returns its own.
+
+        Right after :func:`alphaext.fit`, and after SGD of your own without weight decay (with it, multiply
+        ``first_layer_decay`` by what it left of the start).
+
+        Example:
+            >>> options = dict(members=[[3, 0, 1]], seed=0)
+            >>> linear = nn.Linear(8, 4)
+            >>> dense = AlphaNet.from_linear(linear, first_layer="dense", **options)
+            >>> factored = AlphaNet.from_linear(linear, first_layer="factored", **options)
+            >>> torch.allclose(factored.materialize_first_layer()[0], dense.w1)
+            True
+        """
+        if self.first_layer == "dense":
+            return self.w1.detach().clone(), self.b1.detach().clone()
+        if self.seed is None:
+            raise ValueError("this head's state does not say the seed of its first layer, so its weights cannot be drawn again")
+        networks, hidden = self.w2.shape[0], self.w2.shape[2]
+        z = self.z.detach().to(device="cpu", dtype=_wide(self.z.dtype)).contiguous()
+        w1, b1 = _initial_first_layer(networks, hidden, z, self.seed)
+        start = torch.ops.alphaext.initial_preactivation(z, hidden, networks == 1, self.seed)
+        now = self.preactivation.detach().cpu().double()
+        _move_first_layer(w1, b1, z, now - self.first_layer_decay * start.double(), self.first_layer_decay)
+        return w1.to(self.z), b1.to(self.z)
+
+    @torch.no_grad()
+    def _move_outputs(self, moved: Tensor, decay: float) -> None:
+        """Change a dense first layer the way SGD would have to move its outputs by ``moved`` ``[F, H]``."""
+        _move_first_layer(self.w1, self.b1, self.z, moved.to(self.z.device), decay)
+
+    @torch.no_grad()
+    def _preactivations(self) -> Tensor:
+        """The first layer's outputs before the ReLU, ``[F, H]`` in float32 or wider."""
+        return self._evaluate()[1]
 
     @torch.no_grad()
     def composed(self) -> tuple[Tensor, Tensor | None]:
@@ -370,6 +395,8 @@ class AlphaNet(nn.Module):
             "rule": self.rule,
             "first_layer": self.first_layer,
             "projected_gradient": self.projected_gradient,
+            "seed": self.seed,
+            "first_layer_decay": self.first_layer_decay,
         }
         return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8, device="cpu")
 
@@ -384,6 +411,8 @@ class AlphaNet(nn.Module):
         self.gamma = check_gamma(options["gamma"])
         self.rule = options["rule"]
         self.projected_gradient = bool(options["projected_gradient"])
+        self.seed = options.get("seed")
+        self.first_layer_decay = float(options.get("first_layer_decay", 1.0))
 
     def _first_layer_arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
         if self.first_layer == "dense":
@@ -408,14 +437,19 @@ class AlphaNet(nn.Module):
             b1_scale=None if self.first_layer == "dense" else self.gradient_scale,
         )
 
-    @torch.no_grad()
     def _outputs(self) -> tuple[Tensor, Tensor]:
-        """The sub-modules' raw outputs and alpha, by running the head on no samples."""
+        """The sub-modules' raw outputs and alpha."""
+        _, _, raw, alpha, _ = self._evaluate()
+        return raw, alpha
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[Tensor, ...]:
+        """All that the operator returns for no samples: nothing depends on a sample but the scores."""
         nothing = self.weight.new_empty(0, self.out_features)
         arguments = (nothing, None, None, self.members, *self._first_layer_arguments(), self.w2, self.b2)
         options = (self.gamma, ops.rule_number(self.rule), self.projected_gradient)
-        _, _, raw, alpha, _ = torch.ops.alphaext.head(*arguments, *options)
-        return raw, alpha
+        results: tuple[Tensor, ...] = torch.ops.alphaext.head(*arguments, *options)
+        return results
 
     def _check_input(self, x: Tensor, name: str, width: int) -> None:
         if not isinstance(x, Tensor):
@@ -460,6 +494,49 @@ def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
 def _check_dtype(tensor: Tensor, name: str, weight: Tensor) -> None:
     if tensor.dtype != weight.dtype:
         raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
+
+
+def clamped_outputs(raw: Tensor, rule: str, gamma: float) -> Tensor:
+    """``[F]`` bool: which classes' own coefficient is held by the clamp, from the sub-modules' outputs ``[F, K+1]``."""
+    if rule == "l1":
+        return torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
+    value = raw[:, 0] if rule == "clamp" else raw.softmax(dim=1)[:, 0]
+    low = min(reference.ALPHA_FLOOR, gamma) if rule == "clamp" else 0.0
+    return (value > gamma) | (value < low)
+
+
+def first_layer_scale(z: Tensor, networks: int) -> Tensor:
+    """What SGD's step on a first layer's outputs is multiplied by (docs/exactness.md): ``[F]``, or ``[F, F]`` with one network.
+
+    SGD moves w1 along z and b1 along 1, so it moves w1 z + b1 along z.z' + 1.
+    """
+    wide = z.detach().double()
+    scale = wide @ wide.t() + 1 if networks == 1 else wide.square().sum(dim=1) + 1
+    return scale.to(_wide(z.dtype))
+
+
+def _initial_first_layer(networks: int, hidden: int, z: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    w1 = torch.empty(networks, hidden, z.shape[1], dtype=z.dtype, device="cpu")
+    b1 = torch.empty(networks, hidden, dtype=z.dtype, device="cpu")
+    torch.ops.alphaext.initial_first_layer(w1, b1, seed, 0)
+    return w1, b1
+
+
+def _move_first_layer(w1: Tensor, b1: Tensor, z: Tensor, moved: Tensor, decay: float) -> None:
+    """Make ``w1``, ``b1`` what SGD makes of them while it moves their outputs by ``moved`` ``[F, H]`` (float64).
+
+    Every step adds a multiple u of (z, 1) to a row of (w1, b1), which moves its output by (|z|^2 + 1) u. With one network the
+    Gram matrix takes the place of |z|^2 + 1; where it is singular, every solution u gives the same weights.
+    """
+    scale = first_layer_scale(z.double(), len(w1))
+    if scale.dim() == 2:
+        u = torch.linalg.lstsq(scale.cpu(), moved.cpu(), driver="gelsd").solution.to(moved.device)
+        b1.mul_(decay).add_(u.sum(dim=0).to(b1.dtype))
+        w1[0].addmm_(u.t().to(w1.dtype), z.to(w1.dtype), beta=decay)
+        return
+    u = moved / scale.unsqueeze(1)
+    b1.mul_(decay).add_(u.to(b1.dtype))
+    w1.baddbmm_(u.to(w1.dtype).unsqueeze(2), z.to(w1.dtype).unsqueeze(1), beta=decay)
 
 
 def _check_classifier(weight: Tensor, bias: Tensor | None) -> None:

@@ -6,10 +6,8 @@ import hashlib
 import math
 import os
 import pickle
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,24 +18,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ._checks import (
-    TensorLike,
-    as_tensor,
-    check_finite,
-    check_floating,
-    check_integer,
-    check_labels,
-    check_shape,
-    format_ids,
-)
+from ._checks import TensorLike, as_tensor, check_floating, check_labels, check_shape
 from .classes import ClassSplit
-from .metrics import split_accuracy
+from .engines import (
+    ENGINES,
+    AutogradEngine,
+    Engine,
+    NativeEngine,
+    SharedLogits,
+    TrainingData,
+    TrainingDiverged,
+    split_accuracies,
+    why_not_native,
+)
+from .member_logits import Samples
 from .modules import AlphaNet
+from .options import DecayOfStart, Sgd, TrainingOptions
+from .sampling import EpochSampler
 
-SELECTIONS = ("best_all", "best_few", "last")
-
-# Rows of features that are checked, and converted to the head's dtype and device, at once.
-_BLOCK_ROWS = 8192
+# The native engine's epochs are short: writing a checkpoint after each would take longer than they do.
+_SECONDS_BETWEEN_CHECKPOINTS = 0.5
 
 
 @dataclass
@@ -47,24 +47,42 @@ class FitResult:
     Attributes:
         history: one dictionary an epoch, from epoch 0 (before training): ``epoch``, ``loss`` (mean cross-entropy; nan for
             epoch 0), ``lr`` (what the epoch trained with), ``clamped`` (classes whose own coefficient sits on its clamp), and
-            with validation data ``few``, ``medium``, ``many``, ``all``: top-1 accuracy, a fraction of 1.
+            with validation data the sixteen metrics.
         selected_epoch: the epoch whose parameters the head now has.
         selection: the policy that chose it, with its bounds.
-        before: accuracies of the original classifier on the validation data, or None without.
-        after: accuracies of the head as it is now on the validation data, or None without.
+        metrics_before: sixteen metrics of the original classifier on the validation data, or None without: ``few``, ``medium``,
+            ``many``, ``all``, top-1 accuracy over samples, a fraction of 1; and each with ``_top5``, ``_class_mean`` (the mean of
+            the classes' accuracies) and ``_class_mean_top5``.
+        metrics_after: the same of the head as it is now.
         clamped: classes whose own coefficient sits on its clamp now.
-        engine: what ran the training.
+        engine: what ran the training, ``"native"`` or ``"autograd"``.
+        engine_reason: why it was not the native engine; empty if it was, or if ``"autograd"`` was asked for.
         seconds: wall-clock time.
     """
 
     history: list[dict[str, float]] = field(repr=False)
     selected_epoch: int
     selection: str
-    before: dict[str, float] | None
-    after: dict[str, float] | None
+    metrics_before: dict[str, float] | None = field(repr=False)
+    metrics_after: dict[str, float] | None = field(repr=False)
     clamped: int
     engine: str
+    engine_reason: str
     seconds: float
+
+    @property
+    def before(self) -> dict[str, float] | None:
+        """Top-1 accuracy of the original classifier on the validation data: ``few``, ``medium``, ``many``, ``all``."""
+        return _top1(self.metrics_before)
+
+    @property
+    def after(self) -> dict[str, float] | None:
+        """The same of the head as it is now."""
+        return _top1(self.metrics_after)
+
+
+def _top1(metrics: dict[str, float] | None) -> dict[str, float] | None:
+    return None if metrics is None else {name: metrics[name] for name in ("few", "medium", "many", "all")}
 
 
 def fit(
@@ -78,12 +96,17 @@ def fit(
     batch_size: int = 64,
     lr: float = 0.1,
     momentum: float = 0.9,
+    dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-    lr_step: int | None = 20,
+    lr_schedule: str = "step",
+    lr_step: int = 20,
     lr_factor: float = 0.1,
+    lr_milestones: Sequence[int] = (),
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    engine: str = "auto",
     negative_ratio: float = 1.0,
+    negative_sampling: str = "uniform",
     select: str | None = None,
     min_all: float | None = None,
     seed: int = 0,
@@ -92,13 +115,12 @@ def fit(
 ) -> FitResult:
     """Train ``head`` on all samples of its few classes and as many base samples, drawn anew each epoch.
 
-    The loss is the cross-entropy over all classes. With a frozen classifier (the default) original logits are computed once for
-    few and validation samples, once an epoch for the base samples drawn, and mixed (:meth:`AlphaNet.mix_logits`): so a step
-    does not touch features or classifier.
+    The loss is the cross-entropy over all classes. With a frozen classifier (the default) the logits of few and base samples
+    that take part are computed once, and what training needs of them is kept: a step touches neither features nor classifier.
 
     Args:
         head: trained in place; on return it has the parameters of the selected epoch.
-        features: ``[n, D]``, floating point, the training features (a NumPy memory map will do).
+        features: ``[n, D]``, floating point, the training features (a NumPy memory map will do; float16 too).
         labels: ``[n]`` integers.
         val_features: ``[m, D]``, to select the epoch by; with ``val_labels``.
         val_labels: ``[m]`` integers.
@@ -106,21 +128,28 @@ def fit(
         batch_size: 64 in the paper. A last, smaller batch is kept.
         lr: learning rate, 0.1 in the paper.
         momentum: 0.9 in the paper.
+        dampening: of the momentum; none in the paper.
         weight_decay: L2 penalty; none in the paper.
         nesterov: Nesterov momentum.
-        lr_step: epochs between multiplications of the learning rate (of any optimiser) by ``lr_factor``; 20 in the paper. None
-            for never.
+        lr_schedule: ``"step"``, times ``lr_factor`` every ``lr_step`` epochs (default, as in the paper); ``"multistep"``, at
+            each of ``lr_milestones``; ``"cosine"``, down to 0 after ``epochs``; ``"constant"``. Of any optimiser.
+        lr_step: 20 in the paper.
         lr_factor: 0.1 in the paper.
-        optimizer: makes any torch optimiser out of the list of parameters, instead of SGD with ``lr``, ``momentum``,
-            ``weight_decay`` and ``nesterov``. A head with ``first_layer="factored"`` is exact for SGD only and refuses others.
+        lr_milestones: for ``"multistep"``, after how many epochs.
+        optimizer: makes any torch optimiser out of the list of parameters, instead of SGD with the options below. A head with
+            ``first_layer="factored"`` is exact for SGD only and refuses others.
+        engine: ``"native"``, whole epochs in compiled code, on one thread: for SGD and a frozen classifier, where it is exact
+            to rounding. ``"autograd"``, torch's. ``"auto"``, the default: native wherever it is exact; the result says which.
         negative_ratio: base samples for each few sample; 1 in the paper, 0 in its appendix E.
+        negative_sampling: ``"uniform"`` over base images, or ``"class_balanced"``: as many from each base class.
         select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data);
             ``"best_few"``, the best few accuracy among those whose accuracy over all is not below ``min_all``;
             ``"last"`` (default without). Epoch 0, before training, takes part; of equal epochs the first wins.
         min_all: for ``"best_few"``, a fraction of 1; None takes the original classifier's own.
         seed: of the samples drawn and their order.
-        checkpoint: a file that is rewritten after each epoch, whole or not at all. If it exists, training goes on from it, to
-            the same bits as without the interruption; a checkpoint of another head, data set or configuration is an error.
+        checkpoint: a file that is rewritten after each epoch (by the native engine at most every half second, and at the
+            end), whole or not at all. If it exists, training goes on from it, to the same bits as without the interruption; a
+            checkpoint of another head, data set or configuration is an error.
         progress: show a progress bar; None shows it where standard error is a terminal.
 
     Returns:
@@ -128,7 +157,8 @@ def fit(
 
     Raises:
         ValueError, TypeError: for arguments out of range or that disagree, before any training; the message names them.
-        FloatingPointError: when the loss is no longer finite; the head then has the best epoch's parameters so far.
+        FloatingPointError: when something is no longer finite, naming epoch, class and learning rate; the head then has the
+            best epoch's parameters so far.
         KeyboardInterrupt: passed on after giving the head the best epoch's parameters so far.
 
     Example:
@@ -136,199 +166,187 @@ def fit(
         >>> head = AlphaNet.from_linear(nn.Linear(8, 4), members=[[3, 0, 1]], seed=0)
         >>> result = fit(head, features, labels, epochs=2)
         >>> result.selected_epoch, result.engine
-        (2, 'autograd')
+        (2, 'native')
     """
     started = time.monotonic()
-    if not isinstance(head, AlphaNet):
-        raise TypeError(f"head must be an AlphaNet, got {type(head).__name__}")
-    _check_options(epochs, batch_size, lr, lr_step, lr_factor, negative_ratio, seed)
+    _check_head(head)
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    settings = TrainingOptions(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        lr_schedule=lr_schedule,
+        lr_step=lr_step,
+        lr_factor=lr_factor,
+        lr_milestones=lr_milestones,
+        negative_ratio=negative_ratio,
+        negative_sampling=negative_sampling,
+        select=select,
+        min_all=min_all,
+        seed=seed,
+    )
     path = None if checkpoint is None else _check_path(checkpoint)
-    select = _check_selection(select, min_all, val_features is not None)
-    data, targets = _check_samples(head, features, labels, "features", "labels")
-    few, base = _few_and_base_samples(head, targets)
-    negatives = _number_of_negatives(len(few), len(base), negative_ratio)
-    parameters = [p for p in head.parameters() if p.requires_grad]
-    algorithm = (
-        torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
-        if optimizer is None
-        else optimizer(parameters)
-    )
-    _check_optimizer(head, algorithm)
-    validation = _Validation.make(head, val_features, val_labels, targets)
-    if select == "best_few" and validation is not None:
-        if math.isnan(validation.before["few"]):
-            raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
-        min_all = validation.before["all"] if min_all is None else min_all
+    check_selection(settings, val_features is not None)
+    data = training_data(head, features, labels, val_features, val_labels, settings)
 
-    run = _Run(head, parameters, algorithm, lr_step, lr_factor, torch.Generator("cpu").manual_seed(seed))
-    options = {
-        "batch_size": batch_size,
-        "negative_ratio": negative_ratio,
-        "select": select,
-        "min_all": min_all,
-        "optimizer": repr(algorithm),
-        "lr_step": lr_step,
-        "lr_factor": lr_factor,
-        "seed": seed,
-        "head": repr(head),
-    }
-    if path is not None:
-        options["head, classifier and data"] = _fingerprint(head, data, targets, validation)
-    samples = _Samples(head, data, targets, few, base, negatives)
-    if path is not None and path.exists():
-        run.resume(path, options, epochs)
-    else:
-        run.record(0, math.nan, run.learning_rate(), validation, select, min_all)
-
-    try:
-        with torch.enable_grad(), _progress_bar(progress, epochs, len(run.history) - 1) as report:
-            for epoch in range(len(run.history), epochs + 1):
-                used_lr = run.learning_rate()
-                loss = run.epoch(samples, batch_size)
-                if not math.isfinite(loss) or not samples.scores_are_finite():
-                    raise FloatingPointError(
-                        f"training diverged: the loss or the scores are no longer finite in epoch {epoch} (loss {loss:g}, "
-                        f"lr {used_lr:g}); a smaller lr may help"
-                    )
-                run.record(epoch, loss, used_lr, validation, select, min_all)
-                if path is not None:
-                    run.save(path, options)
-                report(run.history[-1])
-    finally:
-        run.restore_selected()
-    return FitResult(
-        history=run.history,
-        selected_epoch=run.selected_epoch,
-        selection=select if select != "best_few" else f"best_few with all >= {min_all:.4f}",
-        before=None if validation is None else validation.before,
-        after=None if validation is None else validation.accuracy(head),
-        clamped=int(head.clamped().sum()),
-        engine="autograd",
-        seconds=time.monotonic() - started,
-    )
+    made = None
+    if optimizer is not None:
+        made = optimizer([p for p in head.parameters() if p.requires_grad])
+        _check_optimizer(head, made)
+    reason = why_not_native(head, made)
+    if engine == "native" and reason:
+        raise ValueError(f"engine='native' cannot train this exactly: {reason}; use engine='autograd'")
+    native = engine != "autograd" and not reason
+    run = Run(head, settings, data)
+    run.prepare(path, made, native=native)
+    with _progress_bar(progress, settings.epochs, len(run.history) - 1) as report:
+        run.train(path, report)
+    return run.result("" if native or engine == "autograd" else reason or "", time.monotonic() - started)
 
 
-class _Samples:
-    """The training samples: all few ones, and base ones drawn anew each epoch."""
+class Run:
+    """One training: an engine, the history, the best epoch so far, and the checkpoint they go into."""
 
-    def __init__(self, head: AlphaNet, data: Tensor, targets: Tensor, few: Tensor, base: Tensor, negatives: int) -> None:
-        self.head, self.data, self.targets, self.few, self.base, self.negatives = (
-            head,
-            data,
-            targets,
-            few,
-            base,
-            negatives,
-        )
-        self.mixes_logits = not any(p is not None and p.requires_grad for p in (head.weight, head.bias))
-        self.few_inputs = self._inputs(few)
-
-    def _inputs(self, indices: Tensor) -> Tensor:
-        return _original_logits(self.head, self.data, indices) if self.mixes_logits else _on_head(self.head, self.data[indices])
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One epoch's inputs (logits, or features where the classifier learns too) and labels, in random order."""
-        if self.negatives > len(self.base):
-            drawn = torch.randint(len(self.base), (self.negatives,), generator=generator, device="cpu")
-        else:
-            drawn = torch.randperm(len(self.base), generator=generator, device="cpu")[: self.negatives]
-        negatives = self.base[drawn]
-        order = torch.randperm(len(self.few) + len(negatives), generator=generator, device="cpu")
-        targets = self.targets[torch.cat([self.few, negatives])[order]].to(self.few_inputs.device)
-        inputs = torch.cat([self.few_inputs, self._inputs(negatives)])
-        return inputs[order.to(inputs.device)], targets
-
-    def scores(self, inputs: Tensor) -> Tensor:
-        return self.head.mix_logits(inputs) if self.mixes_logits else self.head(inputs)
-
-    @torch.no_grad()
-    def scores_are_finite(self) -> bool:
-        """Whether the head, as it is now, still gives finite scores: of one sample, since every class's alphas enter them."""
-        return bool(self.scores(self.few_inputs[:1]).isfinite().all())
-
-
-class _Run:
-    """The state of a training: parameters, optimiser, random numbers, history and the best epoch so far."""
-
-    def __init__(
-        self,
-        head: AlphaNet,
-        parameters: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        lr_step: int | None,
-        lr_factor: float,
-        generator: torch.Generator,
-    ) -> None:
-        self.head, self.parameters, self.optimizer, self.generator = head, parameters, optimizer, generator
-        self.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, lr_step or sys.maxsize, lr_factor)
+    def __init__(self, head: AlphaNet, options: TrainingOptions, data: TrainingData) -> None:
+        self.head, self.options, self.data = head, options, data
+        self.select = options.select or ("last" if data.validation is None else "best_all")
+        self.min_all = options.min_all
         self.history: list[dict[str, float]] = []
+        self.before: dict[str, float] | None = None
         self.selected_epoch = 0
         self.selected_score = -math.inf
+        self.selected_decay = 1.0
         self.selected: list[Tensor] = []
+        self.engine: Engine
+        self._saved = 0.0
 
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def epoch(self, samples: _Samples, batch_size: int) -> float:
-        """Train one epoch; the mean loss."""
-        inputs, targets = samples.draw(self.generator)
-        total = torch.zeros((), dtype=torch.float64, device=inputs.device)
-        for batch, batch_targets in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-            losses: list[Tensor] = []
-
-            def closure(batch: Tensor = batch, targets: Tensor = batch_targets, losses: list[Tensor] = losses) -> Tensor:
-                self.optimizer.zero_grad()
-                scores = samples.scores(batch)
-                loss = nn.functional.cross_entropy(scores if scores.dtype == torch.float64 else scores.float(), targets)
-                loss.backward()
-                losses.append(loss.detach())
-                return loss
-
-            self.optimizer.step(closure)  # type: ignore[arg-type]  # closures may return tensors, as torch's own examples do
-            total += losses[0] * len(batch)
-        self.scheduler.step()
-        return float(total) / len(inputs)
-
-    def record(
-        self, epoch: int, loss: float, lr: float, validation: _Validation | None, select: str, min_all: float | None
+    def prepare(
+        self,
+        path: Path | None,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        native: bool,
+        logits: SharedLogits | None = None,
     ) -> None:
-        """Add an epoch to the history, and keep its parameters if it is the one to select so far."""
-        entry: dict[str, float] = {
-            "epoch": epoch,
-            "loss": loss,
-            "lr": lr,
-            "clamped": int(self.head.clamped().sum()),
+        """Make the engine; go on from the checkpoint at ``path``, if it exists, or evaluate epoch 0."""
+        options, data, head = self.options, self.data, self.head
+        sgd = Sgd(options.lr, options.momentum, options.dampening, options.weight_decay, options.nesterov)
+        if optimizer is None and not native:
+            parameters = [p for p in head.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(parameters, **vars(sgd), fused=True)
+        elif optimizer is not None:
+            sgd = Sgd.of(optimizer) or sgd
+        state = None
+        self._identity = {
+            **options.fingerprint(),
+            "select": self.select,
+            "engine": "native" if native else "autograd",
+            "optimizer": repr(sgd) if native else repr(optimizer),
+            "head": repr(head),
         }
-        if validation is not None:
-            entry.update(validation.accuracy(self.head))
+        if path is not None:
+            self._identity["head, classifier and data"] = _fingerprint(head, data)
+            state = self._load(path) if path.exists() else None
+        if native:
+            first = 1 if state is None else len(state["history"])
+            self.engine = NativeEngine(head, options, sgd, data, first, logits)
+        else:
+            assert optimizer is not None
+            self.engine = AutogradEngine(head, options, data, optimizer)
+        self.decay = DecayOfStart(sgd if optimizer is None else self.engine.sgd or sgd)
+        original = self.engine.original_hits()
+        if original is not None:
+            self.before = self._accuracies(original)
+            if self.select == "best_few":
+                self.min_all = self.before["all"] if self.min_all is None else self.min_all
+        if state is None:
+            self._record(0, math.nan, self.engine.learning_rate(options.lr_multiplier(1)))
+        else:
+            self._resume(state)
+
+    def train(self, path: Path | None, report: Callable[[dict[str, float]], None]) -> None:
+        """Train the remaining epochs and leave the head with the parameters of the selected one, whatever happens."""
+        options, engine = self.options, self.engine
+        try:
+            for epoch in range(len(self.history), options.epochs + 1):
+                multiplier = options.lr_multiplier(epoch)
+                lr = engine.learning_rate(multiplier)
+                try:
+                    loss = engine.train(epoch, multiplier)
+                except TrainingDiverged as error:
+                    raise FloatingPointError(
+                        f"training diverged: {error} is no longer finite in epoch {epoch} (lr {lr:g}); a smaller lr may help"
+                    ) from None
+                self.decay.advance(lr, engine.steps_per_epoch)
+                self._record(epoch, loss, lr)
+                due = engine.name != "native" or time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS
+                if path is not None and (due or epoch == options.epochs):
+                    self._save(path)
+                report(self.history[-1])
+        finally:
+            engine.restore(self.selected, self.selected_decay)
+            if self.head.first_layer == "factored":
+                self.head.first_layer_decay *= self.selected_decay
+
+    def result(self, engine_reason: str, seconds: float) -> FitResult:
+        chosen = self.history[self.selected_epoch]
+        after = None if self.before is None else {name: chosen[name] for name in self.before}
+        return FitResult(
+            history=self.history,
+            selected_epoch=self.selected_epoch,
+            selection=self.select if self.select != "best_few" else f"best_few with all >= {self.min_all:.4f}",
+            metrics_before=self.before,
+            metrics_after=after,
+            clamped=int(chosen["clamped"]),
+            engine=self.engine.name,
+            engine_reason=engine_reason,
+            seconds=seconds,
+        )
+
+    def _accuracies(self, hits: Tensor) -> dict[str, float]:
+        assert self.data.validation is not None
+        counts = torch.bincount(self.data.validation.labels, minlength=self.head.out_features)
+        return split_accuracies(hits, counts, self._split)
+
+    @property
+    def _split(self) -> ClassSplit:
+        if not hasattr(self, "_cached_split"):
+            self._cached_split = _split_of(self.head, self.data.samples.labels)
+        return self._cached_split
+
+    def _record(self, epoch: int, loss: float, lr: float) -> None:
+        """Add an epoch to the history, and keep its parameters if it is the one to select so far."""
+        entry: dict[str, float] = {"epoch": epoch, "loss": loss, "lr": lr, "clamped": self.engine.clamped()}
+        hits = self.engine.hits()
+        if hits is not None:
+            entry.update(self._accuracies(hits))
         self.history.append(entry)
-        if select == "last":
+        if self.select == "last":
             score = float(epoch)
-        elif select == "best_all":
+        elif self.select == "best_all":
             score = entry["all"]
         else:
             # Epochs below the bound come after all others, the least bad first.
-            bound = -math.inf if min_all is None else min_all
+            bound = -math.inf if self.min_all is None else self.min_all
             score = entry["few"] if entry["all"] >= bound else entry["all"] - 2
         if score > self.selected_score:
-            self.selected_epoch, self.selected_score = epoch, score
-            self.selected = [p.detach().clone() for p in self.parameters]
+            self.selected_epoch, self.selected_score, self.selected_decay = epoch, score, self.decay.factor
+            self.selected = self.engine.snapshot()
 
-    def restore_selected(self) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, self.selected, strict=True):
-                parameter.copy_(value)
-
-    def save(self, path: Path, options: dict[str, Any]) -> None:
+    def _save(self, path: Path) -> None:
         state = {
-            "options": options,
-            "parameters": [p.detach() for p in self.parameters],
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if isinstance(v, (int, float, list))},
-            "generator": self.generator.get_state(),
+            "options": self._identity,
+            "engine": self.engine.state(),
+            "decay": vars(self.decay) | {"sgd": None},
             "history": self.history,
             "selected_epoch": self.selected_epoch,
             "selected_score": self.selected_score,
+            "selected_decay": self.selected_decay,
             "selected": self.selected,
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -337,30 +355,61 @@ class _Run:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        self._saved = time.monotonic()
 
-    def resume(self, path: Path, options: dict[str, Any], epochs: int) -> None:
+    def _load(self, path: Path) -> dict[str, Any]:
         try:
-            state = torch.load(path, map_location=self.head.weight.device, weights_only=True)
-            saved = state["options"]
+            state: dict[str, Any] = torch.load(path, map_location=self.head.weight.device, weights_only=True)
+            saved, done = state["options"], len(state["history"]) - 1
         except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"checkpoint {path} cannot be read as one of fit's: {type(error).__name__}: {error}") from error
-        for name, value in options.items():
+        for name, value in self._identity.items():
             if saved.get(name) != value:
                 raise ValueError(
                     f"checkpoint {path} belongs to another training: {name} is {value!r} here and {saved.get(name)!r} there"
                 )
-        if len(state["history"]) - 1 > epochs:
-            raise ValueError(f"checkpoint {path} has {len(state['history']) - 1} epochs, more than epochs={epochs}")
-        # The head last: what is wrong with the rest is found before it is changed.
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.generator.set_state(state["generator"].cpu())
+        if done > self.options.epochs:
+            raise ValueError(f"checkpoint {path} has {done} epochs, more than epochs={self.options.epochs}")
+        return state
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        self.engine.load_state(state["engine"])
+        for name in ("factor", "momentum", "steps"):
+            setattr(self.decay, name, state["decay"][name])
         self.history = state["history"]
         self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
-        self.selected = state["selected"]
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
+        self.selected_decay, self.selected = state["selected_decay"], state["selected"]
+
+
+def check_selection(options: TrainingOptions, has_validation: bool) -> None:
+    """Check that a policy which needs validation data has some."""
+    if options.select not in (None, "last") and not has_validation:
+        raise ValueError(f"select={options.select!r} needs val_features and val_labels")
+
+
+def training_data(
+    head: AlphaNet,
+    features: TensorLike,
+    labels: TensorLike,
+    val_features: TensorLike | None,
+    val_labels: TensorLike | None,
+    options: TrainingOptions,
+) -> TrainingData:
+    """The data of a training, checked."""
+    if (val_features is None) != (val_labels is None):
+        raise ValueError("val_features and val_labels must be given together")
+    samples = _check_samples(head, features, labels, "features", "labels")
+    validation = None
+    if val_features is not None and val_labels is not None:
+        validation = _check_samples(head, val_features, val_labels, "val_features", "val_labels")
+        if options.select == "best_few" and not bool(torch.isin(validation.labels, head.few_classes.cpu()).any()):
+            raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
+    return TrainingData(samples, EpochSampler(samples.labels, head.few_classes, head.out_features, options), validation)
+
+
+def _check_head(head: object) -> None:
+    if not isinstance(head, AlphaNet):
+        raise TypeError(f"head must be an AlphaNet, got {type(head).__name__}")
 
 
 def _check_path(checkpoint: str | os.PathLike[str]) -> Path:
@@ -370,45 +419,20 @@ def _check_path(checkpoint: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _fingerprint(head: AlphaNet, data: Tensor, targets: Tensor, validation: _Validation | None) -> str:
+def _fingerprint(head: AlphaNet, data: TrainingData) -> str:
     """Tells trainings apart: a digest of what is fixed in one, of features a sample of a thousand rows."""
     digest = hashlib.sha256()
     for name, parameter in head.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.requires_grad}".encode())
     frozen = [p for p in (head.weight, head.bias) if p is not None and not p.requires_grad]
-    tensors = [head.members, head.z, *frozen, targets, data[:: max(1, len(data) // 1000)]]
-    if validation is not None:
-        tensors += [validation.labels, validation.data[:: max(1, len(validation.data) // 1000)]]
+    tensors = [head.members, head.z, *frozen]
+    for samples in (data.samples, data.validation):
+        if samples is not None:
+            tensors += [samples.labels, samples.features[:: max(1, len(samples.features) // 1000)]]
     for tensor in tensors:
         digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-class _Validation:
-    """Validation samples as original logits, computed once."""
-
-    def __init__(self, head: AlphaNet, data: Tensor, labels: Tensor, split: ClassSplit) -> None:
-        self.data, self.labels, self.split = data, labels, split
-        self.logits = _original_logits(head, data, torch.arange(len(data), device="cpu"))
-        self.before = split_accuracy(self.logits, labels.to(self.logits.device), split)
-
-    @classmethod
-    def make(
-        cls, head: AlphaNet, features: TensorLike | None, labels: TensorLike | None, train_labels: Tensor
-    ) -> _Validation | None:
-        if (features is None) != (labels is None):
-            raise ValueError("val_features and val_labels must be given together")
-        if features is None or labels is None:
-            return None
-        data, targets = _check_samples(head, features, labels, "val_features", "val_labels")
-        return cls(head, data, targets, _split_of(head, train_labels))
-
-    @torch.no_grad()
-    def accuracy(self, head: AlphaNet) -> dict[str, float]:
-        frozen = not any(p is not None and p.requires_grad for p in (head.weight, head.bias))
-        logits = self.logits if frozen else _original_logits(head, self.data, torch.arange(len(self.data), device="cpu"))
-        return split_accuracy(head.mix_logits(logits), self.labels.to(logits.device), self.split)
 
 
 def _split_of(head: AlphaNet, labels: Tensor) -> ClassSplit:
@@ -420,47 +444,7 @@ def _split_of(head: AlphaNet, labels: Tensor) -> ClassSplit:
     return ClassSplit(few=ids[few], medium=ids[~few & ~many], many=ids[many])
 
 
-def _on_head(head: AlphaNet, x: Tensor) -> Tensor:
-    return x.to(device=head.weight.device, dtype=head.weight.dtype)
-
-
-@torch.no_grad()
-def _original_logits(head: AlphaNet, data: Tensor, indices: Tensor) -> Tensor:
-    blocks = [nn.functional.linear(_on_head(head, data[block]), head.weight, head.bias) for block in indices.split(_BLOCK_ROWS)]
-    return torch.cat(blocks)
-
-
-def _check_options(
-    epochs: int, batch_size: int, lr: float, lr_step: int | None, lr_factor: float, negative_ratio: float, seed: int
-) -> None:
-    check_integer(epochs, "epochs", minimum=0)
-    check_integer(batch_size, "batch_size", minimum=1)
-    check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
-    if lr_step is not None:
-        check_integer(lr_step, "lr_step", minimum=1)
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr must be finite and above 0, got {lr!r}")
-    if not (math.isfinite(lr_factor) and lr_factor > 0):
-        raise ValueError(f"lr_factor must be finite and above 0, got {lr_factor!r}")
-    if not (math.isfinite(negative_ratio) and negative_ratio >= 0):
-        raise ValueError(f"negative_ratio must be finite and at least 0, got {negative_ratio!r}")
-
-
-def _check_selection(select: str | None, min_all: float | None, has_validation: bool) -> str:
-    if select is None:
-        select = "best_all" if has_validation else "last"
-    if select not in SELECTIONS:
-        raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, got {select!r}")
-    if select != "last" and not has_validation:
-        raise ValueError(f"select={select!r} needs val_features and val_labels")
-    if min_all is not None and (select != "best_few" or not 0 <= min_all <= 1):
-        raise ValueError(f"min_all must be a fraction in [0, 1], with select='best_few'; got {min_all!r} with {select!r}")
-    return select
-
-
-def _check_samples(
-    head: AlphaNet, features: TensorLike, labels: TensorLike, features_name: str, labels_name: str
-) -> tuple[Tensor, Tensor]:
+def _check_samples(head: AlphaNet, features: TensorLike, labels: TensorLike, features_name: str, labels_name: str) -> Samples:
     data = as_tensor(features, features_name).detach()
     check_floating(data, features_name)
     check_shape(data, features_name, ("n", head.in_features))
@@ -469,32 +453,7 @@ def _check_samples(
         raise ValueError(f"{features_name} and {labels_name} must have one entry a sample, got {len(data)} and {len(targets)}")
     if len(data) == 0:
         raise ValueError(f"{features_name} must not be empty")
-    for first in range(0, len(data), _BLOCK_ROWS):
-        check_finite(data[first : first + _BLOCK_ROWS], features_name, first_row=first)
-    return data, targets
-
-
-def _few_and_base_samples(head: AlphaNet, targets: Tensor) -> tuple[Tensor, Tensor]:
-    few_classes = head.few_classes.cpu()
-    counts = torch.bincount(targets, minlength=head.out_features)
-    missing = few_classes[counts[few_classes] == 0]
-    if len(missing):
-        raise ValueError(f"labels has no sample of the few classes {format_ids(missing.tolist())}")
-    is_few = torch.isin(targets, few_classes)
-    return is_few.nonzero().flatten(), (~is_few).nonzero().flatten()
-
-
-def _number_of_negatives(few: int, base: int, ratio: float) -> int:
-    negatives = round(ratio * few)
-    if negatives and not base:
-        raise ValueError(f"labels has no sample of a base class, but negative_ratio={ratio:g} asks for {negatives}")
-    if negatives > base:
-        warnings.warn(
-            f"negative_ratio={ratio:g} asks for {negatives} base samples an epoch, but there are {base}: they are drawn with "
-            "replacement",
-            stacklevel=3,
-        )
-    return negatives
+    return Samples(data, targets, features_name)
 
 
 def _check_optimizer(head: AlphaNet, optimizer: torch.optim.Optimizer) -> None:

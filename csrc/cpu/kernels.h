@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../params.h"
+#include "../training.h"
 
 namespace alphaext::cpu {
 
@@ -16,6 +17,10 @@ struct Kernels {
   void (*mix_forward)(const MixParams&, int64_t begin, int64_t end);                             // items: batch rows
   void (*mix_backward_alpha)(const MixBackwardParams&, int64_t begin, int64_t end);              // items: F classes
   void (*mix_backward_logits)(const MixBackwardParams&, int64_t begin, int64_t end);             // items: batch rows
+  void (*cache_logits)(const CacheParams&, int64_t begin, int64_t end);                          // items: samples
+  void (*validate)(const ValidateParams&, int64_t begin, int64_t end);  // items: blocks; `hits` and workspace are one caller's
+  void (*initial_weights)(const InitialWeightsParams&, int64_t begin, int64_t end, void* workspace);  // items: networks * H rows
+  TrainResult (*train_epoch)(const TrainParams&);
 };
 
 // The best table for this processor; ALPHAEXT_SIMD=default|avx2|avx512 lowers it (a level the processor lacks is ignored).

@@ -1,10 +1,15 @@
 // The kernels for x86-64 processors with AVX2.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #define ALPHAEXT_SIMD_NAMESPACE simd_avx2
 #define ALPHAEXT_SIMD_NAME "avx2"
+#define ALPHAEXT_VECTOR_BYTES 32
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

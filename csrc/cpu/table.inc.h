@@ -17,9 +17,14 @@ static inline void stream_scaled(T* destination, const T* source, accumulate_t<T
   for (int64_t i = 0; i < size; ++i) destination[i] = narrow<T>(widen(source[i]) * factor);
 }
 
+#include "vectors.inc.h"
+
 #include "first_layer.inc.h"
 #include "coefficients.inc.h"
 #include "mix.inc.h"
+#include "cached_logits.inc.h"
+#include "initial_weights.inc.h"
+#include "training.inc.h"
 
 #define ALPHAEXT_BY_DTYPE(kernel, Params)                                \
   [](const Params& params, int64_t begin, int64_t end) {                 \
@@ -42,8 +47,23 @@ const Kernels kTable = {
     ALPHAEXT_BY_DTYPE(mix_forward, MixParams),
     ALPHAEXT_BY_DTYPE(mix_backward_alpha, MixBackwardParams),
     ALPHAEXT_BY_DTYPE(mix_backward_logits, MixBackwardParams),
+    [](const CacheParams& params, int64_t begin, int64_t end) {
+      return params.dtype == ScalarType::Float64 ? cache_logits<double>(params, begin, end)
+                                                 : cache_logits<float>(params, begin, end);
+    },
+    [](const ValidateParams& params, int64_t begin, int64_t end) {
+      return params.dtype == ScalarType::Float64 ? validate<double>(params, begin, end) : validate<float>(params, begin, end);
+    },
+    [](const InitialWeightsParams& params, int64_t begin, int64_t end, void* workspace) {
+      return params.dtype == ScalarType::Float64 ? initial_weights<double>(params, begin, end, workspace)
+                                                 : initial_weights<float>(params, begin, end, workspace);
+    },
+    [](const TrainParams& params) {
+      return params.dtype == ScalarType::Float64 ? train_epoch<double>(params) : train_epoch<float>(params);
+    },
 };
 
 #undef ALPHAEXT_BY_DTYPE
+#undef ALPHAEXT_INLINE
 
 }  // namespace alphaext::cpu::ALPHAEXT_SIMD_NAMESPACE

@@ -1,0 +1,416 @@
+"""What runs an epoch: the native engine, which trains in the extension, and torch's autograd for everything else.
+
+Both train the same samples in the same order (:class:`alphaext.sampling.EpochSampler`) and agree to rounding wherever the
+native one is allowed (docs/exactness.md): SGD, a frozen classifier, float32 or float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from ._checks import check_finite
+from .classes import ClassSplit
+from .member_logits import Columns, Samples, TrainingLogits, ValidationLogits
+from .metrics import label_ranks
+from .modules import AlphaNet, clamped_outputs, first_layer_scale
+from .options import Sgd, TrainingOptions
+from .sampling import EpochSampler
+
+ENGINES = ("auto", "native", "autograd")
+
+# The most bytes of cached logits of training samples; beyond it those of base samples are computed anew each epoch.
+CACHE_BYTES = 2 << 30
+
+_TILE = 16  # hidden units, as in csrc/training.h
+
+
+class TrainingDiverged(FloatingPointError):
+    """Something is no longer finite; the message names the class where one can be named."""
+
+
+class Engine(Protocol):
+    """What :func:`alphaext.fit` asks of an engine."""
+
+    name: str
+    steps_per_epoch: int
+
+    @property
+    def sgd(self) -> Sgd | None:
+        """The numbers of the SGD that trains; None for another optimiser."""
+
+    def train(self, epoch: int, multiplier: float) -> float:
+        """Train one epoch at ``multiplier`` times the learning rate; the mean loss."""
+
+    def learning_rate(self, multiplier: float) -> float: ...
+
+    def hits(self) -> Tensor | None:
+        """``[2, N]``: of each class the validation samples ranked first and among the first five; None without validation."""
+
+    def original_hits(self) -> Tensor | None:
+        """The same of the original classifier."""
+
+    def clamped(self) -> int: ...
+
+    def snapshot(self) -> list[Tensor]:
+        """What is trained, copied."""
+
+    def restore(self, snapshot: list[Tensor], decay: float) -> None:
+        """Give the head what ``snapshot`` holds; ``decay`` is what weight decay has left of the start (:class:`DecayOfStart`).
+
+        Once, at the end: the native engine moves a dense first layer from where the training found it.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """All that training goes on from, for a checkpoint."""
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Samples of a training, and the validation samples, if there are any."""
+
+    samples: Samples
+    sampler: EpochSampler
+    validation: Samples | None
+
+
+def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> str | None:
+    """Why the native engine cannot train this head exactly as torch would; None if it can."""
+    if optimizer is not None and Sgd.of(optimizer) is None:
+        return f"the optimizer is {type(optimizer).__name__}, not plain torch.optim.SGD with one group of parameters"
+    if any(p is not None and p.requires_grad for p in (head.weight, head.bias)):
+        return "the classifier is trained too"
+    if type(head) is not AlphaNet:
+        return f"the head is a {type(head).__name__}, which may compute something else than AlphaNet"
+    if head.weight.dtype not in (torch.float32, torch.float64):
+        return f"the head is {head.weight.dtype}, not float32 or float64"
+    frozen = [name for name, p in head.named_parameters() if not p.requires_grad and name not in ("weight", "bias")]
+    if frozen:
+        return f"{', '.join(frozen)} does not ask for a gradient"
+    return None
+
+
+class NativeEngine:
+    """Trains in the extension, on one thread, from cached member logits: no features, no classifier, no first layer.
+
+    What a step needs of the first layer is its output; its weights are put back when the head is given its parameters.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        head: AlphaNet,
+        options: TrainingOptions,
+        sgd: Sgd,
+        data: TrainingData,
+        first_epoch: int = 1,
+        logits: SharedLogits | None = None,
+    ) -> None:
+        self.head, self.options, self.sgd, self.data = head, options, sgd, data
+        self.sampler = data.sampler
+        self.steps_per_epoch = -(-len(self.sampler) // options.batch_size)
+        epochs = range(first_epoch, options.epochs + 1)
+        self.logits = SharedLogits([head], data, self.sampler.used(epochs)) if logits is None else logits
+        self.columns = self.logits.columns.of(head)
+        self.steps = 0
+        num_few, members, hidden = head.num_few, head.top_k + 1, head.w2.shape[2]
+        dtype = head.weight.dtype
+        self._hidden, self._tiles = hidden, -(-hidden // _TILE)
+        with torch.no_grad():
+            start = _preactivations(head)
+            self._scale = _gradient_scale(head).to(device="cpu", dtype=dtype).contiguous()
+            self._state = self._packed(start.to(device="cpu", dtype=dtype), head.w2.detach().cpu())
+            self._b2 = head.b2.detach().cpu().clone()
+            self._b2_momentum = torch.zeros_like(self._b2)
+            self._raw = torch.empty(num_few, members, dtype=dtype, device="cpu")
+            self._alpha = torch.empty(num_few, members, dtype=dtype, device="cpu")
+            # The dense first layer's change is told by how far its output has moved.
+            self._start = start.to(device="cpu", dtype=torch.float64) if head.first_layer == "dense" else None
+        self._call(torch.empty(0, dtype=torch.int64, device="cpu"), 0.0)
+
+    @property
+    def _rows(self) -> tuple[int, int]:
+        """Rows of pre-activations and of w2 in a tile: those of one network."""
+        return (self.head.num_few if self._scale.dim() == 2 else 1), self.head.top_k + 1
+
+    def _packed(self, preactivation: Tensor, w2: Tensor) -> Tensor:
+        """The state as the extension wants it: tile by tile, each with zeros for the momentum."""
+        classes, members = self._rows
+        networks = len(w2)
+        state = torch.zeros(networks, self._tiles, 2 * classes + 2 * members, _TILE, dtype=preactivation.dtype, device="cpu")
+        missing = self._tiles * _TILE - self._hidden
+        rows = nn.functional.pad(preactivation, (0, missing)).view(networks, classes, self._tiles, _TILE)
+        state[:, :, :classes] = rows.transpose(1, 2)
+        rows = nn.functional.pad(w2, (0, missing)).view(networks, members, self._tiles, _TILE)
+        state[:, :, 2 * classes : 2 * classes + members] = rows.transpose(1, 2)
+        return state
+
+    def _unpacked(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        classes, members = self._rows
+        preactivation = state[:, :, :classes].transpose(1, 2).reshape(self.head.num_few, -1)[:, : self._hidden]
+        w2 = state[:, :, 2 * classes : 2 * classes + members].transpose(1, 2).reshape(len(state), members, -1)
+        return preactivation, w2[:, :, : self._hidden]
+
+    def _call(self, rows: Tensor, lr: float) -> tuple[float, int, int]:
+        """Train on ``rows``: the sum of their losses, and the step and class that failed, or -1."""
+        head, sgd, cached = self.head, self.sgd, self.logits.training
+        result = torch.ops.alphaext.train_epoch(
+            self._state, self._b2, self._b2_momentum, self._raw, self._alpha,
+            rows, cached.logits, cached.base_logsumexp, cached.label_logit, cached.few_of_label, self.columns, self._scale,
+            self.options.batch_size, head.gamma, ops.rule_number(head.rule), head.projected_gradient,
+            lr, sgd.momentum, sgd.dampening, sgd.weight_decay, sgd.nesterov, self.steps == 0,
+        )  # fmt: skip
+        loss, failed_step, failed_class = result.tolist()
+        return loss, int(failed_step), int(failed_class)
+
+    def learning_rate(self, multiplier: float) -> float:
+        return self.sgd.lr * multiplier
+
+    def train(self, epoch: int, multiplier: float) -> float:
+        rows = self.logits.rows_of(self.sampler, epoch)
+        loss, failed_step, failed_class = self._call(rows, self.learning_rate(multiplier))
+        self.steps += self.steps_per_epoch
+        if failed_step >= 0:
+            where = f"step {failed_step + 1} of {self.steps_per_epoch}"
+            if failed_class >= 0:
+                where = f"class {int(self.head.few_classes[failed_class])}, {where}"
+            raise TrainingDiverged(where)
+        return loss / len(self.sampler)
+
+    def hits(self) -> Tensor | None:
+        return None if self.logits.validation is None else self.logits.validation.hits(self._alpha, self.columns)
+
+    def original_hits(self) -> Tensor | None:
+        if self.logits.validation is None:
+            return None
+        own = torch.zeros_like(self._alpha)
+        own[:, 0] = 1
+        return self.logits.validation.hits(own, self.columns)
+
+    def clamped(self) -> int:
+        return int(clamped_outputs(self._raw, self.head.rule, self.head.gamma).sum())
+
+    def snapshot(self) -> list[Tensor]:
+        preactivation, w2 = self._unpacked(self._state)
+        return [preactivation.clone(), w2.clone(), self._b2.clone()]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Tensor], decay: float) -> None:
+        head = self.head
+        preactivation, w2, b2 = snapshot
+        head.w2.copy_(w2)
+        head.b2.copy_(b2)
+        if head.first_layer == "factored":
+            head.preactivation.copy_(preactivation)
+            return
+        assert self._start is not None
+        head._move_outputs(preactivation.double() - decay * self._start, decay)
+
+    def state(self) -> dict[str, Any]:
+        return {"state": self._state, "b2": self._b2, "b2_momentum": self._b2_momentum, "steps": self.steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._state.copy_(state["state"])
+        self._b2.copy_(state["b2"])
+        self._b2_momentum.copy_(state["b2_momentum"])
+        self.steps = state["steps"]
+        self._call(torch.empty(0, dtype=torch.int64, device="cpu"), 0.0)
+
+
+class SharedLogits:
+    """The cached logits of a training, or of many on the same samples with the same few classes."""
+
+    def __init__(self, heads: list[AlphaNet], data: TrainingData, used: Tensor) -> None:
+        """``used``: the numbers of all samples that take part (:meth:`EpochSampler.used`), the few ones first."""
+        self.columns = Columns(heads)
+        self.data = data
+        self.num_few = data.sampler.num_few
+        row_bytes = len(self.columns) * self.columns.few_penalty.element_size()
+        self.all_at_once = len(used) * row_bytes <= CACHE_BYTES
+        indices = data.sampler.indices
+        if not self.all_at_once:
+            used = used[: self.num_few]
+        self.training = TrainingLogits(self.columns, len(used) if self.all_at_once else len(data.sampler))
+        self.training.fill(0, data.samples, indices[used])
+        self._row_of = torch.full((len(indices),), -1, dtype=torch.int64, device="cpu")
+        self._row_of[used] = torch.arange(len(used), device="cpu")
+        self.validation = None if data.validation is None else ValidationLogits(self.columns, data.validation)
+
+    def rows_of(self, sampler: EpochSampler, epoch: int) -> Tensor:
+        """The rows of an epoch's samples, in the order they are trained on."""
+        order = sampler.draw(epoch)
+        if self.all_at_once:
+            return self._row_of[order]
+        base = (order >= self.num_few).nonzero().flatten()
+        self.training.fill(self.num_few, self.data.samples, sampler.indices[order[base]])
+        rows = order.clone()
+        rows[base] = self.num_few + torch.arange(len(base), device="cpu")
+        return rows
+
+
+class AutogradEngine:
+    """Trains with torch's autograd and any of its optimisers.
+
+    With a frozen classifier the steps run on logits: those of few and validation samples are computed once, those of base
+    samples once an epoch for the ones drawn.
+    """
+
+    name = "autograd"
+
+    def __init__(
+        self,
+        head: AlphaNet,
+        options: TrainingOptions,
+        data: TrainingData,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.head, self.options, self.data, self.optimizer = head, options, data, optimizer
+        self.sampler = data.sampler
+        self.sgd = Sgd.of(optimizer)
+        self.steps_per_epoch = -(-len(self.sampler) // options.batch_size)
+        self.parameters = [p for p in head.parameters() if p.requires_grad]
+        self._lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.mixes_logits = not any(p is not None and p.requires_grad for p in (head.weight, head.bias))
+        self._few_inputs = self._inputs(data.samples, self.sampler.indices[: self.sampler.num_few])
+        self._validation_logits: Tensor | None = None
+        if data.validation is not None:
+            self._validation_logits = self._logits(data.validation, torch.arange(len(data.validation.labels), device="cpu"))
+            self._original_hits = self._count(self._validation_logits)
+
+    @torch.no_grad()
+    def _logits(self, samples: Samples, indices: Tensor) -> Tensor:
+        head = self.head
+        blocks = [nn.functional.linear(self._features(samples, block), head.weight, head.bias) for block in indices.split(8192)]
+        return torch.cat(blocks)
+
+    def _features(self, samples: Samples, indices: Tensor) -> Tensor:
+        features = samples.features[indices]
+        if not bool(features.isfinite().all()):
+            for index in indices.tolist():
+                check_finite(samples.features[index : index + 1], samples.name, first_row=index)
+        return features.to(device=self.head.weight.device, dtype=self.head.weight.dtype)
+
+    def _inputs(self, samples: Samples, indices: Tensor) -> Tensor:
+        return self._logits(samples, indices) if self.mixes_logits else self._features(samples, indices)
+
+    def _scores(self, inputs: Tensor) -> Tensor:
+        return self.head.mix_logits(inputs) if self.mixes_logits else self.head(inputs)
+
+    def learning_rate(self, multiplier: float) -> float:
+        return self._lrs[0] * multiplier
+
+    def train(self, epoch: int, multiplier: float) -> float:
+        for group, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
+            group["lr"] = lr * multiplier
+        order = self.sampler.draw(epoch)
+        is_few = order < self.sampler.num_few
+        # Few samples are kept in the order of their numbers; base ones are computed in the order they were drawn.
+        position = torch.where(is_few, order, self.sampler.num_few + (~is_few).cumsum(0) - 1)
+        indices = self.sampler.indices[order]
+        inputs = torch.cat([self._few_inputs, self._inputs(self.data.samples, indices[~is_few])])
+        inputs = inputs[position.to(inputs.device)]
+        targets = self.data.samples.labels[indices].to(inputs.device)
+        total = torch.zeros((), dtype=torch.float64, device=inputs.device)
+        size = self.options.batch_size
+        with torch.enable_grad():
+            for batch, batch_targets in zip(inputs.split(size), targets.split(size), strict=True):
+                total += self._step(batch, batch_targets) * len(batch)
+        loss = float(total) / len(inputs)
+        self._check_finite(loss)
+        return loss
+
+    def _step(self, batch: Tensor, targets: Tensor) -> Tensor:
+        losses: list[Tensor] = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            scores = self._scores(batch)
+            loss = nn.functional.cross_entropy(scores if scores.dtype == torch.float64 else scores.float(), targets)
+            loss.backward()
+            losses.append(loss.detach())
+            return loss
+
+        self.optimizer.step(closure)  # type: ignore[arg-type]  # closures may return tensors, as torch's own examples do
+        return losses[0]
+
+    def _check_finite(self, loss: float) -> None:
+        finite = self.head._outputs()[0].isfinite().all(dim=1)
+        if not bool(finite.all()):
+            raise TrainingDiverged(f"class {int(self.head.few_classes[int((~finite).nonzero()[0, 0])])}")
+        with torch.no_grad():
+            if not math.isfinite(loss) or not bool(self._scores(self._few_inputs[:1]).isfinite().all()):
+                raise TrainingDiverged("the loss")
+
+    @torch.no_grad()
+    def hits(self) -> Tensor | None:
+        if self._validation_logits is None or self.data.validation is None:
+            return None
+        logits = self._validation_logits
+        if not self.mixes_logits:
+            logits = self._logits(self.data.validation, torch.arange(len(logits), device="cpu"))
+        return self._count(self.head.mix_logits(logits))
+
+    def _count(self, scores: Tensor) -> Tensor:
+        assert self.data.validation is not None
+        labels = self.data.validation.labels
+        ranks = label_ranks(scores, labels.to(scores.device)).cpu()
+        classes = self.head.out_features
+        return torch.stack([torch.bincount(labels[ranks < k], minlength=classes) for k in (1, 5)])
+
+    def original_hits(self) -> Tensor | None:
+        return None if self._validation_logits is None else self._original_hits
+
+    def clamped(self) -> int:
+        return int(self.head.clamped().sum())
+
+    def snapshot(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Tensor], decay: float) -> None:
+        for parameter, value in zip(self.parameters, snapshot, strict=True):
+            parameter.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        return {"parameters": [p.detach() for p in self.parameters], "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.restore(state["parameters"], 1.0)
+
+
+def split_accuracies(hits: Tensor, counts: Tensor, split: ClassSplit) -> dict[str, float]:
+    """Top-1 and top-5 accuracy for each part of ``split``, over samples and as mean over classes, from hits ``[2, N]``.
+
+    Keys are ``few``, ``medium``, ``many``, ``all``, each also with ``_top5``, ``_class_mean`` and ``_class_mean_top5``; a part
+    without samples is NaN.
+    """
+    result: dict[str, float] = {}
+    everything = torch.arange(len(counts), device="cpu")
+    for name, ids in (("few", split.few), ("medium", split.medium), ("many", split.many), ("all", everything)):
+        part_counts = counts[ids]
+        seen = part_counts > 0
+        part_hits, part_counts = hits[:, ids][:, seen], part_counts[seen]
+        total = int(part_counts.sum())
+        over_samples = (part_hits.sum(dim=1).double() / total).tolist() if total else [math.nan, math.nan]
+        over_classes = (part_hits / part_counts).double().mean(dim=1).tolist() if total else [math.nan, math.nan]
+        result[name], result[f"{name}_top5"] = over_samples
+        result[f"{name}_class_mean"], result[f"{name}_class_mean_top5"] = over_classes
+    return result
+
+
+@torch.no_grad()
+def _preactivations(head: AlphaNet) -> Tensor:
+    return head.preactivation.detach() if head.first_layer == "factored" else head._preactivations()
+
+
+def _gradient_scale(head: AlphaNet) -> Tensor:
+    return head.gradient_scale if head.first_layer == "factored" else first_layer_scale(head.z, len(head.w1))

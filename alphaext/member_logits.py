@@ -1,0 +1,211 @@
+"""What training needs of each sample, computed once: its logits of the few classes' members, and its base classes' log-sum-exp.
+
+With a frozen classifier these are constants (docs/exactness.md, identities a and b), so neither features nor classifier
+are touched again, and no ``[samples, num_classes]`` matrix is ever held: logits are made and thrown away block by block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import _C  # noqa: F401  (registers the operators)
+from ._checks import check_finite
+
+if TYPE_CHECKING:
+    from .modules import AlphaNet
+
+__all__ = ["Columns", "Samples", "TrainingLogits", "ValidationLogits"]
+
+# Elements of a block of logits: it stays in the processor's cache between the product and what is kept of it.
+_BLOCK_ELEMENTS = 1 << 20
+BLOCK_SAMPLES = 64  # of validation samples, as in csrc/training.h
+TOP_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Features ``[n, D]``, any floating dtype, in memory or memory-mapped, and their labels ``[n]`` int64 on the CPU."""
+
+    features: Tensor
+    labels: Tensor
+    name: str = "features"
+
+
+class Columns:
+    """The distinct columns of logits that the members of some heads need.
+
+    A column is a class's logits, or under the rule ``"l1"``, where neighbours come without their bias, its logits less its
+    bias. Heads of one classifier share columns and everything computed from them.
+
+    Attributes:
+        class_ids: ``[U]`` int64.
+        bias: ``[U]``, what is subtracted.
+        few_penalty: ``[N]``, 0 for base classes and minus infinity for few ones.
+        few_of_class: ``[N]`` int32, which few class a class is, or -1.
+        few_classes: ``[F]`` int32.
+    """
+
+    def __init__(self, heads: list[AlphaNet]) -> None:
+        first = heads[0]
+        self.weight, self.own_bias = first.weight.detach(), None if first.bias is None else first.bias.detach()
+        num_classes, dtype = first.out_features, first.weight.dtype
+        biases = torch.zeros(num_classes, dtype=dtype, device="cpu") if self.own_bias is None else self.own_bias.cpu()
+        keys = torch.cat([self._keys(head).flatten() for head in heads]).unique()
+        self._known = keys
+        self.class_ids = keys % num_classes
+        self.bias = torch.where(keys >= num_classes, biases[self.class_ids], torch.zeros((), dtype=dtype, device="cpu"))
+        few = first.few_classes.cpu()
+        self.few_classes = few.to(torch.int32)
+        self.few_penalty = torch.zeros(num_classes, dtype=dtype, device="cpu")
+        self.few_penalty[few] = -torch.inf
+        self.few_of_class = torch.full((num_classes,), -1, dtype=torch.int32, device="cpu")
+        self.few_of_class[few] = torch.arange(len(few), dtype=torch.int32, device="cpu")
+
+    @staticmethod
+    def _keys(head: AlphaNet) -> Tensor:
+        keys = head.members.cpu().clone()
+        if head.rule == "l1" and head.bias is not None:
+            keys[:, 1:] += head.out_features
+        return keys
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def of(self, head: AlphaNet) -> Tensor:
+        """Where ``head`` finds its members: ``[F, K+1]`` int32 positions among the columns."""
+        return torch.searchsorted(self._known, self._keys(head)).to(torch.int32)
+
+
+class TrainingLogits:
+    """A row for each of some samples: ``logits`` ``[rows, U]``, and ``[rows]`` of the other three."""
+
+    def __init__(self, columns: Columns, rows: int) -> None:
+        self.columns = columns
+        dtype = columns.few_penalty.dtype
+        self.logits = torch.empty(rows, len(columns), dtype=dtype, device="cpu")
+        self.base_logsumexp = torch.empty(rows, dtype=dtype, device="cpu")
+        self.label_logit = torch.empty(rows, dtype=dtype, device="cpu")
+        self.few_of_label = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+
+    def fill(self, first_row: int, samples: Samples, indices: Tensor) -> None:
+        """Compute the rows from ``first_row`` on for the samples ``indices``."""
+        labels = samples.labels[indices]
+        rows = slice(first_row, first_row + len(indices))
+        self.few_of_label[rows] = self.columns.few_of_class[labels]
+        for part, block_labels, logits in _blocks(self.columns, samples, indices, labels):
+            here = slice(first_row + part.start, first_row + part.stop)
+            _keep(self.columns, logits, block_labels, self.logits[here], self.base_logsumexp[here], self.label_logit[here])
+            _check_block(self.base_logsumexp[here], samples, indices[part])
+
+
+class ValidationLogits:
+    """Validation samples in blocks of :data:`BLOCK_SAMPLES`, with the constants of their base columns."""
+
+    def __init__(self, columns: Columns, samples: Samples) -> None:
+        self.columns, self.labels = columns, samples.labels
+        count, dtype = len(samples.labels), columns.few_penalty.dtype
+        blocks = -(-count // BLOCK_SAMPLES)
+        self.logits = torch.zeros(blocks, len(columns), BLOCK_SAMPLES, dtype=dtype, device="cpu")
+        self.label_logit = torch.empty(count, dtype=dtype, device="cpu")
+        self.top_logits = torch.empty(count, TOP_CLASSES, dtype=dtype, device="cpu")
+        self.top_ids = torch.empty(count, TOP_CLASSES, dtype=torch.int32, device="cpu")
+        self.few_of_label = columns.few_of_class[samples.labels]
+        base_logsumexp = torch.empty(count, dtype=dtype, device="cpu")
+        indices = torch.arange(count, device="cpu")
+        for part, labels, logits in _blocks(columns, samples, indices, samples.labels):
+            blocks_here = self.logits[part.start // BLOCK_SAMPLES : -(-part.stop // BLOCK_SAMPLES)]
+            _keep(
+                columns, logits, labels, blocks_here, base_logsumexp[part], self.label_logit[part],
+                self.top_logits[part], self.top_ids[part],
+            )  # fmt: skip
+            _check_block(base_logsumexp[part], samples, indices[part])
+
+    def hits(self, alphas: Tensor, member_columns: Tensor) -> Tensor:
+        """``[2, N]`` int64: of each class, the samples that it wins, and those that it is among the first five of."""
+        result: Tensor = torch.ops.alphaext.validate(
+            alphas, member_columns, self.columns.few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
+            self.labels, self.few_of_label, len(self.columns.few_penalty),
+        )  # fmt: skip
+        return result
+
+
+def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor):  # type: ignore[no-untyped-def]
+    """The original logits of the samples, block by block, with the slice of ``indices`` and the labels they belong to."""
+    weight, bias = columns.weight, columns.own_bias
+    rows = max(1, _BLOCK_ELEMENTS // len(weight) // BLOCK_SAMPLES) * BLOCK_SAMPLES
+    with torch.no_grad():
+        for start in range(0, len(indices), rows):
+            part = slice(start, min(start + rows, len(indices)))
+            wanted = indices[part]
+            contiguous = int(wanted[-1]) - int(wanted[0]) == len(wanted) - 1 and bool((wanted.diff() == 1).all())
+            block = samples.features[int(wanted[0]) : int(wanted[-1]) + 1] if contiguous else samples.features[wanted]
+            block = block.to(device=weight.device, dtype=weight.dtype)
+            yield part, labels[part], nn.functional.linear(block, weight, bias)
+
+
+def _keep(
+    columns: Columns,
+    logits: Tensor,
+    labels: Tensor,
+    member_logits: Tensor,
+    base_logsumexp: Tensor,
+    label_logit: Tensor,
+    top_logits: Tensor | None = None,
+    top_ids: Tensor | None = None,
+) -> None:
+    if logits.is_cpu:
+        torch.ops.alphaext.cache_logits(
+            logits, labels, columns.few_penalty, columns.class_ids, columns.bias, member_logits, base_logsumexp, label_logit,
+            top_logits, top_ids,
+        )  # fmt: skip
+        return
+    keep_on_device(columns, logits, labels, member_logits, base_logsumexp, label_logit, top_logits, top_ids)
+
+
+def keep_on_device(
+    columns: Columns,
+    logits: Tensor,
+    labels: Tensor,
+    member_logits: Tensor,
+    base_logsumexp: Tensor,
+    label_logit: Tensor,
+    top_logits: Tensor | None,
+    top_ids: Tensor | None,
+) -> None:
+    """``alphaext::cache_logits`` in torch's operators, for logits that live on another device than the results."""
+    device = logits.device
+    masked = logits + columns.few_penalty.to(device)
+    base_logsumexp.copy_(masked.logsumexp(dim=1))
+    label_logit.copy_(logits.gather(1, labels.to(device).unsqueeze(1)).squeeze(1))
+    kept = logits[:, columns.class_ids.to(device)] - columns.bias.to(device)
+    if top_logits is None or top_ids is None:
+        member_logits.copy_(kept)
+        return
+    missing = len(member_logits) * BLOCK_SAMPLES - len(kept)
+    padded = nn.functional.pad(kept, (0, 0, 0, missing))
+    member_logits.copy_(padded.view(-1, BLOCK_SAMPLES, len(columns)).transpose(1, 2))
+    # A stable sort, so that of equal logits the lower id comes first.
+    values, ids = masked.sort(dim=1, descending=True, stable=True)
+    count = min(TOP_CLASSES, masked.shape[1])
+    top_logits.fill_(-torch.inf)
+    top_ids.fill_(2**31 - 1)
+    top_logits[:, :count] = values[:, :count].to(top_logits.device)
+    top_ids[:, :count] = ids[:, :count].to(top_ids.device, torch.int32)
+    top_ids[top_logits == -torch.inf] = 2**31 - 1
+
+
+def _check_block(base_logsumexp: Tensor, samples: Samples, indices: Tensor) -> None:
+    """A feature that is not finite shows in the base classes' sum, which is cheaper to look at than all features."""
+    if bool(base_logsumexp.isfinite().all()):
+        return
+    for index in indices.tolist():
+        check_finite(samples.features[index : index + 1], samples.name, first_row=index)
+    row = int(base_logsumexp.isfinite().logical_not().nonzero()[0, 0])
+    raise ValueError(
+        f"the original classifier's logits must be finite, but those of {samples.name}[{int(indices[row])}] are not: the "
+        "classifier's values are too large for its dtype"
+    )

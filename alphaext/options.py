@@ -1,0 +1,154 @@
+"""The options of a training, checked, and what follows from them: learning rates, SGD's decay."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from ._checks import check_integer
+
+SELECTIONS = ("best_all", "best_few", "last")
+SCHEDULES = ("constant", "step", "multistep", "cosine")
+NEGATIVE_SAMPLINGS = ("uniform", "class_balanced")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train; :func:`alphaext.fit` says what each option means. The defaults are the paper's."""
+
+    epochs: int = 80
+    batch_size: int = 64
+    lr: float = 0.1
+    momentum: float = 0.9
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    lr_schedule: str = "step"
+    lr_step: int = 20
+    lr_factor: float = 0.1
+    lr_milestones: Sequence[int] = ()
+    negative_ratio: float = 1.0
+    negative_sampling: str = "uniform"
+    select: str | None = None
+    min_all: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer(self.epochs, "epochs", minimum=0)
+        check_integer(self.batch_size, "batch_size", minimum=1)
+        check_integer(self.seed, "seed", minimum=0, maximum=2**63 - 1)
+        check_integer(self.lr_step, "lr_step", minimum=1)
+        _check_number(self.lr, "lr", above=0)
+        _check_number(self.lr_factor, "lr_factor", above=0)
+        for name in ("momentum", "dampening", "weight_decay", "negative_ratio"):
+            _check_number(getattr(self, name), name, minimum=0)
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(
+                f"nesterov needs a momentum above 0 and no dampening, got momentum={self.momentum:g} and "
+                f"dampening={self.dampening:g}"
+            )
+        _check_choice(self.lr_schedule, "lr_schedule", SCHEDULES)
+        _check_choice(self.negative_sampling, "negative_sampling", NEGATIVE_SAMPLINGS)
+        self._check_milestones()
+        if self.select is not None:
+            _check_choice(self.select, "select", SELECTIONS)
+        if self.min_all is not None and (self.select != "best_few" or not 0 <= self.min_all <= 1):
+            raise ValueError(
+                f"min_all must be a fraction in [0, 1], with select='best_few'; got {self.min_all!r} with {self.select!r}"
+            )
+
+    def _check_milestones(self) -> None:
+        milestones: object = self.lr_milestones
+        if not isinstance(milestones, (list, tuple)):
+            raise TypeError(f"lr_milestones must be a list of epochs, got {milestones!r}")
+        for milestone in milestones:
+            check_integer(milestone, "lr_milestones", minimum=1)
+        if any(second <= first for first, second in itertools.pairwise(milestones)):
+            raise ValueError(f"lr_milestones must increase, got {list(milestones)}")
+        if bool(milestones) != (self.lr_schedule == "multistep"):
+            raise ValueError(f"lr_milestones go with lr_schedule='multistep', got {list(milestones)} with {self.lr_schedule!r}")
+        object.__setattr__(self, "lr_milestones", tuple(milestones))
+
+    def lr_multiplier(self, epoch: int) -> float:
+        """What the learning rate of ``epoch`` (1 is the first) is multiplied by."""
+        done = max(epoch, 1) - 1
+        if self.lr_schedule == "step":
+            return float(self.lr_factor ** (done // self.lr_step))
+        if self.lr_schedule == "multistep":
+            return float(self.lr_factor ** sum(milestone <= done for milestone in self.lr_milestones))
+        if self.lr_schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done / max(self.epochs, 1)))
+        return 1.0
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for one training to go on from another's checkpoint."""
+        names = [f.name for f in fields(self) if f.name != "epochs" or self.lr_schedule == "cosine"]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """The numbers of ``torch.optim.SGD``."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> Sgd | None:
+        """The numbers of a plain SGD over one group of parameters; None for every other optimiser."""
+        if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
+            return None
+        group = optimizer.param_groups[0]
+        if group["maximize"] or isinstance(group["lr"], torch.Tensor):
+            return None
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+        return cls(**{name: group[name] for name in names})
+
+
+class DecayOfStart:
+    """What weight decay leaves of the parameters a training started with: the factor A in ``w(t) = A w(0) + ...``.
+
+    SGD is linear in the parameters and the gradients it has seen, so the start's share shrinks by a factor that depends on the
+    options alone (docs/exactness.md).
+    """
+
+    def __init__(self, sgd: Sgd) -> None:
+        self.sgd = sgd
+        self.factor = 1.0
+        self.momentum = 0.0
+        self.steps = 0
+
+    def advance(self, lr: float, steps: int) -> None:
+        """Follow ``steps`` steps of SGD at learning rate ``lr``."""
+        sgd = self.sgd
+        if sgd.weight_decay == 0:
+            self.steps += steps
+            return
+        for _ in range(steps):
+            gradient = sgd.weight_decay * self.factor
+            keep = 1.0 if self.steps == 0 or sgd.momentum == 0 else 1 - sgd.dampening
+            self.momentum = sgd.momentum * self.momentum + keep * gradient
+            self.factor -= lr * (gradient + sgd.momentum * self.momentum if sgd.nesterov else self.momentum)
+            self.steps += 1
+
+
+def _check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_number(value: object, name: str, *, above: float | None = None, minimum: float | None = None) -> None:
+    allowed = f"finite and above {above}" if above is not None else f"finite and at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, {allowed}, got {value!r}")
+    bad = not math.isfinite(value) or (above is not None and value <= above) or (minimum is not None and value < minimum)
+    if bad:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -1,0 +1,123 @@
+// What is kept of a sample's logits, and validation on it. Included once per instruction set, inside a namespace of its own; no
+// include guard and no includes for that reason.
+
+// log of the sum of exponentials of logits + penalty.
+template <typename Acc>
+static inline Acc masked_logsumexp(const Acc* logits, const Acc* penalty, int64_t size) {
+  using V = Vector<Acc>;
+  constexpr int kL = kLanes<Acc>;
+  const int64_t whole = size / kL * kL;
+  V best = all(-std::numeric_limits<Acc>::infinity());
+  for (int64_t c = 0; c < whole; c += kL) {
+    const V value = load(logits + c) + load(penalty + c);
+    best = value > best ? value : best;
+  }
+  Acc largest = best[0];
+  for (int lane = 1; lane < kL; ++lane) largest = best[lane] > largest ? best[lane] : largest;
+  for (int64_t c = whole; c < size; ++c) largest = logits[c] + penalty[c] > largest ? logits[c] + penalty[c] : largest;
+  V sums{};
+  for (int64_t c = 0; c < whole; c += kL) sums += exponential<Acc>(load(logits + c) + load(penalty + c) - largest);
+  Acc sum = lane_sum<Acc>(sums);
+  for (int64_t c = whole; c < size; ++c) sum += std::exp(logits[c] + penalty[c] - largest);
+  return largest + std::log(sum);
+}
+
+// The best classes, best first; of equal logits the lower id first.
+template <typename Acc>
+static inline void top_classes(const Acc* logits, const Acc* penalty, int64_t size, Acc* best, int32_t* ids) {
+  constexpr int kTop = static_cast<int>(kTopClasses);
+  for (int i = 0; i < kTop; ++i) {
+    best[i] = -std::numeric_limits<Acc>::infinity();
+    ids[i] = std::numeric_limits<int32_t>::max();
+  }
+  int found = 0;
+  for (int64_t c = 0; c < size; ++c) {
+    const Acc value = logits[c];
+    if (penalty[c] < Acc(0) || (found == kTop && !(value > best[kTop - 1]))) continue;
+    int at = found < kTop ? found++ : kTop - 1;
+    for (; at > 0 && value > best[at - 1]; --at) {
+      best[at] = best[at - 1];
+      ids[at] = ids[at - 1];
+    }
+    best[at] = value;
+    ids[at] = static_cast<int32_t>(c);
+  }
+}
+
+template <typename Acc>
+static void cache_logits(const CacheParams& p, int64_t begin, int64_t end) {
+  const Acc* const penalty = static_cast<const Acc*>(p.few_penalty);
+  const Acc* const bias = static_cast<const Acc*>(p.column_bias);
+  for (int64_t row = begin; row < end; ++row) {
+    const Acc* const logits = static_cast<const Acc*>(p.logits) + row * p.num_classes;
+    static_cast<Acc*>(p.base_logsumexp)[row] = masked_logsumexp(logits, penalty, p.num_classes);
+    static_cast<Acc*>(p.label_logit)[row] = logits[p.labels[row]];
+    if (p.in_blocks) {
+      Acc* const out = static_cast<Acc*>(p.member_logits) + row / kBlockSamples * p.columns * kBlockSamples + row % kBlockSamples;
+      for (int64_t u = 0; u < p.columns; ++u) out[u * kBlockSamples] = logits[p.column_class[u]] - bias[u];
+    } else {
+      Acc* const out = static_cast<Acc*>(p.member_logits) + row * p.columns;
+      for (int64_t u = 0; u < p.columns; ++u) out[u] = logits[p.column_class[u]] - bias[u];
+    }
+    if (p.top_logits) {
+      top_classes(logits, penalty, p.num_classes, static_cast<Acc*>(p.top_logits) + row * kTopClasses,
+                  p.top_ids + row * kTopClasses);
+    }
+  }
+}
+
+template <typename Acc>
+static void validate(const ValidateParams& p, int64_t begin, int64_t end) {
+  using V = Vector<Acc>;
+  const Acc* const alpha = static_cast<const Acc*>(p.alpha);
+  Acc* const scores = static_cast<Acc*>(p.workspace);
+  Acc* const own = scores + p.num_few * kBlockSamples;
+  Acc* const before = own + kBlockSamples;
+  for (int64_t block = begin; block < end; ++block) {
+    const Acc* const logits = static_cast<const Acc*>(p.member_logits) + block * p.columns * kBlockSamples;
+    const int64_t first = block * kBlockSamples;
+    const int64_t count = p.samples - first < kBlockSamples ? p.samples - first : kBlockSamples;
+    // The columns of a block are visited in no order that the processor could foresee, so the next block is fetched by name.
+    const char* next = reinterpret_cast<const char*>(logits + p.columns * kBlockSamples);
+    const char* const next_end = block + 1 < end ? next + p.columns * kBlockSamples * sizeof(Acc) : next;
+    const int64_t share = rounded_up(rounded_up(next_end - next, 64) / 64, p.num_few) / p.num_few;
+    for (int64_t f = 0; f < p.num_few; ++f) {
+      for (int64_t line = 0; line < share && next < next_end; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+      constexpr int kWidth = static_cast<int>(kBlockSamples) / 2;  // of which the sums fit into the registers
+      for (int b = 0; b < kBlockSamples; b += kWidth) {
+        V sums[kWidth / kLanes<Acc>];
+        mix_columns<Acc, kWidth>(logits + b, kBlockSamples, p.member_columns + f * p.members, alpha + f * p.members, p.members, sums);
+        for (int v = 0; v < kWidth / kLanes<Acc>; ++v) store(scores + f * kBlockSamples + b + v * kLanes<Acc>, sums[v]);
+      }
+    }
+    for (int64_t b = 0; b < kBlockSamples; ++b) {
+      const int32_t few = b < count ? p.few_of_label[first + b] : -1;
+      own[b] = few >= 0 ? scores[few * kBlockSamples + b]
+                        : (b < count ? static_cast<const Acc*>(p.label_logit)[first + b] : Acc(0));
+      before[b] = 0;
+    }
+    // How many few classes stand before the label: in vectors all that score higher, one by one the ties, which are rare.
+    for (int64_t f = 0; f < p.num_few; ++f) {
+      const Acc* const row = scores + f * kBlockSamples;
+      V ties{};
+      for (int64_t b = 0; b < kBlockSamples; b += kLanes<Acc>) {
+        const V score = load(row + b), right = load(own + b);
+        store(before + b, load(before + b) + (score > right ? all(Acc(1)) : V{}));
+        ties += score == right ? all(Acc(1)) : V{};
+      }
+      if (lane_sum<Acc>(ties) == Acc(0)) continue;
+      for (int64_t b = 0; b < count; ++b) {
+        if (row[b] == own[b] && p.few_classes[f] < p.labels[first + b]) before[b] += Acc(1);
+      }
+    }
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t sample = first + b, label = p.labels[sample];
+      int64_t rank = static_cast<int64_t>(before[b]);
+      const Acc* const top = static_cast<const Acc*>(p.top_logits) + sample * kTopClasses;
+      const int32_t* const ids = p.top_ids + sample * kTopClasses;
+      for (int i = 0; i < kTopClasses; ++i) rank += top[i] > own[b] || (top[i] == own[b] && ids[i] < label);
+      p.hits[label] += rank < 1;
+      p.hits[p.num_classes + label] += rank < kTopClasses;
+    }
+  }
+}

@@ -1,0 +1,364 @@
+// One epoch of training. Included once per instruction set, inside a namespace of its own; no include guard and no includes for
+// that reason.
+//
+// A step is bound by moving the sub-modules' second layers and their momentum (24 KB a class at H = 500, K = 5) through the
+// cache. So a class is visited once a step: the update of step t and the forward of step t+1 in one pass over its state.
+
+template <typename Acc>
+struct Sgd {
+  Acc lr, momentum, keep, decay;  // keep: what the momentum takes of a new gradient
+  Acc of_gradient, of_momentum;   // the step is of_gradient * gradient + of_momentum * momentum
+};
+
+template <typename Acc>
+static ALPHAEXT_INLINE Sgd<Acc> sgd_of(const SgdParams& params, bool first_step) {
+  const bool undampened = first_step || params.momentum == 0;
+  return {static_cast<Acc>(params.lr),
+          static_cast<Acc>(params.momentum),
+          undampened ? Acc(1) : static_cast<Acc>(1 - params.dampening),
+          static_cast<Acc>(params.weight_decay),
+          params.nesterov ? Acc(1) : Acc(0),
+          params.nesterov ? static_cast<Acc>(params.momentum) : Acc(1)};
+}
+
+// One SGD update of `value`. kPlain: without weight decay, dampening and Nesterov.
+template <typename Acc, bool kPlain, typename Value>
+static ALPHAEXT_INLINE void sgd_update(const Sgd<Acc>& sgd, Value gradient, Value& value, Value& momentum) {
+  if (kPlain) {
+    momentum = sgd.momentum * momentum + gradient;
+    value = value - sgd.lr * momentum;
+  } else {
+    gradient = gradient + sgd.decay * value;
+    momentum = sgd.momentum * momentum + sgd.keep * gradient;
+    value = value - sgd.lr * (sgd.of_gradient * gradient + sgd.of_momentum * momentum);
+  }
+}
+
+// The outputs, less b2, of one class's network: raw[k] = sum_h w2[k, h] relu(c[h]). With kUpdate after an SGD step with the
+// gradient `grad_raw` of the outputs before. kMembers is M, or 0 for any.
+template <typename Acc, int kMembers, bool kUpdate, bool kPlain>
+static inline void visit_class(Acc* state, int64_t tiles, int64_t any_members, const Acc* grad_raw, Acc scale,
+                               const Sgd<Acc>& sgd, Acc* raw, Acc* workspace) {
+  using V = Vector<Acc>;
+  constexpr int kW = static_cast<int>(kTileWidth);
+  const int64_t members = kMembers > 0 ? kMembers : any_members;
+  V local[kMembers > 0 ? kMembers : 1];
+  V gradients[kMembers > 0 ? kMembers : 1];
+  for (int k = 0; k < kMembers; ++k) {
+    local[k] = V{};
+    if (kUpdate) gradients[k] = all(grad_raw[k]);
+  }
+  if (kMembers == 0) {
+    for (int64_t k = 0; k < members; ++k) store(workspace + k * kW, V{});
+  }
+  for (int64_t t = 0; t < tiles; ++t, state += (2 + 2 * members) * kW) {
+    Acc* const w2 = state + 2 * kW;
+    Acc* const w2_momentum = w2 + members * kW;
+    for (int lane = 0; lane < kW; lane += kLanes<Acc>) {
+      V c = load(state + lane);
+      V hidden = relu_of<Acc>(c);
+      V next = hidden;
+      if (kUpdate) {
+        V delta{};
+        for (int64_t k = 0; k < members; ++k) {
+          delta += (kMembers > 0 ? gradients[k] : all(grad_raw[k])) * load(w2 + k * kW + lane);
+        }
+        // ReLU passes no gradient at or below 0, and a NaN stays visible.
+        delta = c <= V{} ? V{} : scale * delta;
+        V momentum = load(state + kW + lane);
+        sgd_update<Acc, kPlain>(sgd, delta, c, momentum);
+        store(state + lane, c);
+        store(state + kW + lane, momentum);
+        next = relu_of<Acc>(c);
+      }
+      for (int64_t k = 0; k < members; ++k) {
+        V weight = load(w2 + k * kW + lane);
+        if (kUpdate) {
+          V momentum = load(w2_momentum + k * kW + lane);
+          const V gradient = (kMembers > 0 ? gradients[k] : all(grad_raw[k])) * hidden;
+          sgd_update<Acc, kPlain>(sgd, gradient, weight, momentum);
+          store(w2_momentum + k * kW + lane, momentum);
+          store(w2 + k * kW + lane, weight);
+        }
+        if (kMembers > 0) {
+          local[k] += weight * next;
+        } else {
+          Acc* const sum = workspace + k * kW;
+          store(sum, load(sum) + weight * next);
+        }
+      }
+    }
+  }
+  for (int64_t k = 0; k < members; ++k) raw[k] = lane_sum<Acc>(kMembers > 0 ? local[k] : load(workspace + k * kW));
+}
+
+// The same for one network that serves all classes. Tile by tile: the gradients of the tile's pre-activations, of all
+// classes, are mixed by the Gram matrix `scale` [F, F]; those of the second layer add up over classes.
+template <typename Acc, bool kUpdate>
+static inline void visit_shared(Acc* state, int64_t tiles, int64_t num_few, int64_t members, const Acc* grad_raw,
+                                const Acc* scale, const Sgd<Acc>& sgd, Acc* raw, Acc* workspace) {
+  using V = Vector<Acc>;
+  constexpr int kW = static_cast<int>(kTileWidth);
+  constexpr int kVectors = kW / kLanes<Acc>;
+  Acc* const sums = workspace;                        // [F, M, kW]
+  Acc* const deltas = sums + num_few * members * kW;  // [F, kW]
+  Acc* const grad_w2 = deltas + num_few * kW;         // [M, kW]
+  for (int64_t i = 0; i < num_few * members * kW; ++i) sums[i] = 0;
+  for (int64_t t = 0; t < tiles; ++t, state += (2 * num_few + 2 * members) * kW) {
+    Acc* const c = state;
+    Acc* const c_momentum = c + num_few * kW;
+    Acc* const w2 = c_momentum + num_few * kW;
+    Acc* const w2_momentum = w2 + members * kW;
+    if (kUpdate) {
+      for (int64_t i = 0; i < members * kW; ++i) grad_w2[i] = 0;
+      for (int64_t f = 0; f < num_few; ++f) {
+        for (int lane = 0; lane < kW; lane += kLanes<Acc>) {
+          const V before = load(c + f * kW + lane);
+          const V hidden = relu_of<Acc>(before);
+          V delta{};
+          for (int64_t k = 0; k < members; ++k) {
+            const Acc gradient = grad_raw[f * members + k];
+            Acc* const sum = grad_w2 + k * kW + lane;
+            delta += gradient * load(w2 + k * kW + lane);
+            store(sum, load(sum) + gradient * hidden);
+          }
+          store(deltas + f * kW + lane, before <= V{} ? V{} : delta);
+        }
+      }
+      for (int64_t f = 0; f < num_few; ++f) {
+        V gradients[kVectors];
+        for (int v = 0; v < kVectors; ++v) gradients[v] = V{};
+        const Acc* const row = scale + f * num_few;
+        for (int64_t g = 0; g < num_few; ++g) {
+          for (int v = 0; v < kVectors; ++v) gradients[v] += row[g] * load(deltas + g * kW + v * kLanes<Acc>);
+        }
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = f * kW + v * kLanes<Acc>;
+          V value = load(c + at), momentum = load(c_momentum + at);
+          sgd_update<Acc, false>(sgd, gradients[v], value, momentum);
+          store(c + at, value);
+          store(c_momentum + at, momentum);
+        }
+      }
+      for (int64_t i = 0; i < members * kW; i += kLanes<Acc>) {
+        V value = load(w2 + i), momentum = load(w2_momentum + i);
+        sgd_update<Acc, false>(sgd, load(grad_w2 + i), value, momentum);
+        store(w2 + i, value);
+        store(w2_momentum + i, momentum);
+      }
+    }
+    for (int64_t f = 0; f < num_few; ++f) {
+      for (int lane = 0; lane < kW; lane += kLanes<Acc>) {
+        const V hidden = relu_of<Acc>(load(c + f * kW + lane));
+        for (int64_t k = 0; k < members; ++k) {
+          Acc* const sum = sums + (f * members + k) * kW + lane;
+          store(sum, load(sum) + load(w2 + k * kW + lane) * hidden);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < num_few * members; ++i) {
+    Acc sum = 0;
+    for (int w = 0; w < kW; ++w) sum += sums[i * kW + w];
+    raw[i] = sum;
+  }
+}
+
+// The arrays of an epoch, typed, and its scratch.
+template <typename Acc>
+struct Epoch {
+  explicit Epoch(const TrainParams& params)
+      : p(params), width(rounded_up(params.batch, kTileWidth)), networks(params.shared ? 1 : params.num_few) {
+    Acc* next = static_cast<Acc*>(params.workspace);
+    const auto take = [&](int64_t count) {
+      Acc* const here = next;
+      next += rounded_up(count, kTileWidth);
+      return here;
+    };
+    tile = take(p.columns * width);
+    scores = take(p.num_few * width);
+    largest = take(width), total = take(width), base = take(width), own = take(width), weight = take(width);
+    grad_raw = take(p.num_few * p.members);
+    scratch = take(p.shared ? (p.num_few * p.members + p.num_few + p.members) * kTileWidth : p.members * kTileWidth);
+    few = reinterpret_cast<int32_t*>(next);
+  }
+
+  const TrainParams& p;
+  const int64_t width;  // the batch, rounded up to whole vectors
+  const int64_t networks;
+  Acc *tile, *scores, *largest, *total, *base, *own, *weight, *grad_raw, *scratch;
+  int32_t* few;
+};
+
+// The batch's member logits as [U, width], so that everything after works on vectors over samples.
+template <typename Acc>
+static inline void gather_batch(const Epoch<Acc>& e, int64_t first, int64_t count) {
+  const TrainParams& p = e.p;
+  const Acc* const logits = static_cast<const Acc*>(p.member_logits);
+  constexpr int kW = static_cast<int>(kTileWidth);
+  for (int64_t b = 0; b < e.width; b += kW) {
+    const Acc* rows[kW];
+    const int64_t here = count - b < kW ? (count - b < 0 ? 0 : count - b) : kW;
+    // Samples that are not there repeat the first one, with weight 0.
+    for (int j = 0; j < kW; ++j) {
+      const int64_t row = p.order[first + (j < here ? b + j : 0)];
+      rows[j] = logits + row * p.columns;
+      e.base[b + j] = static_cast<const Acc*>(p.base_logsumexp)[row];
+      e.own[b + j] = static_cast<const Acc*>(p.label_logit)[row];
+      e.few[b + j] = p.few_of_label[row];
+      e.weight[b + j] = j < here ? Acc(1) / static_cast<Acc>(count) : Acc(0);
+    }
+    for (int64_t u = 0; u < p.columns; ++u) {
+      Acc* const out = e.tile + u * e.width + b;
+      for (int j = 0; j < kW; ++j) out[j] = rows[j][u];
+    }
+  }
+}
+
+// The loss of the batch, and in e.scores its gradient with respect to the few scores.
+template <typename Acc>
+static inline double loss_and_gradient(const Epoch<Acc>& e, int64_t count) {
+  using V = Vector<Acc>;
+  const TrainParams& p = e.p;
+  const Acc* const alpha = static_cast<const Acc*>(p.alpha);
+  const int64_t width = e.width, members = p.members;
+  for (int64_t b = 0; b < width; ++b) e.largest[b] = e.base[b];
+  for (int64_t f = 0; f < p.num_few; ++f) {
+    const int32_t* const columns = p.member_columns + f * members;
+    Acc* const row = e.scores + f * width;
+    for (int64_t b = 0; b < width; b += kTileWidth) {
+      constexpr int kWidth = static_cast<int>(kTileWidth);
+      V sums[kWidth / kLanes<Acc>];
+      mix_columns<Acc, kWidth>(e.tile + b, width, columns, alpha + f * members, members, sums);
+      for (int v = 0; v < kWidth / kLanes<Acc>; ++v) {
+        const int64_t at = b + v * kLanes<Acc>;
+        const V before = load(e.largest + at);
+        store(row + at, sums[v]);
+        store(e.largest + at, sums[v] > before ? sums[v] : before);
+      }
+    }
+  }
+  for (int64_t b = 0; b < count; ++b) {
+    if (e.few[b] >= 0) e.own[b] = e.scores[e.few[b] * width + b];
+  }
+  for (int64_t b = 0; b < width; b += kLanes<Acc>) {
+    store(e.total + b, exponential<Acc>(load(e.base + b) - load(e.largest + b)));
+  }
+  for (int64_t f = 0; f < p.num_few; ++f) {
+    Acc* const row = e.scores + f * width;
+    for (int64_t b = 0; b < width; b += kLanes<Acc>) {
+      const V value = exponential<Acc>(load(row + b) - load(e.largest + b));
+      store(row + b, value);
+      store(e.total + b, load(e.total + b) + value);
+    }
+  }
+  double loss = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    loss += static_cast<double>(e.largest[b]) + std::log(static_cast<double>(e.total[b])) - static_cast<double>(e.own[b]);
+  }
+  for (int64_t b = 0; b < width; b += kLanes<Acc>) store(e.total + b, load(e.weight + b) / load(e.total + b));
+  for (int64_t f = 0; f < p.num_few; ++f) {
+    Acc* const row = e.scores + f * width;
+    for (int64_t b = 0; b < width; b += kLanes<Acc>) store(row + b, load(row + b) * load(e.total + b));
+  }
+  for (int64_t b = 0; b < count; ++b) {
+    if (e.few[b] >= 0) e.scores[e.few[b] * width + b] -= e.weight[b];
+  }
+  return loss;
+}
+
+// From the gradient of the few scores to that of the sub-modules' outputs.
+template <typename Acc>
+static inline void coefficient_gradients(const Epoch<Acc>& e) {
+  using V = Vector<Acc>;
+  const TrainParams& p = e.p;
+  const int64_t width = e.width, members = p.members;
+  for (int64_t f = 0; f < p.num_few; ++f) {
+    const int32_t* const columns = p.member_columns + f * members;
+    const Acc* const row = e.scores + f * width;
+    Acc* const gradients = e.grad_raw + f * members;
+    for (int64_t k = 0; k < members; ++k) {
+      const Acc* const logits = e.tile + columns[k] * width;
+      V sum{};
+      for (int64_t b = 0; b < width; b += kLanes<Acc>) sum += load(row + b) * load(logits + b);
+      gradients[k] = lane_sum<Acc>(sum);
+    }
+    rule_backward<Acc>(p.rule, members, static_cast<const Acc*>(p.raw) + f * members, gradients, gradients);
+  }
+}
+
+// Outputs and coefficients of all classes; with kUpdate after an SGD step. Returns a class whose outputs are not finite, or -1.
+template <typename Acc, bool kUpdate>
+static inline int64_t visit_all(const Epoch<Acc>& e, const Sgd<Acc>& sgd, bool plain) {
+  const TrainParams& p = e.p;
+  const int64_t members = p.members;
+  Acc* const state = static_cast<Acc*>(p.state);
+  Acc* const raw = static_cast<Acc*>(p.raw);
+  Acc* const b2 = static_cast<Acc*>(p.b2);
+  const Acc* const scale = static_cast<const Acc*>(p.gradient_scale);
+  if (kUpdate) {
+    Acc* const b2_momentum = static_cast<Acc*>(p.b2_momentum);
+    for (int64_t n = 0; n < e.networks; ++n) {
+      for (int64_t k = 0; k < members; ++k) {
+        Acc gradient = 0;
+        if (p.shared) {
+          for (int64_t f = 0; f < p.num_few; ++f) gradient += e.grad_raw[f * members + k];
+        } else {
+          gradient = e.grad_raw[n * members + k];
+        }
+        sgd_update<Acc, false>(sgd, gradient, b2[n * members + k], b2_momentum[n * members + k]);
+      }
+    }
+  }
+  if (p.shared) {
+    visit_shared<Acc, kUpdate>(state, p.tiles, p.num_few, members, e.grad_raw, scale, sgd, raw, e.scratch);
+  } else {
+    const int64_t size = p.tiles * (2 + 2 * members) * kTileWidth;
+    auto* const visit = members == 6 ? (plain ? visit_class<Acc, 6, kUpdate, true> : visit_class<Acc, 6, kUpdate, false>)
+                                     : (plain ? visit_class<Acc, 0, kUpdate, true> : visit_class<Acc, 0, kUpdate, false>);
+    for (int64_t f = 0; f < p.num_few; ++f) {
+      visit(state + f * size, p.tiles, members, e.grad_raw + f * members, scale[f], sgd, raw + f * members, e.scratch);
+    }
+  }
+  int64_t failed = -1;
+  for (int64_t f = p.num_few - 1; f >= 0; --f) {
+    Acc* const outputs = raw + f * members;
+    Acc sum = 0;
+    for (int64_t k = 0; k < members; ++k) {
+      outputs[k] += b2[(p.shared ? 0 : f) * members + k];
+      sum += outputs[k] - outputs[k];  // NaN if one of them is not finite
+    }
+    if (!(sum == Acc(0))) failed = f;
+    rule_forward<Acc>(p.rule, members, outputs, static_cast<Acc*>(p.alpha) + f * members);
+  }
+  return failed;
+}
+
+template <typename Acc>
+static TrainResult train_epoch(const TrainParams& p) {
+  const Epoch<Acc> e(p);
+  const bool plain = p.sgd.weight_decay == 0 && !p.sgd.nesterov && (p.sgd.dampening == 0 || p.sgd.momentum == 0);
+  double loss = 0;
+  int64_t failed = visit_all<Acc, false>(e, sgd_of<Acc>(p.sgd, p.sgd.first_step), plain);
+  if (failed >= 0) return {loss, 0, failed};
+  int64_t step = 0;
+  for (int64_t first = 0; first < p.samples; first += p.batch, ++step) {
+    const int64_t count = p.samples - first < p.batch ? p.samples - first : p.batch;
+    gather_batch(e, first, count);
+    const double batch_loss = loss_and_gradient(e, count);
+    loss += batch_loss;
+    if (!std::isfinite(batch_loss)) {
+      // The class whose score was not finite has NaN here.
+      for (int64_t f = 0; f < p.num_few; ++f) {
+        for (int64_t b = 0; b < count; ++b) {
+          if (std::isnan(e.scores[f * e.width + b])) return {loss, step, f};
+        }
+      }
+      return {loss, step, -1};
+    }
+    coefficient_gradients(e);
+    failed = visit_all<Acc, true>(e, sgd_of<Acc>(p.sgd, p.sgd.first_step && step == 0), plain);
+    if (failed >= 0) return {loss, step, failed};
+  }
+  return {loss, -1, -1};
+}
