@@ -16,8 +16,9 @@ from . import ops, reference
 from .classes import ClassSplit, class_counts, split_classes
 from .metrics import per_class_accuracy, split_accuracy
 from .modules import AlphaNet
-from .neighbors import build_members, class_means, nearest_classes, reduce_classifiers, submodule_inputs
+from .neighbors import build_members, class_means, nearest_classes, pool_classes, reduce_classifiers, submodule_inputs
 from .ops import build_info
+from .sweep import SweepRun, fit_many
 from .training import FitResult, fit
 
 __version__ = "0.1.0"
@@ -26,14 +27,17 @@ __all__ = [
     "AlphaNet",
     "ClassSplit",
     "FitResult",
+    "SweepRun",
     "build_info",
     "build_members",
     "class_counts",
     "class_means",
     "fit",
+    "fit_many",
     "nearest_classes",
     "ops",
     "per_class_accuracy",
+    "pool_classes",
     "reduce_classifiers",
     "reference",
     "split_accuracy",

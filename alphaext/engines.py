@@ -118,7 +118,7 @@ class NativeEngine:
         self.sampler = data.sampler
         self.steps_per_epoch = -(-len(self.sampler) // options.batch_size)
         epochs = range(first_epoch, options.epochs + 1)
-        self.logits = SharedLogits([head], data, self.sampler.used(epochs)) if logits is None else logits
+        self.logits = SharedLogits([head], data, epochs, [self.sampler]) if logits is None else logits
         self.columns = self.logits.columns.of(head)
         self.steps = 0
         num_few, members, hidden = head.num_few, head.top_k + 1, head.w2.shape[2]
@@ -175,7 +175,7 @@ class NativeEngine:
         return self.sgd.lr * multiplier
 
     def train(self, epoch: int, multiplier: float) -> float:
-        rows = self.logits.rows_of(self.sampler, epoch)
+        rows = self.logits.rows_of(self.sampler.indices[self.sampler.draw(epoch)])
         loss, failed_step, failed_class = self._call(rows, self.learning_rate(multiplier))
         self.steps += self.steps_per_epoch
         if failed_step >= 0:
@@ -228,31 +228,35 @@ class NativeEngine:
 class SharedLogits:
     """The cached logits of a training, or of many on the same samples with the same few classes."""
 
-    def __init__(self, heads: list[AlphaNet], data: TrainingData, used: Tensor) -> None:
-        """``used``: the numbers of all samples that take part (:meth:`EpochSampler.used`), the few ones first."""
+    def __init__(self, heads: list[AlphaNet], data: TrainingData, epochs: range, samplers: list[EpochSampler]) -> None:
+        """For training ``heads`` in ``epochs`` on what ``samplers`` draw."""
         self.columns = Columns(heads)
-        self.data = data
-        self.num_few = data.sampler.num_few
+        self.samples = data.samples
+        count = len(data.samples.labels)
+        self._row_of = torch.full((count,), -1, dtype=torch.int64, device="cpu")
+        taken = torch.zeros(count, dtype=torch.bool, device="cpu")
+        for sampler in samplers:
+            taken[sampler.used(epochs)] = True
+        used = taken.nonzero().flatten()
         row_bytes = len(self.columns) * self.columns.few_penalty.element_size()
         self.all_at_once = len(used) * row_bytes <= CACHE_BYTES
-        indices = data.sampler.indices
         if not self.all_at_once:
-            used = used[: self.num_few]
-        self.training = TrainingLogits(self.columns, len(used) if self.all_at_once else len(data.sampler))
-        self.training.fill(0, data.samples, indices[used])
-        self._row_of = torch.full((len(indices),), -1, dtype=torch.int64, device="cpu")
+            # Few samples take part in every epoch. Base ones get rows after them, anew each epoch.
+            used = samplers[0].indices[: samplers[0].num_few]
+        rows = len(used) if self.all_at_once else max(len(sampler) for sampler in samplers)
+        self.num_kept = len(used)
+        self.training = TrainingLogits(self.columns, rows)
+        self.training.fill(0, data.samples, used)
         self._row_of[used] = torch.arange(len(used), device="cpu")
         self.validation = None if data.validation is None else ValidationLogits(self.columns, data.validation)
 
-    def rows_of(self, sampler: EpochSampler, epoch: int) -> Tensor:
+    def rows_of(self, indices: Tensor) -> Tensor:
         """The rows of an epoch's samples, in the order they are trained on."""
-        order = sampler.draw(epoch)
-        if self.all_at_once:
-            return self._row_of[order]
-        base = (order >= self.num_few).nonzero().flatten()
-        self.training.fill(self.num_few, self.data.samples, sampler.indices[order[base]])
-        rows = order.clone()
-        rows[base] = self.num_few + torch.arange(len(base), device="cpu")
+        rows = self._row_of[indices]
+        if not self.all_at_once:
+            base = (rows < 0).nonzero().flatten()
+            self.training.fill(self.num_kept, self.samples, indices[base])
+            rows[base] = self.num_kept + torch.arange(len(base), device="cpu")
         return rows
 
 

@@ -20,8 +20,8 @@ from ._checks import (
     check_same_device,
     check_shape,
 )
-from .classes import split_classes
-from .neighbors import build_members, check_members, reduce_classifiers, submodule_inputs
+from .classes import ClassSplit, split_classes
+from .neighbors import build_members, check_members, pool_classes, reduce_classifiers, submodule_inputs
 
 INITS = ("identity", "default")
 FIRST_LAYERS = ("dense", "factored")
@@ -140,6 +140,7 @@ class AlphaNet(nn.Module):
         few_classes: Tensor | None = None,
         members: Tensor | None = None,
         top_k: int = 5,
+        pool: str = "base",
         few_below: int = 20,
         many_above: int = 100,
         pca_dim: int | None = 500,
@@ -157,6 +158,8 @@ class AlphaNet(nn.Module):
             few_classes: ids of the few classes, instead of ``class_counts``.
             members: ``[F, K+1]`` int64 class ids, instead of all of the above.
             top_k: neighbours ``K`` of each few class; the paper uses 5.
+            pool: the classes that neighbours are chosen from: ``"base"`` (medium and many), as in the paper, ``"many"``, or
+                ``"all"``, few classes too (paper, appendix D).
             few_below: a class with fewer training samples is few; the paper uses 20.
             many_above: a class with more training samples is many; the paper uses 100.
             pca_dim: the sub-modules read classifiers reduced by PCA to ``min(pca_dim, N, D)``; the paper uses 500 on
@@ -178,7 +181,7 @@ class AlphaNet(nn.Module):
             >>> head
             AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=0.7, rule='clamp', hidden_dim=10)
         """
-        weight, bias = _parameters_of(linear)
+        weight, bias = linear_parameters(linear)
         num_classes = weight.shape[0]
         if members is not None:
             surplus = {"class_counts": class_counts, "class_means": class_means, "few_classes": few_classes}
@@ -187,14 +190,12 @@ class AlphaNet(nn.Module):
                 raise ValueError(f"members already names classes and neighbours; do not give {', '.join(given)} as well")
             members = check_members(as_tensor(members, "members").cpu(), num_classes)
         else:
-            few = _few_classes(class_counts, few_classes, num_classes, few_below, many_above)
+            split = _split(class_counts, few_classes, num_classes, few_below, many_above, pool)
             if class_means is None:
                 raise ValueError("class_means must be given to find neighbours (or give members)")
             means = as_tensor(class_means, "class_means")
             check_shape(means, "class_means", (num_classes, "D"))
-            is_base = torch.ones(num_classes, dtype=torch.bool, device="cpu")
-            is_base[few] = False
-            members = build_members(means.cpu(), few, is_base.nonzero().flatten(), top_k)
+            members = build_members(means.cpu(), split.few, pool_classes(split, pool), top_k)
         reduced = reduce_classifiers(weight, pca_dim)
         members = members.to(weight.device)
         return cls(weight, bias, members, submodule_inputs(reduced, members), **options)
@@ -549,7 +550,8 @@ def _check_classifier(weight: Tensor, bias: Tensor | None) -> None:
         check_finite(bias, "bias")
 
 
-def _parameters_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+def linear_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[N, D]`` and bias ``[N]`` or None of a linear layer, checked."""
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
     if not isinstance(weight, Tensor):
         raise TypeError(f"linear must have a weight [num_classes, in_features], such as nn.Linear; got {type(linear).__name__}")
@@ -560,21 +562,26 @@ def _parameters_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight.detach(), None if bias is None else bias.detach()
 
 
-def _few_classes(
-    class_counts: Tensor | None, few_classes: Tensor | None, num_classes: int, few_below: int, many_above: int
-) -> Tensor:
+def _split(
+    class_counts: Tensor | None, few_classes: Tensor | None, num_classes: int, few_below: int, many_above: int, pool: str
+) -> ClassSplit:
     if (class_counts is None) == (few_classes is None):
         got = "neither" if class_counts is None else "both"
         raise ValueError(f"give class_counts or few_classes, to say which classes are few (or members); got {got}")
     if few_classes is not None:
-        return check_class_ids(few_classes, num_classes, "few_classes").cpu()
+        if pool == "many":
+            raise ValueError("pool='many' needs class_counts: few_classes does not say which classes are many")
+        few = check_class_ids(few_classes, num_classes, "few_classes").cpu()
+        is_base = torch.ones(num_classes, dtype=torch.bool, device="cpu")
+        is_base[few] = False
+        return ClassSplit(few=few, medium=is_base.nonzero().flatten(), many=few.new_empty(0))
     assert class_counts is not None
     counts = as_tensor(class_counts, "class_counts").cpu()
     check_shape(counts, "class_counts", (num_classes,))
-    few = split_classes(counts, few_below=few_below, many_above=many_above).few
-    if len(few) == 0:
+    split = split_classes(counts, few_below=few_below, many_above=many_above)
+    if len(split.few) == 0:
         raise ValueError(
             f"class_counts has no few class: the smallest has {int(counts.min())} samples, few are those below "
             f"few_below={few_below}"
         )
-    return few
+    return split

@@ -26,15 +26,20 @@ from ._checks import (
     check_shape,
     format_ids,
 )
+from .classes import ClassSplit
 
 __all__ = [
+    "POOLS",
     "build_members",
     "check_members",
     "class_means",
     "nearest_classes",
+    "pool_classes",
     "reduce_classifiers",
     "submodule_inputs",
 ]
+
+POOLS = ("base", "many", "all")
 
 # Elements of one block of features. It stays in cache between its conversion and its sum, and torch starts its threads
 # from 2**15 elements on: waiting for them costs more than such light work, many times more on a busy machine.
@@ -158,6 +163,27 @@ def nearest_classes(class_means: TensorLike, targets: TensorLike, candidates: Te
     )
     order = torch.sort(distances, dim=1, stable=True).indices[:, :top_k]
     return candidate_ids[order].to(means.device)
+
+
+def pool_classes(split: ClassSplit, pool: str) -> Tensor:
+    """Return the classes that neighbours are chosen from, int64, ascending.
+
+    Args:
+        split: which classes are few, medium and many.
+        pool: ``"base"``, medium and many (the paper's choice); ``"many"``; or ``"all"``, few classes too (its appendix D).
+
+    Raises:
+        ValueError: an unknown pool.
+
+    Example:
+        >>> pool_classes(ClassSplit(few=[2], medium=[1], many=[0]), "base")
+        tensor([0, 1])
+    """
+    if pool not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+    if pool == "all":
+        return torch.arange(split.num_classes, device=split.few.device)
+    return split.many if pool == "many" else split.base
 
 
 def build_members(class_means: TensorLike, few: TensorLike, base: TensorLike, top_k: int = 5) -> Tensor:

@@ -80,9 +80,9 @@ class EpochSampler:
         return order
 
     def used(self, epochs: range) -> Tensor:
-        """The numbers of all samples that take part in ``epochs``, ascending."""
+        """Where in the data the samples are that take part in ``epochs``: ascending, each once."""
         taken = torch.zeros(len(self.indices), dtype=torch.bool, device="cpu")
         taken[: self.num_few] = True
         for epoch in epochs if self.negatives else ():
             taken[self.draw(epoch)] = True
-        return taken.nonzero().flatten()
+        return self.indices[taken].sort().values

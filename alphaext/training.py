@@ -50,9 +50,9 @@ class FitResult:
             with validation data the sixteen metrics.
         selected_epoch: the epoch whose parameters the head now has.
         selection: the policy that chose it, with its bounds.
-        metrics_before: sixteen metrics of the original classifier on the validation data, or None without: ``few``, ``medium``,
-            ``many``, ``all``, top-1 accuracy over samples, a fraction of 1; and each with ``_top5``, ``_class_mean`` (the mean of
-            the classes' accuracies) and ``_class_mean_top5``.
+        metrics_before: sixteen metrics of the original classifier on the validation data, or None without: ``few``,
+            ``medium``, ``many``, ``all``, top-1 accuracy over samples, a fraction of 1; and each with ``_top5``,
+            ``_class_mean`` (the mean of the classes' accuracies) and ``_class_mean_top5``.
         metrics_after: the same of the head as it is now.
         clamped: classes whose own coefficient sits on its clamp now.
         engine: what ran the training, ``"native"`` or ``"autograd"``.
@@ -398,10 +398,10 @@ def training_data(
     """The data of a training, checked."""
     if (val_features is None) != (val_labels is None):
         raise ValueError("val_features and val_labels must be given together")
-    samples = _check_samples(head, features, labels, "features", "labels")
+    samples = check_samples(head.weight, features, labels, "features", "labels")
     validation = None
     if val_features is not None and val_labels is not None:
-        validation = _check_samples(head, val_features, val_labels, "val_features", "val_labels")
+        validation = check_samples(head.weight, val_features, val_labels, "val_features", "val_labels")
         if options.select == "best_few" and not bool(torch.isin(validation.labels, head.few_classes.cpu()).any()):
             raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
     return TrainingData(samples, EpochSampler(samples.labels, head.few_classes, head.out_features, options), validation)
@@ -444,11 +444,14 @@ def _split_of(head: AlphaNet, labels: Tensor) -> ClassSplit:
     return ClassSplit(few=ids[few], medium=ids[~few & ~many], many=ids[many])
 
 
-def _check_samples(head: AlphaNet, features: TensorLike, labels: TensorLike, features_name: str, labels_name: str) -> Samples:
+def check_samples(
+    weight: Tensor, features: TensorLike, labels: TensorLike, features_name: str = "features", labels_name: str = "labels"
+) -> Samples:
+    """Features and labels for a classifier ``weight`` ``[N, D]``, checked for all but their values."""
     data = as_tensor(features, features_name).detach()
     check_floating(data, features_name)
-    check_shape(data, features_name, ("n", head.in_features))
-    targets = check_labels(labels, head.out_features, labels_name).cpu()
+    check_shape(data, features_name, ("n", weight.shape[1]))
+    targets = check_labels(labels, len(weight), labels_name).cpu()
     if len(targets) != len(data):
         raise ValueError(f"{features_name} and {labels_name} must have one entry a sample, got {len(data)} and {len(targets)}")
     if len(data) == 0:

@@ -1,0 +1,276 @@
+"""Training many heads on the same features, side by side: one core each, sharing all that is computed from features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ._checks import TensorLike, check_integer
+from .classes import ClassSplit, class_counts, split_classes
+from .engines import SharedLogits, TrainingData, why_not_native
+from .member_logits import Samples
+from .modules import AlphaNet, linear_parameters
+from .neighbors import POOLS, build_members, class_means, pool_classes, reduce_classifiers, submodule_inputs
+from .options import TrainingOptions
+from .sampling import EpochSampler
+from .training import FitResult, Run, check_samples, check_selection
+
+_HEAD_OPTIONS = ("hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
+_NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "pca_dim": 500}
+
+
+@dataclass
+class SweepRun:
+    """One configuration of :func:`fit_many` and what came of it.
+
+    Attributes:
+        config: the configuration, as it was given.
+        head: the trained head, or None if the training failed.
+        result: what :func:`alphaext.fit` would return, or None.
+        error: why it failed, or empty.
+    """
+
+    config: dict[str, Any]
+    head: AlphaNet | None
+    result: FitResult | None
+    error: str
+
+
+def fit_many(
+    linear: nn.Module,
+    features: TensorLike,
+    labels: TensorLike,
+    configs: Sequence[Mapping[str, Any]],
+    *,
+    val_features: TensorLike | None = None,
+    val_labels: TensorLike | None = None,
+    few_below: int = 20,
+    many_above: int = 100,
+    means: TensorLike | None = None,
+    jobs: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> list[SweepRun]:
+    """Make and train one head a configuration, all on the same classifier and features.
+
+    The logits that trainings need are computed once for all of them. Each runs on one core in the native engine, and gives to
+    the bit what :func:`alphaext.fit` gives alone.
+
+    Args:
+        linear: the trained classifier, such as ``nn.Linear``; see :meth:`AlphaNet.from_linear`.
+        features: ``[n, D]``, the training features; class counts, class means and samples come from them.
+        labels: ``[n]`` integers.
+        configs: one mapping a head, with any options of :meth:`AlphaNet.from_linear` (``top_k``, ``pool``, ``pca_dim``,
+            ``gamma``, ``rule``, ``init``, ``shared``, ``projected_gradient``, ``hidden_dim``) and of :func:`alphaext.fit`
+            (``lr``, ``epochs``, ``negative_ratio``, ...). ``seed`` is that of the weights and of the samples.
+        val_features: ``[m, D]``, with ``val_labels``.
+        val_labels: ``[m]`` integers.
+        few_below: a class with fewer training samples is few; 20 in the paper.
+        many_above: a class with more training samples is many; 100 in the paper.
+        means: ``[N, D]``, mean training feature of each class, if at hand.
+        jobs: trainings at a time; default one a core.
+        checkpoint: a directory for one checkpoint a configuration; trainings found there are not run again.
+        progress: show a progress bar; None shows it where standard error is a terminal.
+
+    Returns:
+        A :class:`SweepRun` for each configuration, in their order. One that diverges says so in ``error`` and stops no other.
+
+    Raises:
+        ValueError, TypeError: for a configuration out of range, naming it, before any training.
+        KeyboardInterrupt: passed on; what was finished is in the checkpoints.
+
+    Example:
+        >>> linear, labels = nn.Linear(8, 4), torch.arange(4).repeat_interleave(torch.tensor([30, 30, 30, 5]))
+        >>> configs = [dict(gamma=gamma, top_k=2, epochs=2) for gamma in (0.5, 0.9)]
+        >>> [run.head.gamma for run in fit_many(linear, torch.randn(95, 8), labels, configs)]
+        [0.5, 0.9]
+    """
+    directory = _check_directory(checkpoint)
+    workers = _cores() if jobs is None else check_integer(jobs, "jobs", minimum=1)
+    builder = _Builder(linear, features, labels, few_below, many_above, means)
+    validation = None
+    if (val_features is None) != (val_labels is None):
+        raise ValueError("val_features and val_labels must be given together")
+    if val_features is not None and val_labels is not None:
+        validation = check_samples(builder.weight, val_features, val_labels, "val_features", "val_labels")
+    trainings = []
+    for number, config in enumerate(configs):
+        try:
+            head, options = builder.make(config)
+            check_selection(options, validation is not None)
+            sampler = EpochSampler(builder.samples.labels, head.few_classes, head.out_features, options)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"configs[{number}]: {error}") from error
+        data = TrainingData(builder.samples, sampler, validation)
+        trainings.append(_Training(dict(config), Run(head, options, data), _path(directory, config)))
+    if not trainings:
+        return []
+    with _progress_bar(progress, sum(t.run.options.epochs for t in trainings)) as advance:
+        return _train_all(trainings, workers, advance)
+
+
+@dataclass
+class _Training:
+    config: dict[str, Any]
+    run: Run
+    path: Path | None
+
+
+class _Stopped(Exception):
+    """Another training was interrupted."""
+
+
+def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[SweepRun]:
+    heads = [training.run.head for training in trainings]
+    samplers = [training.run.data.sampler for training in trainings]
+    most_epochs = max(training.run.options.epochs for training in trainings)
+    logits = SharedLogits(heads, trainings[0].run.data, range(1, most_epochs + 1), samplers)
+    if not logits.all_at_once:
+        workers = 1  # the rows of base samples are one epoch's: trainings take turns
+    stop = threading.Event()
+
+    def train(training: _Training) -> SweepRun:
+        started = time.monotonic()
+
+        def report(entry: dict[str, float]) -> None:
+            advance(1)
+            if stop.is_set():
+                raise _Stopped
+
+        run = training.run
+        try:
+            if stop.is_set():
+                raise _Stopped
+            run.prepare(training.path, None, native=True, logits=logits)
+            advance(len(run.history) - 1)
+            run.train(training.path, report)
+        except FloatingPointError as error:
+            return SweepRun(training.config, None, None, str(error))
+        return SweepRun(training.config, run.head, run.result("", time.monotonic() - started), "")
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="alphaext") as pool:
+        futures: list[Future[SweepRun]] = [pool.submit(train, training) for training in trainings]
+        try:
+            pending = set(futures)
+            while pending:
+                # Woken now and then, so that Ctrl-C reaches this thread while the others work.
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+class _Builder:
+    """Makes heads of one classifier that share its weights and what is computed from features."""
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        features: TensorLike,
+        labels: TensorLike,
+        few_below: int,
+        many_above: int,
+        means: TensorLike | None,
+    ) -> None:
+        self.weight, self.bias = linear_parameters(linear)
+        self.samples: Samples = check_samples(self.weight, features, labels, "features", "labels")
+        counts = class_counts(self.samples.labels, len(self.weight))
+        self.split: ClassSplit = split_classes(counts, few_below=few_below, many_above=many_above)
+        if len(self.split.few) == 0:
+            raise ValueError(
+                f"labels has no few class: the smallest has {int(counts.min())} samples, few are those below {few_below}"
+            )
+        self._means = means
+        self._members: dict[tuple[str, int], Tensor] = {}
+        self._reduced: dict[int | None, Tensor] = {}
+        self._first: AlphaNet | None = None
+
+    def make(self, config: Mapping[str, Any]) -> tuple[AlphaNet, TrainingOptions]:
+        training = {f.name for f in fields(TrainingOptions)}
+        known = training.union(_HEAD_OPTIONS, _NEIGHBOR_OPTIONS)
+        unknown = sorted(set(config) - known)
+        if unknown:
+            raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+        neighbor = {name: config.get(name, default) for name, default in _NEIGHBOR_OPTIONS.items()}
+        members = self._members_of(neighbor["pool"], neighbor["top_k"])
+        reduced = self._reduced_to(neighbor["pca_dim"])
+        options = {"seed": 0} | {name: config[name] for name in _HEAD_OPTIONS if name in config}
+        members = members.to(self.weight.device)
+        z = submodule_inputs(reduced, members)
+        head = AlphaNet(self.weight, self.bias, members, z, first_layer="factored", **options)
+        # One copy of the frozen classifier for all heads.
+        if self._first is None:
+            self._first = head
+        head.weight, head.bias = self._first.weight, self._first.bias
+        reason = why_not_native(head, None)
+        if reason:
+            raise ValueError(f"the native engine cannot train this: {reason}")
+        return head, TrainingOptions(**{name: value for name, value in config.items() if name in training})
+
+    def _members_of(self, pool: str, top_k: int) -> Tensor:
+        if pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        if (pool, top_k) not in self._members:
+            if self._means is None:
+                self._means = class_means(self.samples.features, self.samples.labels, len(self.weight))
+            self._members[pool, top_k] = build_members(self._means, self.split.few, pool_classes(self.split, pool), top_k).cpu()
+        return self._members[pool, top_k]
+
+    def _reduced_to(self, pca_dim: int | None) -> Tensor:
+        if pca_dim not in self._reduced:
+            self._reduced[pca_dim] = reduce_classifiers(self.weight, pca_dim)
+        return self._reduced[pca_dim]
+
+
+def _path(directory: Path | None, config: Mapping[str, Any]) -> Path | None:
+    if directory is None:
+        return None
+    text = json.dumps({name: value for name, value in sorted(config.items()) if name != "epochs"}, default=str)
+    return directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+
+
+def _check_directory(checkpoint: str | os.PathLike[str] | None) -> Path | None:
+    if checkpoint is None:
+        return None
+    directory = Path(checkpoint)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"checkpoint must be a directory, got the file {str(directory)!r}")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _progress_bar(progress: bool | None, epochs: int) -> Iterator[Any]:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("epochs of all trainings"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = console.is_terminal if progress is None else progress
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        task = bar.add_task("", total=epochs)
+        yield lambda count: bar.update(task, advance=count)
