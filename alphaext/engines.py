@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -175,7 +176,7 @@ class NativeEngine:
         return self.sgd.lr * multiplier
 
     def train(self, epoch: int, multiplier: float) -> float:
-        rows = self.logits.rows_of(self.sampler.indices[self.sampler.draw(epoch)])
+        rows = self.logits.rows_of(self.sampler.indices.index_select(0, self.sampler.draw(epoch)))
         loss, failed_step, failed_class = self._call(rows, self.learning_rate(multiplier))
         self.steps += self.steps_per_epoch
         if failed_step >= 0:
@@ -252,7 +253,8 @@ class SharedLogits:
 
     def rows_of(self, indices: Tensor) -> Tensor:
         """The rows of an epoch's samples, in the order they are trained on."""
-        rows = self._row_of[indices]
+        # index_select and not indexing, which waits for a second thread however few the indices.
+        rows = self._row_of.index_select(0, indices)
         if not self.all_at_once:
             base = (rows < 0).nonzero().flatten()
             self.training.fill(self.num_kept, self.samples, indices[base])
@@ -391,24 +393,40 @@ class AutogradEngine:
         self.restore(state["parameters"], 1.0)
 
 
-def split_accuracies(hits: Tensor, counts: Tensor, split: ClassSplit) -> dict[str, float]:
-    """Top-1 and top-5 accuracy for each part of ``split``, over samples and as mean over classes, from hits ``[2, N]``.
+class SplitMetrics:
+    """Top-1 and top-5 accuracy for each part of a split, over samples and as mean over classes.
 
     Keys are ``few``, ``medium``, ``many``, ``all``, each also with ``_top5``, ``_class_mean`` and ``_class_mean_top5``; a part
     without samples is NaN.
     """
-    result: dict[str, float] = {}
-    everything = torch.arange(len(counts), device="cpu")
-    for name, ids in (("few", split.few), ("medium", split.medium), ("many", split.many), ("all", everything)):
-        part_counts = counts[ids]
-        seen = part_counts > 0
-        part_hits, part_counts = hits[:, ids][:, seen], part_counts[seen]
-        total = int(part_counts.sum())
-        over_samples = (part_hits.sum(dim=1).double() / total).tolist() if total else [math.nan, math.nan]
-        over_classes = (part_hits / part_counts).double().mean(dim=1).tolist() if total else [math.nan, math.nan]
-        result[name], result[f"{name}_top5"] = over_samples
-        result[f"{name}_class_mean"], result[f"{name}_class_mean_top5"] = over_classes
-    return result
+
+    def __init__(self, split: ClassSplit, counts: Tensor) -> None:
+        """``counts``: validation samples of each class."""
+        parts = {"few": split.few, "medium": split.medium, "many": split.many}
+        member = np.zeros((len(counts), 4), dtype=np.int64)
+        for column, ids in enumerate(parts.values()):
+            member[ids.numpy(), column] = 1
+        member[:, 3] = 1
+        self._names = (*parts, "all")
+        samples = counts.numpy()
+        self._member, self._totals = member, samples @ member
+        seen = member * (samples > 0)[:, None]
+        # Nothing to average is nan, without a warning: 0 / 0 is what is meant.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self._weights = seen / (np.maximum(samples, 1)[:, None] * seen.sum(axis=0).astype(np.float64))
+
+    def of(self, hits: Tensor) -> dict[str, float]:
+        """The metrics of hits ``[2, N]``: of each class, samples ranked first, and samples among the first five."""
+        # NumPy, not torch: small operations of torch's may wait for a second thread, long on a busy machine.
+        numbers = hits.numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            over_samples = (numbers @ self._member) / self._totals.astype(np.float64)
+        over_classes = np.where(self._totals > 0, numbers @ np.nan_to_num(self._weights), np.nan)
+        result: dict[str, float] = {}
+        for column, name in enumerate(self._names):
+            result[name], result[f"{name}_top5"] = over_samples[:, column].tolist()
+            result[f"{name}_class_mean"], result[f"{name}_class_mean_top5"] = over_classes[:, column].tolist()
+        return result
 
 
 @torch.no_grad()

@@ -6,7 +6,10 @@ are touched again, and no ``[samples, num_classes]`` matrix is ever held: logits
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,7 +89,7 @@ class TrainingLogits:
     def __init__(self, columns: Columns, rows: int) -> None:
         self.columns = columns
         dtype = columns.few_penalty.dtype
-        self.logits = torch.empty(rows, len(columns), dtype=dtype, device="cpu")
+        self.logits = _allocate((rows, len(columns)), dtype, f"the member logits of {rows} training samples")
         self.base_logsumexp = torch.empty(rows, dtype=dtype, device="cpu")
         self.label_logit = torch.empty(rows, dtype=dtype, device="cpu")
         self.few_of_label = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
@@ -109,7 +112,9 @@ class ValidationLogits:
         self.columns, self.labels = columns, samples.labels
         count, dtype = len(samples.labels), columns.few_penalty.dtype
         blocks = -(-count // BLOCK_SAMPLES)
-        self.logits = torch.zeros(blocks, len(columns), BLOCK_SAMPLES, dtype=dtype, device="cpu")
+        shape = (blocks, len(columns), BLOCK_SAMPLES)
+        self.logits = _allocate(shape, dtype, f"the member logits of {count} validation samples")
+        self.logits[-1:].zero_()  # the last block may have room to spare
         self.label_logit = torch.empty(count, dtype=dtype, device="cpu")
         self.top_logits = torch.empty(count, TOP_CLASSES, dtype=dtype, device="cpu")
         self.top_ids = torch.empty(count, TOP_CLASSES, dtype=torch.int32, device="cpu")
@@ -133,7 +138,23 @@ class ValidationLogits:
         return result
 
 
-def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor):  # type: ignore[no-untyped-def]
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
+    """Memory for ``what``; a MemoryError that says how much, instead of a process that the system kills on its way."""
+    needed, available = math.prod(shape) * dtype.itemsize, _available_bytes()
+    if needed > available:
+        raise MemoryError(f"{what} need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free")
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _available_bytes() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf  # not Linux: let the allocation itself fail
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
+
+
+def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The original logits of the samples, block by block, with the slice of ``indices`` and the labels they belong to."""
     weight, bias = columns.weight, columns.own_bias
     rows = max(1, _BLOCK_ELEMENTS // len(weight) // BLOCK_SAMPLES) * BLOCK_SAMPLES

@@ -50,9 +50,10 @@ class AlphaNet(nn.Module):
             ``"softmax"`` at most 0.99; under ``"l1"``, which fixes ``alpha_0 = 1``, with equal neighbours). ``"default"`` is
             PyTorch's ``U(+-1/sqrt(fan_in))`` for every layer.
         shared: one network for all few classes (paper, appendix A) instead of one each.
-        first_layer: ``"dense"`` holds the first layer's weights. ``"factored"`` holds only its output, which, its input being
-            fixed, is all that training with SGD sees: the same training at a tiny fraction of the memory and time. Exact for
-            SGD with momentum, Nesterov, dampening and weight decay; not for optimisers that work element by element (Adam).
+        first_layer: ``"factored"`` (default) holds only the first layer's output, which, its input being fixed, is all that
+            training with SGD sees: the same training at a tiny fraction of the memory and time. Exact for SGD with momentum,
+            Nesterov, dampening and weight decay; not for optimisers that work element by element (Adam), nor for a gradient of
+            ``z``. ``"dense"`` holds the first layer's weights.
         projected_gradient: let the gradient of a clamped coefficient through when descent would move it back inside; without
             it, a class that leaves the interval under ``"clamp"`` never returns.
         seed: of the initial weights; None draws one from PyTorch's default generator. Dense and factored heads of the same
@@ -83,7 +84,7 @@ class AlphaNet(nn.Module):
         rule: str = "clamp",
         init: str = "identity",
         shared: bool = False,
-        first_layer: str = "dense",
+        first_layer: str = "factored",
         projected_gradient: bool = False,
         seed: int | None = None,
     ) -> None:
@@ -383,7 +384,7 @@ class AlphaNet(nn.Module):
             text += ", bias=False"
         if self.shared:
             text += ", shared=True"
-        if self.first_layer != "dense":
+        if self.first_layer != "factored":
             text += f", first_layer={self.first_layer!r}"
         if self.projected_gradient:
             text += ", projected_gradient=True"

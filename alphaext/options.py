@@ -57,10 +57,12 @@ class TrainingOptions:
         self._check_milestones()
         if self.select is not None:
             _check_choice(self.select, "select", SELECTIONS)
-        if self.min_all is not None and (self.select != "best_few" or not 0 <= self.min_all <= 1):
-            raise ValueError(
-                f"min_all must be a fraction in [0, 1], with select='best_few'; got {self.min_all!r} with {self.select!r}"
-            )
+        if self.min_all is not None:
+            message = f"min_all must be a fraction in [0, 1], with select='best_few'; got {self.min_all!r} with {self.select!r}"
+            if isinstance(self.min_all, bool) or not isinstance(self.min_all, (int, float)):
+                raise TypeError(message)
+            if self.select != "best_few" or not 0 <= self.min_all <= 1:
+                raise ValueError(message)
 
     def _check_milestones(self) -> None:
         milestones: object = self.lr_milestones

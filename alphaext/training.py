@@ -26,9 +26,9 @@ from .engines import (
     Engine,
     NativeEngine,
     SharedLogits,
+    SplitMetrics,
     TrainingData,
     TrainingDiverged,
-    split_accuracies,
     why_not_native,
 )
 from .member_logits import Samples
@@ -216,6 +216,10 @@ class Run:
         self.head, self.options, self.data = head, options, data
         self.select = options.select or ("last" if data.validation is None else "best_all")
         self.min_all = options.min_all
+        self.metrics: SplitMetrics | None = None
+        if data.validation is not None:
+            counts = torch.bincount(data.validation.labels, minlength=head.out_features)
+            self.metrics = SplitMetrics(_split_of(head, data.samples.labels), counts)
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float] | None = None
         self.selected_epoch = 0
@@ -260,8 +264,8 @@ class Run:
             self.engine = AutogradEngine(head, options, data, optimizer)
         self.decay = DecayOfStart(sgd if optimizer is None else self.engine.sgd or sgd)
         original = self.engine.original_hits()
-        if original is not None:
-            self.before = self._accuracies(original)
+        if original is not None and self.metrics is not None:
+            self.before = self.metrics.of(original)
             if self.select == "best_few":
                 self.min_all = self.before["all"] if self.min_all is None else self.min_all
         if state is None:
@@ -308,23 +312,12 @@ class Run:
             seconds=seconds,
         )
 
-    def _accuracies(self, hits: Tensor) -> dict[str, float]:
-        assert self.data.validation is not None
-        counts = torch.bincount(self.data.validation.labels, minlength=self.head.out_features)
-        return split_accuracies(hits, counts, self._split)
-
-    @property
-    def _split(self) -> ClassSplit:
-        if not hasattr(self, "_cached_split"):
-            self._cached_split = _split_of(self.head, self.data.samples.labels)
-        return self._cached_split
-
     def _record(self, epoch: int, loss: float, lr: float) -> None:
         """Add an epoch to the history, and keep its parameters if it is the one to select so far."""
         entry: dict[str, float] = {"epoch": epoch, "loss": loss, "lr": lr, "clamped": self.engine.clamped()}
         hits = self.engine.hits()
-        if hits is not None:
-            entry.update(self._accuracies(hits))
+        if hits is not None and self.metrics is not None:
+            entry.update(self.metrics.of(hits))
         self.history.append(entry)
         if self.select == "last":
             score = float(epoch)

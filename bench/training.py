@@ -211,9 +211,7 @@ def eager_factored_step(problem: Problem, batch: int = 64) -> Callable[[], None]
 
 def peers(dataset: Dataset, problem: Problem, repeats: int) -> dict[str, dict[str, float]]:
     """Median time of an SGD step from features; fewer repeats for what takes long."""
-    size = replace(
-        providers.SIZES[dataset.name], in_features=dataset.in_features, few_samples=dataset.few_samples
-    )
+    size = replace(providers.SIZES[dataset.name], in_features=dataset.in_features, few_samples=dataset.few_samples)
     data = providers.make_problem(size)
     results = {}
     for name in ("paper loop", "batched baddbmm", "batched + torch.compile", "alphaext dense"):
@@ -395,10 +393,16 @@ def markdown(results: dict[str, Any]) -> str:
             )
         lines.append("")
     if "busy" in results:
-        lines += [f"Another process on one of {results['busy']['cores']} cores: {results['busy']['ratio']:.2f} times as long.", ""]
+        lines += [
+            f"Another process on one of {results['busy']['cores']} cores: {results['busy']['ratio']:.2f} times as long.",
+            "",
+        ]
     if "sweep" in results:
         sweep = results["sweep"]
-        lines += [f"Sweep, ImageNet-LT, from features to {sweep['runs']} heads on {sweep['cores']} cores: {sweep['seconds']:.1f} s.", ""]
+        lines += [
+            f"Sweep, ImageNet-LT, from features to {sweep['runs']} heads on {sweep['cores']} cores: {sweep['seconds']:.1f} s.",
+            "",
+        ]
     if "scaling" in results:
         lines += ["| a step by | | | | |", "|---|---:|---:|---:|---:|"]
         for name, values in results["scaling"].items():

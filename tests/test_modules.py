@@ -25,7 +25,7 @@ def make_means(seed: int = 1) -> torch.Tensor:
 
 
 def make_head(linear: nn.Linear | None = None, **options) -> AlphaNet:
-    options = {"top_k": 3, "seed": 0, **options}
+    options = {"top_k": 3, "seed": 0, "first_layer": "dense", **options}
     return AlphaNet.from_linear(linear or make_linear(), class_counts=COUNTS, class_means=make_means(), **options)
 
 
@@ -177,7 +177,7 @@ def test_construction_ignores_the_default_device():
     expected = make_head()
     linear, means = make_linear(), make_means()
     with torch.device("meta"):
-        head = AlphaNet.from_linear(linear, class_counts=COUNTS, class_means=means, top_k=3, seed=0)
+        head = AlphaNet.from_linear(linear, class_counts=COUNTS, class_means=means, top_k=3, seed=0, first_layer="dense")
     assert head.w1.equal(expected.w1) and head.members.equal(expected.members)
 
 
@@ -236,7 +236,7 @@ def test_clamped_counts_classes_outside_the_interval():
 def test_repr_tells_the_configuration():
     assert repr(make_head(shared=True, first_layer="factored")) == (
         "AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=0.7, rule='clamp', hidden_dim=10, "
-        "shared=True, first_layer='factored')"
+        "shared=True)"
     )
 
 

@@ -123,14 +123,14 @@ def test_fit_learns_the_classifier_when_it_asks_for_a_gradient():
 
 
 def test_fit_takes_any_torch_optimizer():
-    head = make_head()
+    head = make_head(first_layer="dense")
     before = head.w1.detach().clone()
     fit(head, *make_data(), epochs=2, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
     assert not head.w1.equal(before)
 
 
 def test_fit_takes_optimizers_that_need_a_closure():
-    head = make_head()
+    head = make_head(first_layer="dense")
     result = fit(head, *make_data(), epochs=2, optimizer=lambda parameters: torch.optim.LBFGS(parameters, max_iter=3))
     assert result.history[2]["loss"] < result.history[1]["loss"]
 
