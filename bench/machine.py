@@ -1,10 +1,15 @@
-"""What the figures were measured on: the machine, its memory bandwidth, and peak memory of a piece of work."""
+"""What the figures were measured on: the machine, its memory bandwidth, and peak memory of a piece of work.
+
+``python bench/machine.py`` prints the description as JSON.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -14,12 +19,10 @@ from typing import Any
 
 import torch
 
-import alphaext
-
 
 def describe() -> dict[str, Any]:
     """Processor, memory, GPU and versions."""
-    info = alphaext.build_info()
+    info = _build_info()
     description: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -33,9 +36,39 @@ def describe() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
     }
     if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
         description["gpu"] = torch.cuda.get_device_name()
+        description["capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
+        description["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        description["multiprocessors"] = properties.multi_processor_count
+        description["driver"] = _driver()
         description["cuda"] = torch.version.cuda
+        description["kernels_for"] = " ".join(info["cuda_archs"] or ["none: built without CUDA"])
     return description
+
+
+def _build_info() -> dict[str, Any]:
+    """What the extension tells of itself; imported here, so that a machine can be described before it is built."""
+    try:
+        import alphaext
+    except ImportError:
+        return {"simd": "unknown", "version": "not built", "cuda_archs": None}
+    return alphaext.build_info()
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver."""
+    path = Path("/proc/driver/nvidia/version")
+    if path.exists():
+        match = re.search(r"\b(\d{3}\.[\d.]+)\b", path.read_text())
+        if match:
+            return match.group(1)
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.partition("\n")[0].strip() or "unknown"
 
 
 def _processor() -> str:
@@ -47,7 +80,10 @@ def _processor() -> str:
 
 def _commit() -> str:
     root = Path(__file__).resolve().parent
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    try:
+        result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 
@@ -66,13 +102,18 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, -1)
 
 
-def seconds_to_read(tensor: torch.Tensor, repeats: int = 7) -> float:
-    """The time to read ``tensor`` from memory once: the median of the fastest of several ways to do it."""
+def seconds_to_read(
+    tensor: torch.Tensor, repeats: int = 7, seconds: Callable[[Callable[[], object], int], float] | None = None
+) -> float:
+    """The time to read ``tensor`` from memory once: the median of the fastest of several ways to do it.
+
+    ``seconds(way, repeats)`` times one way; by default the clock does (:func:`median_seconds`).
+    """
     flat = tensor.reshape(-1)
     rows = flat.view(-1, tensor.shape[-1])
     vector = torch.ones(rows.shape[1], dtype=rows.dtype, device=rows.device)
     ways: list[Callable[[], object]] = [flat.sum, flat.amax, lambda: torch.mv(rows, vector)]
-    return min(median_seconds(way, repeats) for way in ways)
+    return min((seconds or median_seconds)(way, repeats) for way in ways)
 
 
 def median_seconds(function: Callable[[], object], repeats: int) -> float:
@@ -113,3 +154,7 @@ def _status_mib(name: str) -> float:
         if line.startswith(name + ":"):
             return int(line.split()[1]) / 1024
     raise OSError(f"{name} is not in /proc/self/status")
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe()))

@@ -1,0 +1,140 @@
+"""Every operator, forward and backward, at small sizes: what the sanitizers watch. Wrong results end it with an error, too.
+
+``python bench/gpu_small.py``; ``python bench/gpu.py --stage sanitizers`` runs it under each of compute-sanitizer's tools. All
+dtypes, rules and forms of the layers, ragged sizes, arrays that start unaligned or are not dense, several blocks a kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_timing import require_gpu
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
+
+from alphaext import ops, reference
+
+# The operators that the cases below run; a test holds this against those that have CUDA kernels.
+COVERED = {"head", "head_backward"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem and how the head is to treat it."""
+
+    name: str
+    dtype: torch.dtype
+    rule: str = "clamp"
+    layout: str = "dense"
+    projected_gradient: bool = False
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+
+def cases() -> Iterator[Case]:
+    """All cases: small ones in every combination, larger ones where a size changes the path that a kernel takes."""
+    for dtype, rule, first_layer, from_logits in itertools.product(
+        DTYPES, reference.RULES, ("separate", "shared", "factored"), (False, True)
+    ):
+        sizes = {"first_layer": first_layer, "from_logits": from_logits, "batch": 6, "pca_dim": 9, "hidden": 17}
+        yield Case("small", dtype, rule, sizes=sizes)
+    several_blocks = {"batch": 33, "num_classes": 90, "num_few": 20, "top_k": 4, "pca_dim": 16, "hidden": 70}
+    aligned = {"batch": 8, "num_classes": 64, "num_few": 8, "top_k": 3, "pca_dim": 16, "hidden": 64, "in_features": 64}
+    for dtype in DTYPES:
+        yield Case("several blocks", dtype, sizes=several_blocks)
+        yield Case("several blocks, factored", dtype, sizes={**several_blocks, "first_layer": "factored"})
+        yield Case("aligned", dtype, "softmax", sizes=aligned)
+        for layout in ("transposed", "sliced", "offset"):
+            yield Case("strided", dtype, layout=layout, sizes={"batch": 6, "pca_dim": 8, "hidden": 16})
+            yield Case("strided", dtype, layout=layout, sizes={**aligned, "from_logits": True})
+    for rule in reference.RULES:
+        yield Case("no bias", torch.float32, rule, sizes={"bias": False})
+        yield Case("shared second layer", torch.float32, rule, sizes={"shared_second_layer": True, "num_few": 4})
+        yield Case("projected", torch.float32, rule, projected_gradient=True)
+        yield Case("one of each", torch.float32, rule, sizes={"batch": 1, "num_few": 1, "top_k": 1, "pca_dim": 1, "hidden": 1})
+    yield Case("no samples", torch.float32, sizes={"batch": 0})
+    yield Case("no few classes", torch.float32, sizes={"num_few": 0})
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        padded = torch.zeros(*x.shape[:-1], 2 * x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+        padded[..., 1::2] = x
+        return padded[..., 1::2]
+    if layout == "offset":  # dense, but not aligned
+        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+    return x
+
+
+def check(case: Case, device: str) -> None:
+    """Scores and every gradient against the reference, in float64 on the CPU: there nothing of ours runs."""
+    options: dict[str, Any] = {"gamma": 0.7, "rule": case.rule, "projected_gradient": case.projected_gradient}
+    problem: Problem = make_problem(dtype=case.dtype, **case.sizes)
+    theirs = problem.map(Tensor.double).requires_grad()
+    moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(problem).items()}
+    ours = Problem(**moved).map(lambda x: laid_out(x, case.layout)).requires_grad()
+    tensors: tuple[Any, ...] = ours.tensors()
+    scores, expected = ops.alpha_head(*tensors, **options), reference_scores(theirs, **options)
+    assert_close(scores, expected, case.dtype, "scores")
+    gradient = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs, wanted_inputs = ours.floating(), theirs.floating()
+    gradient = gradient.to(case.dtype)
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+        scores, list(inputs.values()), gradient.to(device), allow_unused=True
+    )
+    wanted: tuple[Tensor | None, ...] = torch.autograd.grad(
+        expected, list(wanted_inputs.values()), gradient.double(), allow_unused=True
+    )
+    for name, actual, correct in zip(inputs, gradients, wanted, strict=True):
+        if actual is None:
+            assert correct is None, f"no gradient of {name}"
+            continue
+        correct = torch.zeros_like(wanted_inputs[name]) if correct is None else correct
+        assert_close(actual, correct, case.dtype, f"gradient of {name}", factor=4)
+
+
+def run(device: str, only: str = "") -> int:
+    """Every case whose description holds ``only``; returns how many were wrong."""
+    count = wrong = 0
+    for case in cases():
+        text = f"{case.name}, {case.dtype}, {case.rule}, {case.layout}, {case.sizes}"
+        if only not in text:
+            continue
+        count += 1
+        try:
+            check(case, device)
+            if device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # one wrong case must not hide the next
+            wrong += 1
+            print(f"WRONG: {text}: {type(error).__name__}: {error}", flush=True)
+            if isinstance(error, torch.AcceleratorError):
+                break  # the device does nothing more for this process
+    print(f"{count} cases on {device}, {wrong} wrong")
+    return wrong if count else 1
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--only", default="", help="run the cases whose description holds this")
+    options = parser.parse_args()
+    require_gpu(options.device)
+    torch.set_num_threads(1)
+    sys.exit(1 if run(options.device, options.only) else 0)
+
+
+if __name__ == "__main__":
+    main()
