@@ -159,6 +159,9 @@ def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[S
             run.train(training.path, report)
         except FloatingPointError as error:
             return SweepRun(training.config, None, None, str(error))
+        except BaseException:
+            stop.set()
+            raise
         return SweepRun(training.config, run.head, run.result("", time.monotonic() - started), "")
 
     with ThreadPoolExecutor(workers, thread_name_prefix="alphaext") as pool:
@@ -168,8 +171,9 @@ def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[S
             while pending:
                 # Woken now and then, so that Ctrl-C reaches this thread while the others work.
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
+                for error in (future.exception() for future in done):
+                    if error is not None and not isinstance(error, _Stopped):
+                        raise error
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)

@@ -227,7 +227,7 @@ class Run:
         self.selected_decay = 1.0
         self.selected: list[Tensor] = []
         self.engine: Engine
-        self._saved = 0.0
+        self._saved = -math.inf
 
     def prepare(
         self,
@@ -276,6 +276,7 @@ class Run:
     def train(self, path: Path | None, report: Callable[[dict[str, float]], None]) -> None:
         """Train the remaining epochs and leave the head with the parameters of the selected one, whatever happens."""
         options, engine = self.options, self.engine
+        self._saved = time.monotonic()
         try:
             for epoch in range(len(self.history), options.epochs + 1):
                 multiplier = options.lr_multiplier(epoch)

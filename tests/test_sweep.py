@@ -1,0 +1,122 @@
+"""Many trainings at once: each gives what it gives alone, and none harms another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_training import interrupt, make_data
+from torch import nn
+
+from alphaext import AlphaNet, class_means, engines, fit, fit_many, sweep
+
+FEATURES, LABELS = make_data(per_base=30)
+VALIDATION = dict(zip(("val_features", "val_labels"), make_data(seed=5), strict=True))
+HEAD_OPTIONS = {"gamma", "top_k", "shared", "rule", "pool", "pca_dim", "init", "projected_gradient"}
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    torch.manual_seed(3)
+    return nn.Linear(12, 8)
+
+
+def alone(linear: nn.Linear, config: dict):
+    head_options = {name: value for name, value in config.items() if name in HEAD_OPTIONS}
+    options = {name: value for name, value in config.items() if name not in HEAD_OPTIONS}
+    head = AlphaNet.from_linear(
+        linear,
+        class_counts=torch.bincount(LABELS),
+        class_means=class_means(FEATURES, LABELS),
+        seed=config.get("seed", 0),
+        **head_options,
+    )
+    return head, fit(head, FEATURES, LABELS, **VALIDATION, **options)
+
+
+CONFIGS = [
+    dict(gamma=0.5, seed=1, epochs=4),
+    dict(gamma=0.9, rule="softmax", epochs=3, lr=0.03, top_k=3),
+    dict(rule="l1", pool="all", epochs=4, negative_ratio=0.5),
+    dict(shared=True, epochs=2, negative_sampling="class_balanced", momentum=0.5, weight_decay=1e-3),
+    dict(pca_dim=4, init="default", projected_gradient=True, epochs=3, batch_size=7, select="last"),
+]
+
+
+@pytest.mark.parametrize("cache_bytes", [engines.CACHE_BYTES, 0], ids=["all logits kept", "logits of an epoch kept"])
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_each_gives_the_bits_it_gives_alone(linear, jobs, cache_bytes, monkeypatch):
+    monkeypatch.setattr(engines, "CACHE_BYTES", cache_bytes)
+    runs = fit_many(linear, FEATURES, LABELS, CONFIGS, jobs=jobs, **VALIDATION)
+    assert [run.config for run in runs] == CONFIGS
+    for run, config in zip(runs, CONFIGS, strict=True):
+        head, result = alone(linear, config)
+        assert run.error == "" and run.result.engine == "native"
+        for name, value in head.state_dict().items():
+            assert value.equal(run.head.state_dict()[name]), name
+        assert str(run.result.history) == str(result.history)
+        assert run.result.selected_epoch == result.selected_epoch
+
+
+def test_heads_share_one_classifier(linear):
+    one, two = fit_many(linear, FEATURES, LABELS, [dict(epochs=1), dict(epochs=1, gamma=0.5)])
+    assert one.head.weight is two.head.weight and one.head.weight is not linear.weight
+
+
+def test_one_that_diverges_stops_no_other(linear):
+    runs = fit_many(linear, FEATURES, LABELS, [dict(lr=1e30, init="default"), dict(epochs=2)])
+    assert runs[0].head is None and runs[0].result is None
+    assert "in epoch 1 (lr 1e+30)" in runs[0].error
+    assert runs[1].error == "" and len(runs[1].result.history) == 3
+
+
+def test_interrupted_and_gone_on(linear, tmp_path, monkeypatch):
+    expected = fit_many(linear, FEATURES, LABELS, CONFIGS, **VALIDATION)
+    original, calls = engines.NativeEngine.train, []
+
+    def train(self, *arguments):
+        calls.append(1)
+        return interrupt() if len(calls) == 9 else original(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engines.NativeEngine, "train", train)
+        fit_many(linear, FEATURES, LABELS, CONFIGS, checkpoint=tmp_path, jobs=1, **VALIDATION)
+    assert len(list(tmp_path.glob("*.pt"))) == 2  # of those that were finished
+    calls.clear()
+    monkeypatch.setattr(engines.NativeEngine, "train", lambda *arguments: calls.append(1) or original(*arguments))
+    runs = fit_many(linear, FEATURES, LABELS, CONFIGS, checkpoint=tmp_path, **VALIDATION)
+    assert len(calls) == sum(config["epochs"] for config in CONFIGS[2:])
+    for run, whole in zip(runs, expected, strict=True):
+        assert run.head.w2.equal(whole.head.w2) and str(run.result.history) == str(whole.result.history)
+
+
+def test_nothing_to_do(linear):
+    assert fit_many(linear, FEATURES, LABELS, []) == []
+
+
+BAD = {
+    r"configs\[1\]: gamma must be in \(0, 1\], got 2": dict(configs=[dict(), dict(gamma=2.0)]),
+    r"configs\[0\]: unknown option 'gama'": dict(configs=[dict(gama=0.5)]),
+    r"configs\[0\]: pool must be one of base, many, all, got 'some'": dict(configs=[dict(pool="some")]),
+    r"configs\[0\]: top_k must be at most": dict(configs=[dict(top_k=7)]),
+    r"configs\[0\]: select='best_few' needs val_features": dict(configs=[dict(select="best_few")]),
+    "labels has no few class: the smallest has 6 samples, few are those below 3": dict(few_below=3),
+    "jobs must be at least 1, got 0": dict(jobs=0),
+    "val_features and val_labels must be given together": dict(val_features=FEATURES),
+    "checkpoint must be a directory, got the file": dict(checkpoint=__file__),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_calls(linear, message):
+    arguments = {"configs": [dict(epochs=1)], **BAD[message]}
+    with pytest.raises((ValueError, TypeError), match=message):
+        fit_many(linear, FEATURES, LABELS, **arguments)
+
+
+def test_half_precision_is_refused(linear):
+    with pytest.raises(ValueError, match="native engine cannot train this: the head is torch.float16"):
+        fit_many(linear.half(), FEATURES, LABELS, [dict(epochs=1)])
+
+
+def test_cores():
+    assert sweep._cores() >= 1
