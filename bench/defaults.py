@@ -41,7 +41,6 @@ from quickdraw import (
     progress_bar,
 )
 from rich.console import Console
-from torch import Tensor
 
 from alphaext import AlphaNet, class_means, fit_many, split_accuracy, split_classes
 

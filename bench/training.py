@@ -3,9 +3,9 @@
     python bench/training.py --results NAME          # all parts, some five minutes on two cores
     python bench/training.py --parts training sweep
 
-Class counts are those of ImageNet-LT and Places-LT, features and classifiers are drawn at random. Peers that would take minutes or
-hours are timed over enough steps for a median, and multiplied; the table says so. Each part writes its results as soon as it is
-done, to bench/results/NAME.json and NAME.md.
+Class counts are those of ImageNet-LT and Places-LT, features and classifiers are drawn at random. Peers that would take minutes
+or hours are timed over enough steps for a median, and multiplied; the table says so. Each part writes its results as soon as it
+is done, to bench/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import machine
+import providers
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,12 +34,6 @@ from alphaext.engines import NativeEngine, SharedLogits
 from alphaext.member_logits import Columns, Samples, TrainingLogits
 from alphaext.options import TrainingOptions
 from alphaext.training import Run, training_data
-
-try:
-    from . import machine, providers
-except ImportError:  # run as a script
-    import machine  # type: ignore[no-redef]
-    import providers  # type: ignore[no-redef]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,6 +57,7 @@ DATASETS = {
     "imagenet-lt": Dataset("imagenet-lt", 1000, 136, 1643, 115_846, 20_000),
     "places-lt": Dataset("places-lt", 365, 71, 804, 62_500, 7_300, pca_dim=300),
 }
+PEERS = ("paper loop", "batched baddbmm", "batched + torch.compile", "alphaext dense")
 INATURALIST = Dataset("inaturalist-2018", 8142, 3224, 46_112, 437_513, 24_426, in_features=256, pca_dim=500)
 
 
@@ -163,6 +160,8 @@ def native_training(problem: Problem, repeats: int, **options: Any) -> dict[str,
 def preparation(problem: Problem, repeats: int) -> dict[str, Any]:
     """Member logits and base log-sum-exp of all training features, against one matrix product over them."""
     head = problem.head
+    assert head.bias is not None
+    bias = head.bias
     columns, samples = Columns([head]), Samples(problem.features, problem.labels)
     indices = torch.arange(len(problem.labels))
     rows = TrainingLogits(columns, len(indices))
@@ -171,7 +170,7 @@ def preparation(problem: Problem, repeats: int) -> dict[str, Any]:
     with torch.no_grad():
         for _ in range(repeats + 1):
             ours.append(timed(lambda: rows.fill(0, samples, indices)))
-            product.append(timed(lambda: torch.addmm(head.bias, problem.features, head.weight.t(), out=out)))
+            product.append(timed(lambda: torch.addmm(bias, problem.features, head.weight.t(), out=out)))
     result = {"prepare_s": statistics.median(ours[1:]), "linear_s": statistics.median(product[1:])}
     return result | {"ratio": statistics.median(a / b for a, b in zip(ours[1:], product[1:], strict=True))}
 
@@ -214,7 +213,7 @@ def peers(dataset: Dataset, problem: Problem, repeats: int) -> dict[str, dict[st
     size = replace(providers.SIZES[dataset.name], in_features=dataset.in_features, few_samples=dataset.few_samples)
     data = providers.make_problem(size)
     results = {}
-    for name in ("paper loop", "batched baddbmm", "batched + torch.compile", "alphaext dense"):
+    for name in PEERS:
         torch.manual_seed(0)
         make, cached = providers.PROVIDERS[name]
         module = make(data)
@@ -302,11 +301,11 @@ def sweep_part(arguments: argparse.Namespace) -> dict[str, Any]:
     """Nine gammas times ten seeds at ImageNet-LT's size, from features to ninety trained heads."""
     problem = make_problem(DATASETS["imagenet-lt"])
     linear = nn.Linear(problem.head.in_features, problem.head.out_features)
-    linear.weight, linear.bias = problem.head.weight, problem.head.bias
+    linear.load_state_dict({"weight": problem.head.weight, "bias": problem.head.bias})
     gammas = [round(0.1 * i, 1) for i in range(1, 10)]
     configs = [dict(gamma=gamma, seed=seed, lr=0.01) for gamma in gammas for seed in range(arguments.sweep_seeds)]
     means = torch.randn(problem.head.out_features, problem.head.in_features)
-    data = dict(val_features=problem.val_features, val_labels=problem.val_labels, means=means)
+    data: dict[str, Any] = dict(val_features=problem.val_features, val_labels=problem.val_labels, means=means)
     runs: list[Any] = []
     seconds = timed(lambda: runs.extend(alphaext.fit_many(linear, problem.features, problem.labels, configs, **data)))
     failed = [run.error for run in runs if run.error]
@@ -388,9 +387,8 @@ def markdown(results: dict[str, Any]) -> str:
             "|---|---:|---:|---:|",
         ]
         for peer, value in entry["peers"].items():
-            lines.append(
-                f"| {peer} | {value['step_ms']:.2f} | {value['ratio_of_step']:.0f} | {value['training_s_by_multiplication']:.0f} s |"
-            )
+            whole = f"{value['training_s_by_multiplication']:.1f} s"
+            lines.append(f"| {peer} | {value['step_ms']:.2f} | {value['ratio_of_step']:.1f} | {whole} |")
         lines.append("")
     if "busy" in results:
         lines += [
@@ -413,8 +411,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines += [
             f"iNaturalist 2018's size, one epoch of {part['steps']} steps: {part['epoch_s']:.1f} s ({part['step_ms']:.2f} ms a "
             f"step), after {part['prepare_s']:.1f} s of preparation at {part['in_features']} features; peak memory "
-            f"{part['peak_memory_mib']:.0f} MiB (the paper's form: {part['paper_form_mib']:.0f} MiB of parameters, gradients and "
-            "momentum).",
+            f"{part['peak_memory_mib']:.0f} MiB (the paper's form: {part['paper_form_mib']:.0f} MiB of parameters, gradients "
+            "and momentum).",
             "",
         ]
     return "\n".join(lines)
