@@ -98,10 +98,17 @@ def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> s
     return None
 
 
-class NativeEngine:
-    """Trains in the extension, on one thread, from cached member logits: no features, no classifier, no first layer.
+def native_device(head: AlphaNet) -> torch.device:
+    """Where the native engine trains ``head``: on its GPU if the extension has kernels for it, or else on the CPU."""
+    on_gpu = head.weight.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key("alphaext::train_epoch", "CUDA")
+    return head.weight.device if on_gpu else torch.device("cpu")
 
-    What a step needs of the first layer is its output; its weights are put back when the head is given its parameters.
+
+class NativeEngine:
+    """Trains in the extension, from cached member logits: no features, no classifier, no first layer.
+
+    On one thread of the CPU, or, where the head is on a GPU and the extension has kernels for it, there. What a step needs of
+    the first layer is its output; its weights are put back when the head is given its parameters.
     """
 
     name = "native"
@@ -116,26 +123,27 @@ class NativeEngine:
         logits: SharedLogits | None = None,
     ) -> None:
         self.head, self.options, self.sgd, self.data = head, options, sgd, data
+        self.device = native_device(head)
         self.sampler = data.sampler
         self.steps_per_epoch = -(-len(self.sampler) // options.batch_size)
         epochs = range(first_epoch, options.epochs + 1)
         self.logits = SharedLogits([head], data, epochs, [self.sampler]) if logits is None else logits
-        self.columns = self.logits.columns.of(head)
+        self.columns = self.logits.columns.of(head).to(self.device)
         self.steps = 0
         num_few, members, hidden = head.num_few, head.top_k + 1, head.w2.shape[2]
         dtype = head.weight.dtype
         self._hidden, self._tiles = hidden, -(-hidden // _TILE)
         with torch.no_grad():
             start = _preactivations(head)
-            self._scale = _gradient_scale(head).to(device="cpu", dtype=dtype).contiguous()
-            self._state = self._packed(start.to(device="cpu", dtype=dtype), head.w2.detach().cpu())
-            self._b2 = head.b2.detach().cpu().clone()
+            self._scale = _gradient_scale(head).to(device=self.device, dtype=dtype).contiguous()
+            self._state = self._packed(start.to(device=self.device, dtype=dtype), head.w2.detach().to(self.device))
+            self._b2 = head.b2.detach().to(self.device, copy=True)
             self._b2_momentum = torch.zeros_like(self._b2)
-            self._raw = torch.empty(num_few, members, dtype=dtype, device="cpu")
-            self._alpha = torch.empty(num_few, members, dtype=dtype, device="cpu")
+            self._raw = torch.empty(num_few, members, dtype=dtype, device=self.device)
+            self._alpha = torch.empty(num_few, members, dtype=dtype, device=self.device)
             # The dense first layer's change is told by how far its output has moved.
-            self._start = start.to(device="cpu", dtype=torch.float64) if head.first_layer == "dense" else None
-        self._call(torch.empty(0, dtype=torch.int64, device="cpu"), 0.0)
+            self._start = start.to(device=self.device, dtype=torch.float64) if head.first_layer == "dense" else None
+        self._call(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
 
     @property
     def _rows(self) -> tuple[int, int]:
@@ -146,7 +154,9 @@ class NativeEngine:
         """The state as the extension wants it: tile by tile, each with zeros for the momentum."""
         classes, members = self._rows
         networks = len(w2)
-        state = torch.zeros(networks, self._tiles, 2 * classes + 2 * members, _TILE, dtype=preactivation.dtype, device="cpu")
+        state = torch.zeros(
+            networks, self._tiles, 2 * classes + 2 * members, _TILE, dtype=preactivation.dtype, device=self.device
+        )
         missing = self._tiles * _TILE - self._hidden
         rows = nn.functional.pad(preactivation, (0, missing)).view(networks, classes, self._tiles, _TILE)
         state[:, :, :classes] = rows.transpose(1, 2)
@@ -223,7 +233,7 @@ class NativeEngine:
         self._b2.copy_(state["b2"])
         self._b2_momentum.copy_(state["b2_momentum"])
         self.steps = state["steps"]
-        self._call(torch.empty(0, dtype=torch.int64, device="cpu"), 0.0)
+        self._call(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
 
 
 class SharedLogits:
@@ -246,10 +256,11 @@ class SharedLogits:
             used = samplers[0].indices[: samplers[0].num_few]
         rows = len(used) if self.all_at_once else max(len(sampler) for sampler in samplers)
         self.num_kept = len(used)
-        self.training = TrainingLogits(self.columns, rows)
+        self.device = native_device(heads[0])
+        self.training = TrainingLogits(self.columns, rows, self.device)
         self.training.fill(0, data.samples, used)
         self._row_of[used] = torch.arange(len(used), device="cpu")
-        self.validation = None if data.validation is None else ValidationLogits(self.columns, data.validation)
+        self.validation = None if data.validation is None else ValidationLogits(self.columns, data.validation, self.device)
 
     def rows_of(self, indices: Tensor) -> Tensor:
         """The rows of an epoch's samples, in the order they are trained on."""
@@ -259,7 +270,7 @@ class SharedLogits:
             base = (rows < 0).nonzero().flatten()
             self.training.fill(self.num_kept, self.samples, indices[base])
             rows[base] = self.num_kept + torch.arange(len(base), device="cpu")
-        return rows
+        return rows.to(self.device)
 
 
 class AutogradEngine:

@@ -86,19 +86,19 @@ class Columns:
 class TrainingLogits:
     """A row for each of some samples: ``logits`` ``[rows, U]``, and ``[rows]`` of the other three."""
 
-    def __init__(self, columns: Columns, rows: int) -> None:
+    def __init__(self, columns: Columns, rows: int, device: torch.device | str = "cpu") -> None:
         self.columns = columns
         dtype = columns.few_penalty.dtype
-        self.logits = _allocate((rows, len(columns)), dtype, f"the member logits of {rows} training samples")
-        self.base_logsumexp = torch.empty(rows, dtype=dtype, device="cpu")
-        self.label_logit = torch.empty(rows, dtype=dtype, device="cpu")
-        self.few_of_label = torch.full((rows,), -1, dtype=torch.int32, device="cpu")
+        self.logits = _allocate((rows, len(columns)), dtype, device, f"the member logits of {rows} training samples")
+        self.base_logsumexp = torch.empty(rows, dtype=dtype, device=device)
+        self.label_logit = torch.empty(rows, dtype=dtype, device=device)
+        self.few_of_label = torch.full((rows,), -1, dtype=torch.int32, device=device)
 
     def fill(self, first_row: int, samples: Samples, indices: Tensor) -> None:
         """Compute the rows from ``first_row`` on for the samples ``indices``."""
         labels = samples.labels[indices]
         rows = slice(first_row, first_row + len(indices))
-        self.few_of_label[rows] = self.columns.few_of_class[labels]
+        self.few_of_label[rows] = self.columns.few_of_class[labels].to(self.few_of_label.device)
         for part, block_labels, logits in _blocks(self.columns, samples, indices, labels):
             here = slice(first_row + part.start, first_row + part.stop)
             _keep(self.columns, logits, block_labels, self.logits[here], self.base_logsumexp[here], self.label_logit[here])
@@ -108,18 +108,19 @@ class TrainingLogits:
 class ValidationLogits:
     """Validation samples in blocks of :data:`BLOCK_SAMPLES`, with the constants of their base columns."""
 
-    def __init__(self, columns: Columns, samples: Samples) -> None:
-        self.columns, self.labels = columns, samples.labels
+    def __init__(self, columns: Columns, samples: Samples, device: torch.device | str = "cpu") -> None:
+        self.columns, self.labels = columns, samples.labels.to(device)
         count, dtype = len(samples.labels), columns.few_penalty.dtype
         blocks = -(-count // BLOCK_SAMPLES)
         shape = (blocks, len(columns), BLOCK_SAMPLES)
-        self.logits = _allocate(shape, dtype, f"the member logits of {count} validation samples")
+        self.logits = _allocate(shape, dtype, device, f"the member logits of {count} validation samples")
         self.logits[-1:].zero_()  # the last block may have room to spare
-        self.label_logit = torch.empty(count, dtype=dtype, device="cpu")
-        self.top_logits = torch.empty(count, TOP_CLASSES, dtype=dtype, device="cpu")
-        self.top_ids = torch.empty(count, TOP_CLASSES, dtype=torch.int32, device="cpu")
-        self.few_of_label = columns.few_of_class[samples.labels]
-        base_logsumexp = torch.empty(count, dtype=dtype, device="cpu")
+        self.label_logit = torch.empty(count, dtype=dtype, device=device)
+        self.top_logits = torch.empty(count, TOP_CLASSES, dtype=dtype, device=device)
+        self.top_ids = torch.empty(count, TOP_CLASSES, dtype=torch.int32, device=device)
+        self.few_of_label = columns.few_of_class[samples.labels].to(device)
+        self._few_classes = columns.few_classes.to(device)
+        base_logsumexp = torch.empty(count, dtype=dtype, device=device)
         indices = torch.arange(count, device="cpu")
         for part, labels, logits in _blocks(columns, samples, indices, samples.labels):
             blocks_here = self.logits[part.start // BLOCK_SAMPLES : -(-part.stop // BLOCK_SAMPLES)]
@@ -132,18 +133,18 @@ class ValidationLogits:
     def hits(self, alphas: Tensor, member_columns: Tensor) -> Tensor:
         """``[2, N]`` int64: of each class, the samples that it wins, and those that it is among the first five of."""
         result: Tensor = torch.ops.alphaext.validate(
-            alphas, member_columns, self.columns.few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
+            alphas, member_columns, self._few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
             self.labels, self.few_of_label, len(self.columns.few_penalty),
         )  # fmt: skip
-        return result
+        return result.cpu()
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> Tensor:
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, what: str) -> Tensor:
     """Memory for ``what``; a MemoryError that says how much, instead of a process that the system kills on its way."""
     needed, available = math.prod(shape) * dtype.itemsize, _available_bytes()
-    if needed > available:
+    if needed > available and torch.device(device).type == "cpu":
         raise MemoryError(f"{what} need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free")
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _available_bytes() -> float:
@@ -162,10 +163,14 @@ def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor)
         for start in range(0, len(indices), rows):
             part = slice(start, min(start + rows, len(indices)))
             wanted = indices[part]
+            # Matrix libraries round a handful of rows otherwise than many; a sample's logits shall not depend on its company.
+            missing = BLOCK_SAMPLES - len(wanted)
+            if missing > 0:
+                wanted = torch.cat([wanted, wanted[-1:].expand(missing)])
             contiguous = int(wanted[-1]) - int(wanted[0]) == len(wanted) - 1 and bool((wanted.diff() == 1).all())
             block = samples.features[int(wanted[0]) : int(wanted[-1]) + 1] if contiguous else samples.features[wanted]
             block = block.to(device=weight.device, dtype=weight.dtype)
-            yield part, labels[part], nn.functional.linear(block, weight, bias)
+            yield part, labels[part], nn.functional.linear(block, weight, bias)[: part.stop - part.start]
 
 
 def _keep(
@@ -178,7 +183,7 @@ def _keep(
     top_logits: Tensor | None = None,
     top_ids: Tensor | None = None,
 ) -> None:
-    if logits.is_cpu:
+    if logits.is_cpu and member_logits.is_cpu:
         torch.ops.alphaext.cache_logits(
             logits, labels, columns.few_penalty, columns.class_ids, columns.bias, member_logits, base_logsumexp, label_logit,
             top_logits, top_ids,
