@@ -264,21 +264,91 @@ Tensor all_preactivations(const Tensor& input, const Sizes& s, const std::option
   return preactivation;
 }
 
+#if ALPHAEXT_WITH_CUDA
+// One launch makes the whole head: on a GPU, up to the crossing point, where nothing is empty (the pointer of an empty tensor
+// is null, which the kernels read as "not given").
+bool goes_in_one_launch(const Tensor& input, const Sizes& s) {
+  const bool has_inputs = s.inputs > 0 || !(s.separate_first_layer || s.shared_first_layer);
+  return input.is_cuda() && has_inputs && s.batch > 0 && input.size(1) > 0 && s.num_classes > 0 && s.num_few > 0 &&
+         s.hidden > 0 &&
+         cuda::fuses_head(kernel_type(input.scalar_type()), s.batch, s.num_classes, s.members, input.get_device_index());
+}
+
+std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
+}
+#endif
+
 // ---- Forward -----------------------------------------------------------------------------------------------------------
+
+using HeadResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+#if ALPHAEXT_WITH_CUDA
+HeadResults head_in_one_launch(const Sizes& s, const RuleParams& rule, const Tensor& any_input,
+                               const std::optional<Tensor>& any_weight, const std::optional<Tensor>& any_bias,
+                               const Tensor& ids, const std::optional<Tensor>& any_z, const std::optional<Tensor>& any_w1,
+                               const Tensor& any_b1, const Tensor& any_w2, const Tensor& any_b2) {
+  const TorchType type = any_input.scalar_type(), wide = accumulate_type(type);
+  const Tensor input = as_contiguous(any_input), b1 = as_contiguous(any_b1), w2 = as_contiguous(any_w2),
+               b2 = as_contiguous(any_b2);
+  const std::optional<Tensor> weight = as_contiguous(any_weight), bias = as_contiguous(any_bias), z = as_contiguous(any_z),
+                              w1 = as_contiguous(any_w1);
+  const int64_t slices = weight ? head_slices(s.batch, s.num_classes, input.size(1)) : 1;
+  std::optional<Tensor> partial;
+  if (slices > 1) partial = new_empty(input, {slices, s.batch, s.num_classes}, wide);
+  const Tensor preactivation = new_empty(input, {s.num_few, s.hidden}, wide);
+  const Tensor raw = new_empty(input, {s.num_few, s.members}, wide), alpha = new_empty(input, {s.num_few, s.members}, wide);
+  const Tensor logits = weight ? new_empty(input, {s.batch, s.num_classes}, wide) : new_empty(input, {0, 0}, wide);
+  const Tensor scores = new_empty(input, {s.batch, s.num_classes}, type);
+  const HeadParams params{kernel_type(type),
+                          rule,
+                          s.batch,
+                          input.size(1),
+                          s.num_classes,
+                          s.num_few,
+                          s.hidden,
+                          s.members,
+                          s.inputs,
+                          s.shared_first_layer,
+                          s.shared_second_layer,
+                          input.const_data_ptr(),
+                          data_of(weight),
+                          data_of(bias),
+                          static_cast<const int64_t*>(ids.const_data_ptr()),
+                          w1 ? data_of(z) : nullptr,
+                          data_of(w1),
+                          b1.const_data_ptr(),
+                          w2.const_data_ptr(),
+                          b2.const_data_ptr(),
+                          preactivation.mutable_data_ptr(),
+                          raw.mutable_data_ptr(),
+                          alpha.mutable_data_ptr(),
+                          weight ? logits.mutable_data_ptr() : nullptr,
+                          scores.mutable_data_ptr(),
+                          slices,
+                          mutable_data_of(partial)};
+  run_cuda(cuda::head_forward, params, input);
+  return {scores, preactivation, raw, alpha, logits};
+}
+#endif
 
 // Returns scores, and what the backward needs: preactivation, raw, alpha, and the original logits (empty when they are the
 // input).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head(const Tensor& input, const std::optional<Tensor>& weight,
-                                                const std::optional<Tensor>& bias, const Tensor& members,
-                                                const std::optional<Tensor>& z, const std::optional<Tensor>& w1,
-                                                const Tensor& b1, const Tensor& w2, const Tensor& b2, double gamma,
-                                                int64_t rule, bool projected_gradient) {
+HeadResults head(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                 const Tensor& members, const std::optional<Tensor>& z, const std::optional<Tensor>& w1, const Tensor& b1,
+                 const Tensor& w2, const Tensor& b2, double gamma, int64_t rule, bool projected_gradient) {
   const Sizes s = check_arguments(input, weight, bias, members, z, w1, b1, w2, b2, gamma, rule);
   const TorchType torch_type = input.scalar_type(), wide = accumulate_type(torch_type);
   const ScalarType type = kernel_type(torch_type);
   const RuleParams rule_params{static_cast<Rule>(rule), gamma, projected_gradient};
   const Tensor ids = as_contiguous(members);
   if (input.is_cpu()) check_member_ids(static_cast<const int64_t*>(ids.const_data_ptr()), s);
+
+#if ALPHAEXT_WITH_CUDA
+  if (goes_in_one_launch(input, s)) {
+    return head_in_one_launch(s, rule_params, input, weight, bias, ids, z, w1, b1, w2, b2);
+  }
+#endif
 
   const Tensor preactivation = all_preactivations(input, s, z, w1, b1);
   const Tensor raw = new_empty(input, {s.num_few, s.members}, wide);
@@ -477,6 +547,78 @@ void submodule_gradients(Gradients& gradients, const Sizes& s, const RuleParams&
   }
 }
 
+#if ALPHAEXT_WITH_CUDA
+void head_backward_in_one_launch(Gradients& gradients, const Sizes& s, const RuleParams& rule, int64_t wanted,
+                                 const Tensor& grad_scores, const Tensor& any_input, const std::optional<Tensor>& any_weight,
+                                 const std::optional<Tensor>& any_bias, const Tensor& ids, const std::optional<Tensor>& any_z,
+                                 const std::optional<Tensor>& any_w1, const Tensor& b1, const Tensor& any_w2,
+                                 const Tensor& preactivation, const Tensor& raw, const Tensor& alpha,
+                                 const Tensor& saved_logits) {
+  const TorchType type = any_input.scalar_type(), wide = accumulate_type(type);
+  const Tensor input = as_contiguous(any_input), w2 = as_contiguous(any_w2);
+  const std::optional<Tensor> weight = as_contiguous(any_weight), bias = as_contiguous(any_bias), z = as_contiguous(any_z),
+                              w1 = as_contiguous(any_w1);
+  const auto gradient_of = [&](Wanted bit, const std::optional<Tensor>& argument) -> std::optional<Tensor> {
+    if (!(wanted & bit)) return std::nullopt;
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i < argument->dim(); ++i) shape.push_back(argument->size(i));
+    return new_empty(input, shape, type);
+  };
+  gradients.input = gradient_of(kInput, input);
+  gradients.weight = gradient_of(kWeight, weight);
+  gradients.bias = gradient_of(kBias, bias);
+  gradients.z = gradient_of(kZ, z);
+  gradients.w1 = gradient_of(kW1, w1);
+  gradients.b1 = gradient_of(kB1, b1);
+  gradients.w2 = gradient_of(kW2, w2);
+  if (wanted & kB2) gradients.b2 = new_empty(input, {w2.size(0), s.members}, type);
+
+  const auto asks = [&](Wanted bit) { return (wanted & bit) != 0; };
+  const HeadBackwardNeeds needs =
+      head_backward_needs(weight.has_value(), s.shared_first_layer, s.shared_second_layer, asks(kInput), asks(kWeight),
+                          asks(kZ), asks(kW1), asks(kB1), asks(kW2), asks(kB2));
+  std::optional<Tensor> grad_logits, grad_raw, grad_preactivation;
+  if (needs.grad_logits) grad_logits = new_empty(input, {s.batch, s.num_classes}, wide);
+  if (needs.grad_raw) grad_raw = new_empty(input, {s.num_few, s.members}, wide);
+  if (needs.grad_preactivation) grad_preactivation = new_empty(input, {s.num_few, s.hidden}, wide);
+  const HeadBackwardParams params{kernel_type(type),
+                                  rule,
+                                  s.batch,
+                                  input.size(1),
+                                  s.num_classes,
+                                  s.num_few,
+                                  s.hidden,
+                                  s.members,
+                                  s.inputs,
+                                  s.shared_first_layer,
+                                  s.shared_second_layer,
+                                  input.const_data_ptr(),
+                                  data_of(weight),
+                                  data_of(bias),
+                                  static_cast<const int64_t*>(ids.const_data_ptr()),
+                                  w1 ? data_of(z) : nullptr,
+                                  data_of(w1),
+                                  w2.const_data_ptr(),
+                                  preactivation.const_data_ptr(),
+                                  raw.const_data_ptr(),
+                                  alpha.const_data_ptr(),
+                                  weight ? saved_logits.const_data_ptr() : nullptr,
+                                  grad_scores.const_data_ptr(),
+                                  mutable_data_of(gradients.input),
+                                  mutable_data_of(gradients.weight),
+                                  mutable_data_of(gradients.bias),
+                                  mutable_data_of(gradients.z),
+                                  mutable_data_of(gradients.w1),
+                                  mutable_data_of(gradients.b1),
+                                  mutable_data_of(gradients.w2),
+                                  mutable_data_of(gradients.b2),
+                                  mutable_data_of(grad_logits),
+                                  mutable_data_of(grad_raw),
+                                  mutable_data_of(grad_preactivation)};
+  run_cuda(cuda::head_backward, params, input);
+}
+#endif
+
 // Gradients of input, weight, bias, z, w1, b1, w2, b2; one that is not asked for is an empty tensor of shape [0].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_backward(
     const Tensor& grad_scores, const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
@@ -506,13 +648,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_
   if (input.is_cpu()) check_member_ids(static_cast<const int64_t*>(ids.const_data_ptr()), s);
 
   Gradients gradients;
-  const Tensor grad_alpha = mix_gradients(gradients, s, rule_params, wanted, as_contiguous(grad_scores), input,
-                                          weight, bias, ids, as_contiguous(alpha),
-                                          weight ? as_contiguous(saved_logits) : dense(input, wide));
-  if (wanted & kOfSubmodules) {
-    submodule_gradients(gradients, s, rule_params, wanted, grad_alpha, z, w1, w2, as_contiguous(preactivation),
-                        as_contiguous(raw));
+  const auto in_many_steps = [&] {
+    const Tensor grad_alpha = mix_gradients(gradients, s, rule_params, wanted, as_contiguous(grad_scores), input,
+                                            weight, bias, ids, as_contiguous(alpha),
+                                            weight ? as_contiguous(saved_logits) : dense(input, wide));
+    if (wanted & kOfSubmodules) {
+      submodule_gradients(gradients, s, rule_params, wanted, grad_alpha, z, w1, w2, as_contiguous(preactivation),
+                          as_contiguous(raw));
+    }
+  };
+#if ALPHAEXT_WITH_CUDA
+  if (goes_in_one_launch(input, s)) {
+    head_backward_in_one_launch(gradients, s, rule_params, wanted, as_contiguous(grad_scores), input, weight, bias, ids, z, w1,
+                                b1, w2, as_contiguous(preactivation), as_contiguous(raw), as_contiguous(alpha),
+                                as_contiguous(saved_logits));
+  } else {
+    in_many_steps();
   }
+#else
+  in_many_steps();
+#endif
   const auto given = [&](const std::optional<Tensor>& gradient) {
     return gradient ? *gradient : new_empty(input, {0}, input.scalar_type());
   };

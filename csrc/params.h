@@ -93,4 +93,86 @@ struct MixBackwardParams {
   const int64_t* entry_offsets;  // [N + 1], or null
 };
 
+// ---- The whole head in one launch (CUDA) -------------------------------------------------------------------------------
+
+// The edge of the product's tiles on a GPU.
+constexpr int64_t kHeadTile = 64;
+
+// Into how many slices a head's product is cut: for some 128 tiles in all, about one for each multiprocessor of the larger
+// cards, of no less than 128 of the depth each. Depends on the sizes alone, so that results do not depend on the card.
+inline int64_t head_slices(int64_t batch, int64_t num_classes, int64_t features) {
+  const int64_t tiles = ((batch + kHeadTile - 1) / kHeadTile) * ((num_classes + kHeadTile - 1) / kHeadTile);
+  const int64_t wanted = tiles > 0 ? 128 / tiles : 1, possible = features / 128;
+  const int64_t slices = wanted < possible ? wanted : possible;
+  return slices > 1 ? slices : 1;
+}
+
+// All of the above, forward. With `weight`, logits = input weight^T + bias first; without, `input` holds the logits.
+// The product is cut along its depth D into `slices` parts (head_slices), so that a small one occupies a whole GPU.
+struct HeadParams {
+  ScalarType dtype;
+  RuleParams rule;
+  int64_t batch, features, num_classes, num_few, hidden, members, inputs;
+  bool shared_first, shared_second;  // one w1 and b1, one w2 and b2 for all classes
+  const void* input;                 // T [batch, D], without weight T [batch, N]
+  const void* weight;                // T [N, D], or null
+  const void* bias;                  // T [N], or null
+  const int64_t* member_ids;         // [F, M]
+  const void* z;                     // T [F, I], or null without w1
+  const void* w1;                    // T [F or 1, H, I], or null: then b1 is the pre-activation
+  const void* b1;                    // T [F or 1, H]
+  const void* w2;                    // T [F or 1, M, H]
+  const void* b2;                    // T [F or 1, M]
+  void* preactivation;               // Acc [F, H], written
+  void* raw;                         // Acc [F, M], written
+  void* alpha;                       // Acc [F, M], written
+  void* logits;                      // Acc [batch, N], written, or null without weight
+  void* scores;                      // T [batch, N], written
+  int64_t slices;                    // of the product
+  void* partial;                     // Acc [slices, batch, N], scratch, or null where slices is 1
+};
+
+// Every gradient that is not null.
+struct HeadBackwardParams {
+  ScalarType dtype;
+  RuleParams rule;
+  int64_t batch, features, num_classes, num_few, hidden, members, inputs;
+  bool shared_first, shared_second;
+  const void* input;           // as in HeadParams
+  const void* weight;
+  const void* bias;
+  const int64_t* member_ids;
+  const void* z;
+  const void* w1;
+  const void* w2;
+  const void* preactivation;   // Acc [F, H]
+  const void* raw;             // Acc [F, M]
+  const void* alpha;           // Acc [F, M]
+  const void* logits;          // Acc [batch, N], or null without weight
+  const void* grad_scores;     // T [batch, N]
+  void* grad_input;            // T, each of the shape of its argument, written, or null
+  void* grad_weight;
+  void* grad_bias;
+  void* grad_z;
+  void* grad_w1;
+  void* grad_b1;
+  void* grad_w2;
+  void* grad_b2;
+  // Scratch for what one block needs of another; null where head_backward_needs says so.
+  void* grad_logits;           // Acc [batch, N]
+  void* grad_raw;              // Acc [F, M]
+  void* grad_preactivation;    // Acc [F, H]
+};
+
+// Which scratch arrays a backward needs; with any of them its blocks wait for each other once.
+struct HeadBackwardNeeds {
+  bool grad_logits, grad_raw, grad_preactivation;
+  bool any() const { return grad_logits || grad_raw || grad_preactivation; }
+};
+
+inline HeadBackwardNeeds head_backward_needs(bool has_weight, bool shared_first, bool shared_second, bool input, bool weight,
+                                             bool z, bool w1, bool b1, bool w2, bool b2) {
+  return {has_weight && (input || weight), shared_second && (w2 || b2), z || (shared_first && (w1 || b1))};
+}
+
 }  // namespace alphaext

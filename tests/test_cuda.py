@@ -1,12 +1,12 @@
-"""What only a GPU can show: streams, graphs, devices, and ids that are not looked at."""
+"""What only a GPU can show: launches, streams, graphs, devices, both sides of the crossing point, and ids not looked at."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from problems import Problem, assert_close, make_problem, reference_scores
+from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
 
-from alphaext import AlphaNet, ops
+from alphaext import AlphaNet, ops, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -98,3 +98,159 @@ def test_mixed_devices():
     problem = make_problem(device="cuda")
     with pytest.raises(RuntimeError, match="w2 must be on the device of input"):
         ops.alpha_head(*problem.tensors()[:7], problem.w2.cpu(), problem.b2, **OPTIONS)
+
+
+# ---- One launch --------------------------------------------------------------------------------------------------------
+
+# The variable that moves the crossing point: the most scores that a head of one launch may have.
+FUSED_SCORES = "ALPHAEXT_FUSED_SCORES"
+NEVER, ALWAYS = "0", str(2**62)
+
+# Ragged sizes, and sizes that let every row be read 16 bytes at a time.
+SIZES = {
+    "ragged": dict(batch=6, num_classes=43, num_few=5, top_k=3, in_features=37, pca_dim=9, hidden=17),
+    "aligned": dict(batch=64, num_classes=200, num_few=24, top_k=5, in_features=512, pca_dim=48, hidden=70),
+    "long": dict(batch=130, num_classes=130, num_few=7, top_k=1, in_features=264, pca_dim=700, hidden=33),
+}
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same values in a dense tensor that starts one element past an aligned address."""
+    return torch.cat([x.new_zeros(1), x.detach().reshape(-1)])[1:].view(x.shape).requires_grad_(x.requires_grad)
+
+
+def all_results(problem: Problem, gradient: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+    inputs = problem.floating()
+    scores = ops.alpha_head(*problem.tensors(), **options)
+    gradients = torch.autograd.grad(scores, list(inputs.values()), gradient)
+    return {"scores": scores, **dict(zip(inputs, gradients, strict=True))}
+
+
+def reference_results(problem: Problem, gradient: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+    """The reference in float64, on the CPU."""
+    wide = problem.map(lambda x: x.detach().double().cpu().requires_grad_())
+    wide = Problem(**{**wide.__dict__, "members": problem.members.cpu()})
+    inputs = wide.floating()
+    scores = reference_scores(wide, **options)
+    gradients = torch.autograd.grad(scores, list(inputs.values()), gradient.double().cpu(), allow_unused=True)
+    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs.values(), strict=True)]
+    return {"scores": scores, **dict(zip(inputs, filled, strict=True))}
+
+
+@pytest.mark.parametrize("crossing", [NEVER, ALWAYS], ids=["separate kernels", "one launch"])
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "shifted"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
+@pytest.mark.parametrize("from_logits", [False, True], ids=["features", "logits"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_sides_of_the_crossing_point(monkeypatch, dtype, from_logits, first_layer, size, aligned, crossing):
+    monkeypatch.setenv(FUSED_SCORES, crossing)
+    problem = make_problem(
+        dtype=dtype, device="cuda", first_layer=first_layer, from_logits=from_logits,
+        shared_second_layer=first_layer == "shared", **SIZES[size],
+    ).requires_grad()  # fmt: skip
+    if not aligned:
+        problem = problem.map(shifted)
+    gradient = torch.randn(problem.input.shape[0], SIZES[size]["num_classes"], device="cuda").to(dtype)
+    for rule in reference.RULES:
+        options = {"gamma": 0.7, "rule": rule}
+        actual, expected = all_results(problem, gradient, **options), reference_results(problem, gradient, **options)
+        for name, value in expected.items():
+            assert_close(actual[name], value, dtype, f"{rule}, {name}", factor=10)
+
+
+def kernels_of(function) -> list[str]:  # type: ignore[no-untyped-def]
+    """Names of everything that the GPU does in a call, copies and fills included."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
+@pytest.mark.parametrize("from_logits", [False, True], ids=["features", "logits"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_launch_forward_and_one_backward(monkeypatch, dtype, from_logits, first_layer):
+    monkeypatch.delenv(FUSED_SCORES, raising=False)
+    problem = make_problem(
+        dtype=dtype, device="cuda", first_layer=first_layer, from_logits=from_logits,
+        shared_second_layer=first_layer == "shared", **SIZES["aligned"],
+    ).requires_grad()  # fmt: skip
+    inputs = list(problem.floating().values())
+    scores = ops.alpha_head(*problem.tensors(), **OPTIONS)
+    gradient = torch.randn_like(scores)
+    forward = kernels_of(lambda: ops.alpha_head(*problem.tensors(), **OPTIONS))
+    backward = kernels_of(lambda: torch.autograd.grad(scores, inputs, gradient, retain_graph=True))
+    assert len(forward) == 1 and "head_forward" in forward[0], forward
+    assert len(backward) == 1 and "head_backward" in backward[0], backward
+
+
+def test_many_launches_beyond_the_crossing_point(monkeypatch):
+    problem = make_problem(dtype=torch.float32, device="cuda", **SIZES["aligned"])
+    scores = SIZES["aligned"]["batch"] * SIZES["aligned"]["num_classes"]
+    names = {}
+    for limit in (scores - 1, scores):
+        monkeypatch.setenv(FUSED_SCORES, str(limit))
+        names[limit] = kernels_of(lambda: ops.alpha_head(*problem.tensors(), **OPTIONS))
+    assert len(names[scores]) == 1
+    assert len(names[scores - 1]) > 1 and not any("head_forward" in name for name in names[scores - 1])
+
+
+@pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
+def test_graph_of_forward_and_backward(first_layer):
+    """Captured once, replayed on other inputs: launches whose blocks wait for each other can be captured, too."""
+    options = dict(dtype=torch.float32, device="cuda", first_layer=first_layer, **SIZES["aligned"])
+    problem = make_problem(**options).requires_grad()
+    gradient = torch.randn(64, 200, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            all_results(problem, gradient, **OPTIONS)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = all_results(problem, gradient, **OPTIONS)
+    other = make_problem(seed=1, **options)
+    with torch.no_grad():
+        for name, x in problem.floating().items():
+            x.copy_(getattr(other, name))
+        problem.members.copy_(other.members)
+    for result in captured.values():
+        result.detach().fill_(float("nan"))
+    graph.replay()
+    for name, value in all_results(problem, gradient, **OPTIONS).items():
+        assert captured[name].equal(value), name
+
+
+def test_two_streams_at_once():
+    problems = [
+        make_problem(seed=seed, dtype=torch.float32, device="cuda", **SIZES["aligned"]).requires_grad() for seed in (0, 1)
+    ]
+    gradient = torch.randn(64, 200, device="cuda")
+    expected = [all_results(problem, gradient, **OPTIONS) for problem in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    results: list[list[dict[str, torch.Tensor]]] = [[], []]
+    for _ in range(10):
+        for stream, problem, made in zip(streams, problems, results, strict=True):
+            with torch.cuda.stream(stream):
+                made.append(all_results(problem, gradient, **OPTIONS))
+    torch.cuda.synchronize()
+    for made, correct in zip(results, expected, strict=True):
+        for one in made:
+            for name, value in correct.items():
+                assert one[name].equal(value), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
+def test_one_launch_gives_the_same_bits_every_time(dtype, first_layer):
+    problem = make_problem(dtype=dtype, device="cuda", first_layer=first_layer, **SIZES["long"]).requires_grad()
+    gradient = torch.randn(130, 130, device="cuda").to(dtype)
+    first = all_results(problem, gradient, **OPTIONS)
+    for _ in range(5):
+        for name, value in all_results(problem, gradient, **OPTIONS).items():
+            assert first[name].equal(value), name

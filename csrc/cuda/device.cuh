@@ -4,6 +4,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #define ALPHAEXT_PRAGMA(text) _Pragma(#text)
@@ -21,6 +22,13 @@
 #include "../params.h"
 
 namespace alphaext::cuda {
+
+#if defined(__CUDACC__)
+// Where all threads of a cooperative launch meet; what they wrote before, all of them can read afterwards.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+#else
+using shim::grid_barrier;
+#endif
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
@@ -58,6 +66,130 @@ __device__ __forceinline__ Acc warp_sum(Acc value) {
   for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
   return value;
 }
+
+// The other lanes' values, up to 16 bytes each: all lanes make one together, and read from it together, before the warp's next
+// such function.
+#if defined(__CUDACC__)
+template <typename T>
+struct Lanes {
+  static_assert(sizeof(T) % 4 == 0);
+  T own;
+  __device__ __forceinline__ T operator[](int lane) const {
+    uint32_t words[sizeof(T) / 4];
+    memcpy(words, &own, sizeof(T));
+    for (uint32_t& word : words) word = __shfl_sync(0xffffffffu, word, lane);
+    T other;
+    memcpy(&other, words, sizeof(T));
+    return other;
+  }
+};
+template <typename T>
+__device__ __forceinline__ Lanes<T> all_lanes(T own) {
+  return {own};
+}
+#else
+template <typename T>
+shim::Lanes<T> all_lanes(T own, const std::source_location& where = std::source_location::current()) {
+  return shim::exchange(0xffffffffu, own, where);
+}
+#endif
+
+// ---- Conversions -------------------------------------------------------------------------------------------------------
+
+// `widen` and `narrow` with the GPU's own instructions, where its 16-bit types have one. The streams over w1 convert so many
+// elements that integer arithmetic would not keep up with the memory.
+template <typename T>
+__device__ __forceinline__ accumulate_t<T> wide(T value) {
+  return widen(value);
+}
+template <typename T>
+__device__ __forceinline__ T narrowed(accumulate_t<T> value) {
+  return narrow<T>(value);
+}
+#if defined(__CUDA_ARCH__)
+template <>
+__device__ __forceinline__ float wide<float16>(float16 value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+template <>
+__device__ __forceinline__ float16 narrowed<float16>(float value) {
+  float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+}
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ bfloat16 narrowed<bfloat16>(float value) {
+  bfloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+}
+#endif
+#endif
+
+// ---- Sixteen bytes at a time -------------------------------------------------------------------------------------------
+
+template <typename T>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(T);
+  T values[kSize];
+};
+
+// Can rows of `row` elements, one after another from `data`, be read 16 bytes at a time? No rows at all can.
+template <typename T>
+__device__ __forceinline__ bool rows_are_aligned(const void* data, int64_t row) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row % Vector<T>::kSize == 0;
+}
+
+// Elements i .. i + kSize of an array of `size`, in one access or one by one; those beyond the end are 0.
+template <bool kAligned, typename T>
+__device__ __forceinline__ Vector<T> load_vector(const T* data, int64_t i, int64_t size) {
+  Vector<T> result{};
+  if constexpr (kAligned) {
+    if (i < size) result = *reinterpret_cast<const Vector<T>*>(data + i);
+  } else {
+    for (int v = 0; v < Vector<T>::kSize; ++v) {
+      if (i + v < size) result.values[v] = data[i + v];
+    }
+  }
+  return result;
+}
+
+// The same for data that no thread reads again and no thread writes: it does not push out of the first-level cache what is
+// read again.
+template <bool kAligned, typename T>
+__device__ __forceinline__ Vector<T> load_once(const T* data, int64_t i, int64_t size) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kAligned) {
+    Vector<T> result{};
+    if (i < size) {
+      uint4 words;
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                   : "l"(data + i));
+      memcpy(&result, &words, sizeof(words));
+    }
+    return result;
+  }
+#endif
+  return load_vector<kAligned>(data, i, size);
+}
+
+// Written once and not read again by this launch: the first to leave the second-level cache.
+template <typename T>
+__device__ __forceinline__ void store_once(T* data, const Vector<T>& value) {
+#if defined(__CUDA_ARCH__)
+  uint4 words;
+  memcpy(&words, &value, sizeof(words));
+  __stcs(reinterpret_cast<uint4*>(data), words);
+#else
+  *reinterpret_cast<Vector<T>*>(data) = value;
+#endif
+}
+
+// ---- Ids ---------------------------------------------------------------------------------------------------------------
 
 // Class ids come from the caller's tensor, and checking them on the host would stall the stream: kernels check each one
 // before it becomes an address.

@@ -2,9 +2,12 @@
 #include "kernels.h"
 
 #include <cstdio>
+#include <cstdlib>
 
 #include "coefficients.cuh"
 #include "first_layer.cuh"
+#include "head_backward.cuh"
+#include "head_forward.cuh"
 #include "mix.cuh"
 
 #ifndef ALPHAEXT_CUDA_ARCHS
@@ -61,6 +64,29 @@ const char* launch(const char* name, void (*kernel)(Parameters...), const Launch
   kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
            static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)>>>(arguments...);
   return message_for(name, cudaGetLastError());
+}
+
+// Launches no more blocks than the device runs at once, all of them at the same time where they wait for each other.
+template <typename... Parameters, typename... Arguments>
+const char* launch_together(const char* name, void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, bool waits,
+                            int32_t device, void* stream, Arguments... arguments) {
+  if (blocks == 0) return nullptr;
+  int processors = 0, blocks_each = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kThreads, static_cast<size_t>(shared_bytes));
+  }
+  if (error != cudaSuccess) return message_for(name, error);
+  const int64_t room = static_cast<int64_t>(processors) * blocks_each;
+  const LaunchShape shape{blocks < room ? blocks : room, kThreads, shared_bytes};
+  if (shape.blocks == 0) return message_for(name, cudaErrorCooperativeLaunchTooLarge);
+  if (!waits) return launch(name, kernel, shape, stream, arguments...);
+  void* pointers[] = {&arguments...};
+  error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(shape.blocks)),
+                                      dim3(static_cast<unsigned>(shape.threads)), pointers,
+                                      static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());  // it is reported here, not by the next launch
+  return message_for(name, error);
 }
 
 template <typename Function>
@@ -148,6 +174,37 @@ const char* mix_backward(const MixBackwardParams& params, int32_t device, void* 
         launch("mix_backward (alpha)", mix_backward_alpha_kernel<T>, alpha_shape, stream, params);
     if (message != nullptr) return message;
     return launch("mix_backward (logits)", mix_backward_logits_kernel<T>, logits_shape, stream, params);
+  });
+}
+
+bool fuses_head(ScalarType dtype, int64_t batch, int64_t num_classes, int64_t members, int32_t device) {
+  const char* const given = std::getenv("ALPHAEXT_FUSED_SCORES");
+  const int64_t largest = given != nullptr && *given != '\0' ? std::strtoll(given, nullptr, 10) : kLargestFusedHead;
+  if (batch * num_classes > largest) return false;
+  const int64_t of_class = (2 * members + kThreads) * (dtype == ScalarType::Float64 ? 8 : 4);
+  const DeviceGuard guard(device);
+  int cooperates = 0;
+  return guard.error() == cudaSuccess && of_class <= kMaxSharedBytes &&
+         cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device) == cudaSuccess && cooperates != 0;
+}
+
+const char* head_forward(const HeadParams& params, int32_t device, void* stream) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return message_for("head_forward", guard.error());
+  return dispatch(params.dtype, [&](auto element) {
+    return launch_together("head_forward", head_forward_kernel<decltype(element), kSide>, head_forward_blocks<kSide>(params),
+                           head_forward_shared_bytes<kSide>(params), head_forward_waits(params), device, stream, params,
+                           head_forward_waits(params));
+  });
+}
+
+const char* head_backward(const HeadBackwardParams& params, int32_t device, void* stream) {
+  const DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return message_for("head_backward", guard.error());
+  return dispatch(params.dtype, [&](auto element) {
+    return launch_together("head_backward", head_backward_kernel<decltype(element), kSide>, head_backward_blocks<kSide>(params),
+                           head_backward_shared_bytes<kSide>(params), head_backward_waits(params), device, stream, params,
+                           asks_for_submodules(params), head_backward_waits(params));
   });
 }
 

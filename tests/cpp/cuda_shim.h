@@ -111,7 +111,7 @@ inline void warp_barrier(unsigned mask, const std::source_location& where) {
   self.warp->barrier->arrive_and_wait();
 }
 
-// Every lane's value, valid until this thread's next warp function but one.
+// Every lane's value, valid until this thread's next warp function.
 template <typename T>
 struct Lanes {
   unsigned char (*slots)[16];
@@ -320,6 +320,8 @@ inline int __all_sync(unsigned mask, int predicate,
                       const std::source_location& where = std::source_location::current()) {
   return __ballot_sync(mask, predicate, where) == 0xffffffffu;
 }
+
+inline int __ffs(int bits) { return bits == 0 ? 0 : __builtin_ctz(static_cast<unsigned>(bits)) + 1; }
 
 // Atomics order nothing but themselves, as on a GPU: only a fence makes other writes visible. The fence is a read-modify-write
 // of one word, because ThreadSanitizer does not understand std::atomic_thread_fence.

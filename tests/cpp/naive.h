@@ -140,4 +140,47 @@ inline MixGradients mix_backward(int64_t batch, int64_t N, int64_t F, int64_t M,
   return out;
 }
 
+// out[r, c] = sum_d left[r, d] right[c, d] + bias[c]; no bias where it is empty.
+inline Doubles linear(int64_t rows, int64_t columns, int64_t depth, const Doubles& left, const Doubles& right,
+                      const Doubles& bias) {
+  Doubles out(at(rows * columns));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      double sum = bias.empty() ? 0 : bias[at(c)];
+      for (int64_t d = 0; d < depth; ++d) sum += left[at(r * depth + d)] * right[at(c * depth + d)];
+      out[at(r * columns + c)] = sum;
+    }
+  }
+  return out;
+}
+
+struct LinearGradients {
+  Doubles left, right, bias;
+};
+
+inline LinearGradients linear_backward(int64_t rows, int64_t columns, int64_t depth, const Doubles& left, const Doubles& right,
+                                       const Doubles& grad_out) {
+  LinearGradients out{Doubles(at(rows * depth)), Doubles(at(columns * depth)), Doubles(at(columns))};
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const double gradient = grad_out[at(r * columns + c)];
+      out.bias[at(c)] += gradient;
+      for (int64_t d = 0; d < depth; ++d) {
+        out.left[at(r * depth + d)] += gradient * right[at(c * depth + d)];
+        out.right[at(c * depth + d)] += gradient * left[at(r * depth + d)];
+      }
+    }
+  }
+  return out;
+}
+
+// The sum over the leading dimension.
+inline Doubles sum_rows(int64_t rows, int64_t columns, const Doubles& values) {
+  Doubles out(at(columns));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) out[at(c)] += values[at(r * columns + c)];
+  }
+  return out;
+}
+
 }  // namespace naive
