@@ -85,9 +85,17 @@ class TrainingData:
 def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> str | None:
     """Why the native engine cannot train this head exactly as torch would; None if it can."""
     if optimizer is not None and Sgd.of(optimizer) is None:
-        return f"the optimizer is {type(optimizer).__name__}, not plain torch.optim.SGD with one group of parameters"
+        return (
+            f"the optimizer is {type(optimizer).__name__}, not a fresh torch.optim.SGD with one group of parameters, without "
+            "maximize, hooks or a tensor for lr"
+        )
     if any(p is not None and p.requires_grad for p in (head.weight, head.bias)):
         return "the classifier is trained too"
+    if optimizer is not None:
+        has = {id(p) for p in optimizer.param_groups[0]["params"]}
+        missing = [name for name, p in head.named_parameters() if p.requires_grad and id(p) not in has]
+        if missing:
+            return f"the optimizer does not have {', '.join(missing)}"
     if type(head) is not AlphaNet:
         return f"the head is a {type(head).__name__}, which may compute something else than AlphaNet"
     if head.weight.dtype not in (torch.float32, torch.float64):

@@ -163,8 +163,9 @@ def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor)
         for start in range(0, len(indices), rows):
             part = slice(start, min(start + rows, len(indices)))
             wanted = indices[part]
-            # Matrix libraries round a handful of rows otherwise than many; a sample's logits shall not depend on its company.
-            missing = BLOCK_SAMPLES - len(wanted)
+            # Matrix libraries round the last few rows otherwise than those before; a sample's logits shall not depend on its
+            # company.
+            missing = -len(wanted) % BLOCK_SAMPLES
             if missing > 0:
                 wanted = torch.cat([wanted, wanted[-1:].expand(missing)])
             contiguous = int(wanted[-1]) - int(wanted[0]) == len(wanted) - 1 and bool((wanted.diff() == 1).all())

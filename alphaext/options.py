@@ -105,12 +105,26 @@ class Sgd:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> Sgd | None:
-        """The numbers of a plain SGD over one group of parameters; None for every other optimiser."""
+        """The numbers of a plain, fresh SGD over one group of parameters; None for every other optimiser."""
         if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
             return None
         group = optimizer.param_groups[0]
-        if group["maximize"] or isinstance(group["lr"], torch.Tensor):
+        if group["maximize"] or isinstance(group["lr"], torch.Tensor) or optimizer.state:
             return None
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return None
+        return cls._of_group(group)
+
+    @classmethod
+    def of_parameter(cls, optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Sgd | None:
+        """The numbers with which a SGD, subclasses too, trains ``parameter``; None for every other optimiser."""
+        if not isinstance(optimizer, torch.optim.SGD):
+            return None
+        groups = [group for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
+        return cls._of_group(groups[0]) if groups else None
+
+    @classmethod
+    def _of_group(cls, group: dict[str, Any]) -> Sgd:
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
         return cls(**{name: group[name] for name in names})
 

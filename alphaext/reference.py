@@ -39,6 +39,11 @@ class _ProjectedClamp(torch.autograd.Function):
         return gradient.masked_fill(blocked, 0), None, None
 
 
+def _clamp(value: Tensor, low: float, high: float) -> Tensor:
+    """torch.clamp with the gradient passing at both ends, where that of torch.clamp is 1 before torch 2.15 and 0 since."""
+    return torch.where((value < low) | (value > high), value.detach().clamp(low, high), value)
+
+
 def coefficients(raw: Tensor, gamma: float, rule: str = "clamp", projected_gradient: bool = False) -> Tensor:
     """Turn the sub-modules' raw outputs into the coefficients alpha (paper, section 3.2 and Table 3).
 
@@ -60,7 +65,7 @@ def coefficients(raw: Tensor, gamma: float, rule: str = "clamp", projected_gradi
         >>> coefficients(torch.tensor([[2.0, 0.1, -0.3]]), gamma=0.7)
         tensor([[ 0.7000,  0.1000, -0.3000]])
     """
-    clamp = _ProjectedClamp.apply if projected_gradient else torch.clamp
+    clamp = _ProjectedClamp.apply if projected_gradient else _clamp
     own, neighbours = raw[:, :1], raw[:, 1:]
     if rule == "clamp":
         own = clamp(own, min(ALPHA_FLOOR, gamma), gamma)

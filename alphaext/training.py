@@ -9,7 +9,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +262,10 @@ class Run:
         else:
             assert optimizer is not None
             self.engine = AutogradEngine(head, options, data, optimizer)
-        self.decay = DecayOfStart(sgd if optimizer is None else self.engine.sgd or sgd)
+        if optimizer is not None and head.first_layer == "factored":
+            sgd = Sgd.of_parameter(optimizer, head.preactivation) or replace(sgd, weight_decay=0.0)
+        self.decay = DecayOfStart(sgd)
+        self.start_decay = head.first_layer_decay
         original = self.engine.original_hits()
         if original is not None and self.metrics is not None:
             self.before = self.metrics.of(original)
@@ -287,16 +290,17 @@ class Run:
                     raise FloatingPointError(
                         f"training diverged: {error} is no longer finite in epoch {epoch} (lr {lr:g}); a smaller lr may help"
                     ) from None
-                self.decay.advance(lr, engine.steps_per_epoch)
+                self.decay.advance(self.decay.sgd.lr * multiplier, engine.steps_per_epoch)
                 self._record(epoch, loss, lr)
                 due = engine.name != "native" or time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS
                 if path is not None and (due or epoch == options.epochs):
                     self._save(path)
                 report(self.history[-1])
         finally:
-            engine.restore(self.selected, self.selected_decay)
-            if self.head.first_layer == "factored":
-                self.head.first_layer_decay *= self.selected_decay
+            # Relative to what the head was when this process took it up: the start, or what an interrupted training left.
+            decay = self.start_decay * self.selected_decay
+            engine.restore(self.selected, decay / self.head.first_layer_decay)
+            self.head.first_layer_decay = decay
 
     def result(self, engine_reason: str, seconds: float) -> FitResult:
         chosen = self.history[self.selected_epoch]
@@ -342,6 +346,7 @@ class Run:
             "selected_score": self.selected_score,
             "selected_decay": self.selected_decay,
             "selected": self.selected,
+            "start_decay": self.start_decay,
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -371,6 +376,7 @@ class Run:
         for name in ("factor", "momentum", "steps"):
             setattr(self.decay, name, state["decay"][name])
         self.history = state["history"]
+        self.start_decay = state["start_decay"]
         self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
         self.selected_decay, self.selected = state["selected_decay"], state["selected"]
 

@@ -256,6 +256,7 @@ static inline double loss_and_gradient(const Epoch<Acc>& e, int64_t count) {
   for (int64_t b = 0; b < count; ++b) {
     loss += static_cast<double>(e.largest[b]) + std::log(static_cast<double>(e.total[b])) - static_cast<double>(e.own[b]);
   }
+  if (!std::isfinite(loss)) return loss;  // before a NaN in the total reaches the scores of all classes
   for (int64_t b = 0; b < width; b += kLanes<Acc>) store(e.total + b, load(e.weight + b) / load(e.total + b));
   for (int64_t f = 0; f < p.num_few; ++f) {
     Acc* const row = e.scores + f * width;
