@@ -144,7 +144,10 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device |
     needed, available = math.prod(shape) * dtype.itemsize, _available_bytes()
     if needed > available and torch.device(device).type == "cpu":
         raise MemoryError(f"{what} need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free")
-    return torch.empty(shape, dtype=dtype, device=device)
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    if memory.is_cpu:
+        torch.ops.alphaext.advise_huge_pages(memory)
+    return memory
 
 
 def _available_bytes() -> float:

@@ -117,7 +117,7 @@ struct ValidateParams {
 };
 
 inline int64_t validate_workspace_bytes(const ValidateParams& p) {
-  return (p.num_few + 2) * kBlockSamples * (p.dtype == ScalarType::Float64 ? 8 : 4) + 64;
+  return (p.num_few + 3) * kBlockSamples * (p.dtype == ScalarType::Float64 ? 8 : 4) + 64;
 }
 
 }  // namespace alphaext

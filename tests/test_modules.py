@@ -235,8 +235,7 @@ def test_clamped_counts_classes_outside_the_interval():
 
 def test_repr_tells_the_configuration():
     assert repr(make_head(shared=True, first_layer="factored")) == (
-        "AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=0.7, rule='clamp', hidden_dim=10, "
-        "shared=True)"
+        "AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=0.7, rule='clamp', hidden_dim=10, shared=True)"
     )
 
 

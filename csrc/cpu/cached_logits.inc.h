@@ -73,6 +73,7 @@ static void validate(const ValidateParams& p, int64_t begin, int64_t end) {
   Acc* const scores = static_cast<Acc*>(p.workspace);
   Acc* const own = scores + p.num_few * kBlockSamples;
   Acc* const before = own + kBlockSamples;
+  Acc* const ties = before + kBlockSamples;
   for (int64_t block = begin; block < end; ++block) {
     const Acc* const logits = static_cast<const Acc*>(p.member_logits) + block * p.columns * kBlockSamples;
     const int64_t first = block * kBlockSamples;
@@ -94,20 +95,29 @@ static void validate(const ValidateParams& p, int64_t begin, int64_t end) {
       const int32_t few = b < count ? p.few_of_label[first + b] : -1;
       own[b] = few >= 0 ? scores[few * kBlockSamples + b]
                         : (b < count ? static_cast<const Acc*>(p.label_logit)[first + b] : Acc(0));
-      before[b] = 0;
     }
-    // How many few classes stand before the label: in vectors all that score higher, one by one the ties, which are rare.
-    for (int64_t f = 0; f < p.num_few; ++f) {
-      const Acc* const row = scores + f * kBlockSamples;
-      V ties{};
-      for (int64_t b = 0; b < kBlockSamples; b += kLanes<Acc>) {
-        const V score = load(row + b), right = load(own + b);
-        store(before + b, load(before + b) + (score > right ? all(Acc(1)) : V{}));
-        ties += score == right ? all(Acc(1)) : V{};
+    // How many few classes score higher than the label, and as high.
+    constexpr int kWidth = 4 * kLanes<Acc>;  // of which all fits into the registers
+    for (int b = 0; b < kBlockSamples; b += kWidth) {
+      V right[4], higher[4] = {}, equal[4] = {};
+      for (int v = 0; v < 4; ++v) right[v] = load(own + b + v * kLanes<Acc>);
+      for (int64_t f = 0; f < p.num_few; ++f) {
+        for (int v = 0; v < 4; ++v) {
+          const V score = load(scores + f * kBlockSamples + b + v * kLanes<Acc>);
+          higher[v] += score > right[v] ? all(Acc(1)) : V{};
+          equal[v] += score == right[v] ? all(Acc(1)) : V{};
+        }
       }
-      if (lane_sum<Acc>(ties) == Acc(0)) continue;
-      for (int64_t b = 0; b < count; ++b) {
-        if (row[b] == own[b] && p.few_classes[f] < p.labels[first + b]) before[b] += Acc(1);
+      for (int v = 0; v < 4; ++v) {
+        store(before + b + v * kLanes<Acc>, higher[v]);
+        store(ties + b + v * kLanes<Acc>, equal[v]);
+      }
+    }
+    for (int64_t b = 0; b < count; ++b) {
+      // A label of a few class ties with itself. Of other ties, which are rare, those of lower id stand before the label.
+      if (ties[b] == Acc(p.few_of_label[first + b] >= 0)) continue;
+      for (int64_t f = 0; f < p.num_few; ++f) {
+        before[b] += Acc(scores[f * kBlockSamples + b] == own[b] && p.few_classes[f] < p.labels[first + b]);
       }
     }
     for (int64_t b = 0; b < count; ++b) {

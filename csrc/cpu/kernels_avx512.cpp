@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 
+#include "flush_denormals.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 
+#include "flush_denormals.h"
 #include "kernels.h"
 
 #define ALPHAEXT_SIMD_NAMESPACE simd_default

@@ -288,9 +288,23 @@ static inline void coefficient_gradients(const Epoch<Acc>& e) {
   }
 }
 
-// Outputs and coefficients of all classes; with kUpdate after an SGD step. Returns a class whose outputs are not finite, or -1.
+// Fetches class f's share of the samples [first, first + count) of the epoch: their rows lie anywhere in memory, and what the
+// visits stream through stays clear of it.
+template <typename Acc>
+static ALPHAEXT_INLINE void fetch_share(const Epoch<Acc>& e, int64_t first, int64_t count, int64_t f) {
+  const int64_t bytes = e.p.columns * static_cast<int64_t>(sizeof(Acc)), lines = bytes / 64 + 1;
+  const char* const logits = static_cast<const char*>(e.p.member_logits);
+  const int64_t end = (f + 1) * count * lines / e.p.num_few;
+  for (int64_t line = f * count * lines / e.p.num_few; line < end; ++line) {
+    const int64_t at = line % lines * 64;
+    __builtin_prefetch(logits + e.p.order[first + line / lines] * bytes + (at < bytes ? at : bytes - 1), 0, 2);
+  }
+}
+
+// Outputs and coefficients of all classes; with kUpdate after an SGD step, while the next batch is fetched. Returns a class whose outputs are not finite, or -1.
 template <typename Acc, bool kUpdate>
-static inline int64_t visit_all(const Epoch<Acc>& e, const Sgd<Acc>& sgd, bool plain) {
+static inline int64_t visit_all(const Epoch<Acc>& e, const Sgd<Acc>& sgd, bool plain, int64_t next_first = 0,
+                                int64_t next_count = 0) {
   const TrainParams& p = e.p;
   const int64_t members = p.members;
   Acc* const state = static_cast<Acc*>(p.state);
@@ -318,6 +332,7 @@ static inline int64_t visit_all(const Epoch<Acc>& e, const Sgd<Acc>& sgd, bool p
     auto* const visit = members == 6 ? (plain ? visit_class<Acc, 6, kUpdate, true> : visit_class<Acc, 6, kUpdate, false>)
                                      : (plain ? visit_class<Acc, 0, kUpdate, true> : visit_class<Acc, 0, kUpdate, false>);
     for (int64_t f = 0; f < p.num_few; ++f) {
+      fetch_share(e, next_first, next_count, f);
       visit(state + f * size, p.tiles, members, e.grad_raw + f * members, scale[f], sgd, raw + f * members, e.scratch);
     }
   }
@@ -338,6 +353,7 @@ static inline int64_t visit_all(const Epoch<Acc>& e, const Sgd<Acc>& sgd, bool p
 template <typename Acc>
 static TrainResult train_epoch(const TrainParams& p) {
   const Epoch<Acc> e(p);
+  const FlushDenormals flush;
   const bool plain = p.sgd.weight_decay == 0 && !p.sgd.nesterov && (p.sgd.dampening == 0 || p.sgd.momentum == 0);
   double loss = 0;
   int64_t failed = visit_all<Acc, false>(e, sgd_of<Acc>(p.sgd, p.sgd.first_step), plain);
@@ -358,7 +374,8 @@ static TrainResult train_epoch(const TrainParams& p) {
       return {loss, step, -1};
     }
     coefficient_gradients(e);
-    failed = visit_all<Acc, true>(e, sgd_of<Acc>(p.sgd, p.sgd.first_step && step == 0), plain);
+    const int64_t next = first + count, left = p.samples - next;
+    failed = visit_all<Acc, true>(e, sgd_of<Acc>(p.sgd, p.sgd.first_step && step == 0), plain, next, left < p.batch ? left : p.batch);
     if (failed >= 0) return {loss, step, failed};
   }
   return {loss, -1, -1};
