@@ -44,7 +44,8 @@ class AlphaNet(nn.Module):
         members: ``[F, K+1]`` int64 class ids: column 0 the few class, then its neighbours, nearest first.
         z: ``[F, (K+1) P]``, each sub-module's fixed input (:func:`alphaext.submodule_inputs`).
         hidden_dim: hidden units ``H`` of a sub-module; default ``P``, as in the paper (500 on ImageNet-LT).
-        gamma: ``alpha_0`` is kept in ``(0, gamma]``; in ``(0, 1]``. Default 0.7, the paper's choice on ImageNet-LT.
+        gamma: ``alpha_0`` is kept in ``(0, gamma]``; in ``(0, 1]``. Default 1, with which the start is the original classifier
+            and which did best in trials (docs/defaults.md); the paper takes 0.7 on ImageNet-LT.
         rule: ``"clamp"``, ``"softmax"`` or ``"l1"``; see :func:`alphaext.reference.coefficients`.
         init: ``"identity"`` starts at ``alpha_0 = gamma`` with equal neighbours, near the original classifier (under
             ``"softmax"`` at most 0.99; under ``"l1"``, which fixes ``alpha_0 = 1``, with equal neighbours). ``"default"`` is
@@ -54,8 +55,8 @@ class AlphaNet(nn.Module):
             training with SGD sees: the same training at a tiny fraction of the memory and time. Exact for SGD with momentum,
             Nesterov, dampening and weight decay; not for optimisers that work element by element (Adam), nor for a gradient of
             ``z``. ``"dense"`` holds the first layer's weights.
-        projected_gradient: let the gradient of a clamped coefficient through when descent would move it back inside; without
-            it, a class that leaves the interval under ``"clamp"`` never returns.
+        projected_gradient: let the gradient of a clamped coefficient through when descent would move it back inside (default);
+            without it, as in the paper, a class that leaves the interval under ``"clamp"`` never returns.
         seed: of the initial weights; None draws one from PyTorch's default generator. Dense and factored heads of the same
             seed start the same.
 
@@ -80,12 +81,12 @@ class AlphaNet(nn.Module):
         z: Tensor,
         *,
         hidden_dim: int | None = None,
-        gamma: float = 0.7,
+        gamma: float = 1.0,
         rule: str = "clamp",
         init: str = "identity",
         shared: bool = False,
         first_layer: str = "factored",
-        projected_gradient: bool = False,
+        projected_gradient: bool = True,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -180,7 +181,7 @@ class AlphaNet(nn.Module):
             ...     linear, class_counts=[90] * 8 + [5] * 2, class_means=torch.randn(10, 16), top_k=3, seed=0
             ... )
             >>> head
-            AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=0.7, rule='clamp', hidden_dim=10)
+            AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=1, rule='clamp', hidden_dim=10)
         """
         weight, bias = linear_parameters(linear)
         num_classes = weight.shape[0]
@@ -386,8 +387,8 @@ class AlphaNet(nn.Module):
             text += ", shared=True"
         if self.first_layer != "factored":
             text += f", first_layer={self.first_layer!r}"
-        if self.projected_gradient:
-            text += ", projected_gradient=True"
+        if not self.projected_gradient:
+            text += ", projected_gradient=False"
         return text
 
     def get_extra_state(self) -> Tensor:

@@ -25,7 +25,7 @@ def make_means(seed: int = 1) -> torch.Tensor:
 
 
 def make_head(linear: nn.Linear | None = None, **options) -> AlphaNet:
-    options = {"top_k": 3, "seed": 0, "first_layer": "dense", **options}
+    options = {"top_k": 3, "seed": 0, "first_layer": "dense", "gamma": 0.7, "projected_gradient": False, **options}
     return AlphaNet.from_linear(linear or make_linear(), class_counts=COUNTS, class_means=make_means(), **options)
 
 
@@ -234,9 +234,19 @@ def test_clamped_counts_classes_outside_the_interval():
 
 
 def test_repr_tells_the_configuration():
-    assert repr(make_head(shared=True, first_layer="factored")) == (
-        "AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=0.7, rule='clamp', hidden_dim=10, shared=True)"
+    assert repr(make_head(shared=True)) == (
+        "AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=0.7, rule='clamp', hidden_dim=10, "
+        "shared=True, first_layer='dense', projected_gradient=False)"
     )
+
+
+def test_defaults():
+    """Those that docs/defaults.md argues for: with them the start is the original classifier, to the bit."""
+    linear = make_linear()
+    head = AlphaNet.from_linear(linear, class_counts=COUNTS, class_means=make_means(), top_k=3, seed=0)
+    assert (head.rule, head.gamma, head.projected_gradient, head.first_layer) == ("clamp", 1.0, True, "factored")
+    assert head.alphas()[:, 0].eq(1).all() and head.alphas()[:, 1:].eq(0).all()
+    assert head.fold().weight.equal(linear.weight) and not head.clamped().any()
 
 
 def test_same_seed_same_bits():
