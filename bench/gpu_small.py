@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from gpu_timing import require_gpu
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import test_cuda_training as training
 from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
 
 from alphaext import ops, reference
 
 # The operators that the cases below run; a test holds this against those that have CUDA kernels.
-COVERED = {"head", "head_backward"}
+COVERED = {"head", "head_backward", "train_epoch", "validate", "train_epoch_many", "validate_many"}
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,44 @@ def check(case: Case, device: str) -> None:
         assert_close(actual, correct, case.dtype, f"gradient of {name}", factor=4)
 
 
+def check_training(dtype: torch.dtype, shape: dict[str, Any], device: str) -> None:
+    """An epoch of several runs, and of one alone, against the kernels of the CPU."""
+    expected = training.make_runs(dtype=dtype, **shape)
+    actual, alone = expected.copy(device), expected.copy(device)
+    result, expected_result = actual.train(), expected.train()
+    training.assert_trained_alike(actual, result, expected, expected_result, dtype)
+    torch.testing.assert_close(alone.train_alone(1), result[1])
+
+
+def check_validation(dtype: torch.dtype, device: str) -> None:
+    """Hits of several runs, and of one alone, against the kernels of the CPU."""
+    arguments = training.make_validation(3, 150, dtype)
+    moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+    expected = torch.ops.alphaext.validate_many(*arguments)
+    assert torch.ops.alphaext.validate_many(*moved).cpu().equal(expected)
+    assert torch.ops.alphaext.validate(moved[0][1], moved[1][1], *moved[2:]).cpu().equal(expected[1])
+
+
+def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every check by its description."""
+    for case in cases():
+        text = f"{case.name}, {case.dtype}, {case.rule}, {case.layout}, {case.sizes}"
+        yield text, partial(check, case, device)
+    for dtype in (torch.float32, torch.float64):
+        for shape in training.SHAPES:
+            yield f"training, {dtype}, {shape}", partial(check_training, dtype, shape, device)
+        yield f"validation, {dtype}", partial(check_validation, dtype, device)
+
+
 def run(device: str, only: str = "") -> int:
     """Every case whose description holds ``only``; returns how many were wrong."""
     count = wrong = 0
-    for case in cases():
-        text = f"{case.name}, {case.dtype}, {case.rule}, {case.layout}, {case.sizes}"
+    for text, checked in checks(device):
         if only not in text:
             continue
         count += 1
         try:
-            check(case, device)
+            checked()
             if device == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # one wrong case must not hide the next
