@@ -73,7 +73,7 @@ def unchecked_launches(text: str) -> list[str]:
 
 
 def entry_points(header: str) -> dict[str, str]:
-    """Name -> parameters of every function that kernels.h declares."""
+    """Name -> parameters of every function that a header of launchers declares."""
     code = without_comments(header)
     declared = re.findall(r"^[\w:][\w:\s*&<>]*?\b(\w+)\s*\(([^()]*)\)\s*;", code, re.MULTILINE)
     return {name: " ".join(parameters.split()) for name, parameters in declared}
@@ -149,6 +149,7 @@ def float_atomics(text: str) -> list[str]:
 SOURCES = sorted([*CUDA.rglob("*.cu"), *CUDA.rglob("*.cuh")])
 LAUNCHERS = [path for path in SOURCES if path.suffix == ".cu"]
 KERNELS = [path for path in SOURCES if path.suffix == ".cuh"]
+HEADERS = sorted(CUDA.glob("*.h"))
 
 
 def everything() -> str:
@@ -159,7 +160,7 @@ def everything() -> str:
 def test_there_is_something_to_check():
     code = without_comments("\n".join(path.read_text(encoding="utf-8") for path in LAUNCHERS))
     assert KERNELS and ("<<<" in code or LAUNCH_CALL.search(code))
-    assert entry_points((CUDA / "kernels.h").read_text(encoding="utf-8"))
+    assert HEADERS and all(entry_points(path.read_text(encoding="utf-8")) for path in HEADERS)
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)
@@ -167,8 +168,9 @@ def test_every_launch_is_checked(path):
     assert unchecked_launches(path.read_text(encoding="utf-8")) == []
 
 
-def test_every_entry_point_guards_its_device():
-    assert unguarded_entries((CUDA / "kernels.h").read_text(encoding="utf-8"), everything()) == []
+@pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)
+def test_every_entry_point_guards_its_device(path):
+    assert unguarded_entries(path.read_text(encoding="utf-8"), everything()) == []
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
@@ -177,7 +179,7 @@ def test_kernel_files_hold_no_launch(path):
     assert "<<<" not in code and LAUNCH_CALL.search(code) is None
 
 
-@pytest.mark.parametrize("path", [*SOURCES, CUDA / "kernels.h"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SOURCES, *HEADERS], ids=lambda path: path.name)
 def test_no_torch_no_waiting_no_float_atomics(path):
     text = path.read_text(encoding="utf-8")
     assert forbidden_includes(text) == []
