@@ -650,3 +650,33 @@ def test_divergence_names_a_class_that_did_it():
     with pytest.raises(FloatingPointError, match="class 7, step 1 of 1 is no longer finite in epoch 1"):
         fit(head, features, labels, epochs=1, engine="native")
     assert head.w2.equal(before)
+
+
+@pytest.mark.large
+def test_more_than_two_to_the_31_member_logits():
+    """Rows beyond 2^31 numbers are found: an array of that size is asked for, but only its last rows are ever touched."""
+    num_few, members, tiles, columns, batch = 2, 3, 1, 600, 4
+    rows = 2**31 // columns + 1000
+    member_logits = torch.empty(rows, columns)
+    assert member_logits.numel() > 2**31
+    last = torch.randn(8, columns, generator=torch.Generator().manual_seed(0))
+    member_logits[-8:] = last
+    order = torch.tensor([5, 0, 7, 3, 1])
+
+    def train(logits: torch.Tensor, order: torch.Tensor) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        state = torch.randn(num_few, tiles, 2 + 2 * members, 16, generator=generator)
+        b2, b2_momentum = torch.zeros(num_few, members), torch.zeros(num_few, members)
+        raw, alpha = torch.empty(num_few, members), torch.empty(num_few, members)
+        few = torch.full((len(logits),), -1, dtype=torch.int32)
+        few[-8:] = torch.tensor([0, 1, -1, 0, -1, 1, 0, -1], dtype=torch.int32)
+        constants = [torch.zeros(len(logits)), torch.zeros(len(logits))]
+        columns_of = torch.tensor([[0, 599, 7], [300, 1, 598]], dtype=torch.int32)
+        result = torch.ops.alphaext.train_epoch(
+            state, b2, b2_momentum, raw, alpha, order, logits, *constants, few, columns_of, torch.ones(num_few),
+            batch, 0.7, 1, True, 0.1, 0.9, 0.0, 0.0, False, True,
+        )  # fmt: skip
+        return [result, state, b2, alpha]
+
+    for large, small in zip(train(member_logits, order + rows - 8), train(last, order), strict=True):
+        assert large.equal(small)
