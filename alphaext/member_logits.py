@@ -177,23 +177,15 @@ def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor)
             yield part, labels[part], nn.functional.linear(block, weight, bias)[: part.stop - part.start]
 
 
-def _keep(
-    columns: Columns,
-    logits: Tensor,
-    labels: Tensor,
-    member_logits: Tensor,
-    base_logsumexp: Tensor,
-    label_logit: Tensor,
-    top_logits: Tensor | None = None,
-    top_ids: Tensor | None = None,
-) -> None:
-    if logits.is_cpu and member_logits.is_cpu:
-        torch.ops.alphaext.cache_logits(
-            logits, labels, columns.few_penalty, columns.class_ids, columns.bias, member_logits, base_logsumexp, label_logit,
-            top_logits, top_ids,
-        )  # fmt: skip
-        return
-    keep_on_device(columns, logits, labels, member_logits, base_logsumexp, label_logit, top_logits, top_ids)
+def _keep(columns: Columns, logits: Tensor, labels: Tensor, member_logits: Tensor, *others: Tensor) -> None:
+    """What is kept of a block of logits; ``others`` as in :func:`keep_on_device`."""
+    if not (logits.is_cpu and member_logits.is_cpu):
+        return keep_on_device(columns, logits, labels, member_logits, *others)
+    base_logsumexp, label_logit, *top = others
+    torch.ops.alphaext.cache_logits(
+        logits, labels, columns.few_penalty, columns.class_ids, columns.bias, member_logits, base_logsumexp, label_logit,
+        *(top or (None, None)),
+    )  # fmt: skip
 
 
 def keep_on_device(
@@ -203,8 +195,8 @@ def keep_on_device(
     member_logits: Tensor,
     base_logsumexp: Tensor,
     label_logit: Tensor,
-    top_logits: Tensor | None,
-    top_ids: Tensor | None,
+    top_logits: Tensor | None = None,
+    top_ids: Tensor | None = None,
 ) -> None:
     """``alphaext::cache_logits`` in torch's operators, for logits that live on another device than the results."""
     device = logits.device

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
 
-from alphaext import AlphaNet, ops, reference
+from alphaext import AlphaNet, class_means, fit, fit_many, ops, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -254,3 +254,38 @@ def test_one_launch_gives_the_same_bits_every_time(dtype, first_layer):
     for _ in range(5):
         for name, value in all_results(problem, gradient, **OPTIONS).items():
             assert first[name].equal(value), name
+
+
+def training_problem() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(12).repeat_interleave(torch.tensor([30] * 8 + [6] * 4))
+    features = torch.randn(12, 16, generator=generator)[labels] + torch.randn(len(labels), 16, generator=generator)
+    torch.manual_seed(0)
+    return torch.nn.Linear(16, 12), features, labels
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("first_layer", ["dense", "factored"])
+def test_fit_on_a_gpu_is_fit_on_the_cpu(first_layer, shared):
+    linear, features, labels = training_problem()
+    heads = []
+    for device in ("cpu", "cuda"):
+        head = AlphaNet.from_linear(
+            linear.to(device), class_counts=torch.bincount(labels), class_means=class_means(features, labels), seed=0,
+            first_layer=first_layer, shared=shared,
+        )  # fmt: skip
+        result = fit(head, features, labels, val_features=features, val_labels=labels, epochs=4, lr=0.03, select="last")
+        assert result.engine == "native" and head.w2.device.type == device
+        heads.append((head, result))
+    (on_cpu, expected), (on_gpu, result) = heads
+    torch.testing.assert_close(on_gpu.alphas().cpu(), on_cpu.alphas(), rtol=1e-3, atol=1e-4)
+    for one, two in zip(on_gpu.materialize_first_layer(), on_cpu.materialize_first_layer(), strict=True):
+        torch.testing.assert_close(one.cpu(), two, rtol=1e-3, atol=1e-4)
+    for name in ("loss", "few", "all"):
+        assert result.history[-1][name] == pytest.approx(expected.history[-1][name], abs=1e-2)
+
+
+def test_fit_many_on_a_gpu():
+    linear, features, labels = training_problem()
+    runs = fit_many(linear.cuda(), features, labels, [dict(gamma=g, epochs=3) for g in (0.5, 0.9, 1.0)])
+    assert all(run.error == "" and run.head.w2.is_cuda and run.head.alphas().isfinite().all() for run in runs)
