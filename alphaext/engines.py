@@ -138,6 +138,7 @@ class NativeEngine:
         self.logits = SharedLogits([head], data, epochs, [self.sampler]) if logits is None else logits
         self.columns = self.logits.columns.of(head).to(self.device)
         self.steps = 0
+        self.known_hits: Tensor | None = None  # of a group, counted for all of it at once
         num_few, members, hidden = head.num_few, head.top_k + 1, head.w2.shape[2]
         dtype = head.weight.dtype
         self._hidden, self._tiles = hidden, -(-hidden // _TILE)
@@ -193,9 +194,15 @@ class NativeEngine:
     def learning_rate(self, multiplier: float) -> float:
         return self.sgd.lr * multiplier
 
+    def rows_of(self, epoch: int) -> Tensor:
+        """The rows of the cached logits that an epoch trains on, in order."""
+        return self.logits.rows_of(self.sampler.indices.index_select(0, self.sampler.draw(epoch)))
+
     def train(self, epoch: int, multiplier: float) -> float:
-        rows = self.logits.rows_of(self.sampler.indices.index_select(0, self.sampler.draw(epoch)))
-        loss, failed_step, failed_class = self._call(rows, self.learning_rate(multiplier))
+        return self.after_epoch(*self._call(self.rows_of(epoch), self.learning_rate(multiplier)))
+
+    def after_epoch(self, loss: float, failed_step: int, failed_class: int) -> float:
+        """The mean loss of an epoch that the extension has trained, or TrainingDiverged."""
         self.steps += self.steps_per_epoch
         if failed_step >= 0:
             where = f"step {failed_step + 1} of {self.steps_per_epoch}"
@@ -205,6 +212,9 @@ class NativeEngine:
         return loss / len(self.sampler)
 
     def hits(self) -> Tensor | None:
+        if self.known_hits is not None:
+            known, self.known_hits = self.known_hits, None
+            return known
         return None if self.logits.validation is None else self.logits.validation.hits(self._alpha, self.columns)
 
     def original_hits(self) -> Tensor | None:
@@ -234,7 +244,9 @@ class NativeEngine:
         head._move_outputs(preactivation.double() - decay * self._start, decay)
 
     def state(self) -> dict[str, Any]:
-        return {"state": self._state, "b2": self._b2, "b2_momentum": self._b2_momentum, "steps": self.steps}
+        # Copies, because a part of a stacked tensor would be saved with all of it.
+        tensors = {"state": self._state, "b2": self._b2, "b2_momentum": self._b2_momentum}
+        return {name: tensor.clone() for name, tensor in tensors.items()} | {"steps": self.steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._state.copy_(state["state"])

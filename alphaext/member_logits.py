@@ -138,6 +138,14 @@ class ValidationLogits:
         )  # fmt: skip
         return result.cpu()
 
+    def hits_of_many(self, alphas: Tensor, member_columns: Tensor) -> Tensor:
+        """``[R, 2, N]``: the hits of R heads, from ``alphas`` and ``member_columns`` ``[R, F, K+1]``."""
+        result: Tensor = torch.ops.alphaext.validate_many(
+            alphas, member_columns, self._few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
+            self.labels, self.few_of_label, len(self.columns.few_penalty),
+        )  # fmt: skip
+        return result.cpu()
+
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, what: str) -> Tensor:
     """Memory for ``what``; a MemoryError that says how much, instead of a process that the system kills on its way."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ._checks import TensorLike, check_integer
 from .classes import ClassSplit, class_counts, split_classes
-from .engines import SharedLogits, TrainingData, why_not_native
+from .engine_group import EngineGroup, group_key
+from .engines import NativeEngine, SharedLogits, TrainingData, why_not_native
 from .member_logits import Samples
 from .modules import AlphaNet, linear_parameters
 from .neighbors import POOLS, build_members, class_means, pool_classes, reduce_classifiers, submodule_inputs
@@ -138,6 +139,8 @@ def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[S
     samplers = [training.run.data.sampler for training in trainings]
     most_epochs = max(training.run.options.epochs for training in trainings)
     logits = SharedLogits(heads, trainings[0].run.data, range(1, most_epochs + 1), samplers)
+    if logits.device.type == "cuda" and logits.all_at_once:
+        return _train_side_by_side(trainings, logits, advance)
     if not logits.all_at_once:
         workers = 1  # the rows of base samples are one epoch's: trainings take turns
     stop = threading.Event()
@@ -179,6 +182,49 @@ def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[S
             pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]
+
+
+def _train_side_by_side(trainings: list[_Training], logits: SharedLogits, advance: Any) -> list[SweepRun]:
+    """All trainings of equal sizes and equally many epochs to go together: on a GPU an epoch of them is one launch."""
+    started = time.monotonic()
+    groups: dict[tuple[object, ...], list[_Training]] = {}
+    for training in trainings:
+        run = training.run
+        run.prepare(training.path, None, native=True, logits=logits)
+        advance(len(run.history) - 1)
+        assert isinstance(run.engine, NativeEngine)
+        groups.setdefault((len(run.history), run.options.epochs, *group_key(run.engine)), []).append(training)
+    errors: dict[int, str] = {}
+    for members in groups.values():
+        _train_group(members, errors, advance)
+    seconds = time.monotonic() - started
+    return [
+        SweepRun(t.config, None, None, errors[id(t)])
+        if id(t) in errors
+        else SweepRun(t.config, t.run.head, t.run.result("", seconds), "")
+        for t in trainings
+    ]
+
+
+def _train_group(trainings: list[_Training], errors: dict[int, str], advance: Any) -> None:
+    runs = [training.run for training in trainings]
+    group = EngineGroup([run.engine for run in runs if isinstance(run.engine, NativeEngine)])
+    try:
+        for epoch in range(len(runs[0].history), runs[0].options.epochs + 1):
+            losses = group.train(epoch, [run.options.lr_multiplier(epoch) for run in runs])
+            for training, loss, hits in zip(trainings, losses, group.hits(), strict=True):
+                if id(training) in errors:
+                    continue  # it is trained on, on numbers that are none, because the others are
+                assert isinstance(training.run.engine, NativeEngine)
+                training.run.engine.known_hits = hits
+                try:
+                    training.run.end_epoch(loss, training.path)
+                except FloatingPointError as error:
+                    errors[id(training)] = str(error)
+                advance(1)
+    finally:
+        for run in runs:
+            run.finish()
 
 
 class _Builder:

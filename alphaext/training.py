@@ -227,7 +227,7 @@ class Run:
         self.selected_decay = 1.0
         self.selected: list[Tensor] = []
         self.engine: Engine
-        self._saved = -math.inf
+        self._saved = time.monotonic()
 
     def prepare(
         self,
@@ -278,29 +278,38 @@ class Run:
 
     def train(self, path: Path | None, report: Callable[[dict[str, float]], None]) -> None:
         """Train the remaining epochs and leave the head with the parameters of the selected one, whatever happens."""
-        options, engine = self.options, self.engine
-        self._saved = time.monotonic()
         try:
-            for epoch in range(len(self.history), options.epochs + 1):
-                multiplier = options.lr_multiplier(epoch)
-                lr = engine.learning_rate(multiplier)
+            for epoch in range(len(self.history), self.options.epochs + 1):
                 try:
-                    loss = engine.train(epoch, multiplier)
+                    loss: float | TrainingDiverged = self.engine.train(epoch, self.options.lr_multiplier(epoch))
                 except TrainingDiverged as error:
-                    raise FloatingPointError(
-                        f"training diverged: {error} is no longer finite in epoch {epoch} (lr {lr:g}); a smaller lr may help"
-                    ) from None
-                self.decay.advance(self.decay.sgd.lr * multiplier, engine.steps_per_epoch)
-                self._record(epoch, loss, lr)
-                due = engine.name != "native" or time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS
-                if path is not None and (due or epoch == options.epochs):
-                    self._save(path)
+                    loss = error
+                self.end_epoch(loss, path)
                 report(self.history[-1])
         finally:
-            # Relative to what the head was when this process took it up: the start, or what an interrupted training left.
-            decay = self.start_decay * self.selected_decay
-            engine.restore(self.selected, decay / self.head.first_layer_decay)
-            self.head.first_layer_decay = decay
+            self.finish()
+
+    def end_epoch(self, loss: float | TrainingDiverged, path: Path | None) -> None:
+        """Take up what the engine made of an epoch: its loss, or why it failed (a FloatingPointError)."""
+        engine, epoch = self.engine, len(self.history)
+        multiplier = self.options.lr_multiplier(epoch)
+        lr = engine.learning_rate(multiplier)
+        if isinstance(loss, TrainingDiverged):
+            raise FloatingPointError(
+                f"training diverged: {loss} is no longer finite in epoch {epoch} (lr {lr:g}); a smaller lr may help"
+            )
+        self.decay.advance(self.decay.sgd.lr * multiplier, engine.steps_per_epoch)
+        self._record(epoch, loss, lr)
+        due = engine.name != "native" or time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS
+        if path is not None and (due or epoch == self.options.epochs):
+            self._save(path)
+
+    def finish(self) -> None:
+        """Leave the head with the parameters of the selected epoch."""
+        # Relative to what the head was when this process took it up: the start, or what an interrupted training left.
+        decay = self.start_decay * self.selected_decay
+        self.engine.restore(self.selected, decay / self.head.first_layer_decay)
+        self.head.first_layer_decay = decay
 
     def result(self, engine_reason: str, seconds: float) -> FitResult:
         chosen = self.history[self.selected_epoch]

@@ -57,6 +57,29 @@ def test_each_gives_the_bits_it_gives_alone(linear, jobs, cache_bytes, monkeypat
         assert run.result.selected_epoch == result.selected_epoch
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_side_by_side_is_each_alone(linear, monkeypatch, tmp_path, interrupted):
+    """What a GPU does, an epoch of all trainings in one call, on the CPU's kernels: the bits of each alone."""
+
+    def side_by_side(trainings, workers, advance):
+        heads, samplers = [t.run.head for t in trainings], [t.run.data.sampler for t in trainings]
+        epochs = range(1, max(t.run.options.epochs for t in trainings) + 1)
+        logits = engines.SharedLogits(heads, trainings[0].run.data, epochs, samplers)
+        return sweep._train_side_by_side(trainings, logits, advance)
+
+    configs = [*CONFIGS, *({**config, "gamma": 0.8, "seed": 3} for config in CONFIGS), dict(lr=1e30, init="default", epochs=3)]
+    expected = fit_many(linear, FEATURES, LABELS, configs, **VALIDATION)
+    monkeypatch.setattr(sweep, "_train_all", side_by_side)
+    if interrupted:
+        fit_many(linear, FEATURES, LABELS, configs[:3], checkpoint=tmp_path, **VALIDATION)
+    runs = fit_many(linear, FEATURES, LABELS, configs, checkpoint=tmp_path if interrupted else None, **VALIDATION)
+    for run, alone in zip(runs, expected, strict=True):
+        assert run.error == alone.error
+        if not run.error:
+            assert all(value.equal(run.head.state_dict()[name]) for name, value in alone.head.state_dict().items())
+            assert str(run.result.history) == str(alone.result.history)
+
+
 def test_heads_share_one_classifier(linear):
     one, two = fit_many(linear, FEATURES, LABELS, [dict(epochs=1), dict(epochs=1, gamma=0.5)])
     assert one.head.weight is two.head.weight and one.head.weight is not linear.weight

@@ -1,0 +1,81 @@
+"""Native engines of equal sizes that train side by side: on a GPU all of them in one launch an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .engines import NativeEngine, TrainingDiverged
+
+__all__ = ["EngineGroup", "group_key"]
+
+_STACKED = ("_state", "_b2", "_b2_momentum", "_raw", "_alpha")
+
+
+def group_key(engine: NativeEngine) -> tuple[object, ...]:
+    """What engines must have in common to be trained together."""
+    shapes = tuple(tuple(getattr(engine, name).shape) for name in _STACKED)
+    return (*shapes, engine._scale.dim(), engine.options.batch_size, engine._state.dtype, id(engine.logits))
+
+
+class EngineGroup:
+    """Trains an epoch of several engines with one call; each gets, to the bit, what it would get alone.
+
+    The engines keep their tensors, as parts of stacked ones.
+    """
+
+    def __init__(self, engines: Sequence[NativeEngine]) -> None:
+        """``engines`` of one :func:`group_key`, whose logits are all kept (``SharedLogits.all_at_once``)."""
+        self.engines = list(engines)
+        for name in _STACKED:
+            stacked = torch.stack([getattr(engine, name) for engine in self.engines])
+            setattr(self, name, stacked)
+            for engine, part in zip(self.engines, stacked.unbind(0), strict=True):
+                setattr(engine, name, part)
+        self._columns = torch.stack([engine.columns for engine in self.engines])
+        self._scale = torch.stack([engine._scale for engine in self.engines])
+
+    def train(self, epoch: int, multipliers: Sequence[float]) -> list[float | TrainingDiverged]:
+        """Train one epoch of each, at its multiple of its learning rate: the mean losses, or what went wrong."""
+        first = self.engines[0]
+        rows = [engine.rows_of(epoch) for engine in self.engines]
+        order = torch.zeros(len(rows), max(len(r) for r in rows), dtype=torch.int64, device=first.device)
+        for here, r in zip(order, rows, strict=True):
+            here[: len(r)] = r
+        settings = [
+            self._settings(engine, multiplier, len(r))
+            for engine, multiplier, r in zip(self.engines, multipliers, rows, strict=True)
+        ]
+        cached = first.logits.training
+        results = torch.ops.alphaext.train_epoch_many(
+            *(getattr(self, name) for name in _STACKED), order, cached.logits, cached.base_logsumexp, cached.label_logit,
+            cached.few_of_label, self._columns, self._scale, first.options.batch_size,
+            torch.tensor(settings, dtype=torch.float64, device=first.device),
+        )  # fmt: skip
+        losses: list[float | TrainingDiverged] = []
+        for engine, (loss, step, failed) in zip(self.engines, results.tolist(), strict=True):
+            try:
+                losses.append(engine.after_epoch(loss, int(step), int(failed)))
+            except TrainingDiverged as error:
+                losses.append(error)
+        return losses
+
+    @staticmethod
+    def _settings(engine: NativeEngine, multiplier: float, samples: int) -> list[float]:
+        head, sgd = engine.head, engine.sgd
+        values = (
+            head.gamma, ops.rule_number(head.rule), head.projected_gradient, engine.learning_rate(multiplier), sgd.momentum,
+            sgd.dampening, sgd.weight_decay, sgd.nesterov, engine.steps == 0, samples,
+        )  # fmt: skip
+        return [float(value) for value in values]
+
+    def hits(self) -> list[Tensor | None]:
+        """Each engine's :meth:`NativeEngine.hits`."""
+        validation = self.engines[0].logits.validation
+        if validation is None:
+            return [None] * len(self.engines)
+        alphas: Tensor = getattr(self, "_alpha")  # noqa: B009  (set by name above)
+        return list(validation.hits_of_many(alphas, self._columns).unbind(0))
