@@ -100,6 +100,8 @@ def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> s
         return f"the head is a {type(head).__name__}, which may compute something else than AlphaNet"
     if head.weight.dtype not in (torch.float32, torch.float64):
         return f"the head is {head.weight.dtype}, not float32 or float64"
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in head.parameters()):
+        return "a parameter has a gradient hook"
     frozen = [name for name, p in head.named_parameters() if not p.requires_grad and name not in ("weight", "bias")]
     if frozen:
         return f"{', '.join(frozen)} does not ask for a gradient"

@@ -170,7 +170,7 @@ def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor)
     """The original logits of the samples, block by block, with the slice of ``indices`` and the labels they belong to."""
     weight, bias = columns.weight, columns.own_bias
     rows = max(1, _BLOCK_ELEMENTS // len(weight) // BLOCK_SAMPLES) * BLOCK_SAMPLES
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         for start in range(0, len(indices), rows):
             part = slice(start, min(start + rows, len(indices)))
             wanted = indices[part]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -39,14 +40,17 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer(self.epochs, "epochs", minimum=0)
-        check_integer(self.batch_size, "batch_size", minimum=1)
-        check_integer(self.seed, "seed", minimum=0, maximum=2**63 - 1)
-        check_integer(self.lr_step, "lr_step", minimum=1)
-        _check_number(self.lr, "lr", above=0)
-        _check_number(self.lr_factor, "lr_factor", above=0)
+        # Kept as Python's own numbers: checkpoints hold them, and NumPy's would make those unreadable without unpickling.
+        bounds = {"epochs": (0, 2**31), "batch_size": (1, 2**40), "seed": (0, 2**63 - 1), "lr_step": (1, 2**31)}
+        for name, (minimum, maximum) in bounds.items():
+            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum, maximum=maximum))
+        for name in ("lr", "lr_factor"):
+            object.__setattr__(self, name, _check_number(getattr(self, name), name, above=0))
         for name in ("momentum", "dampening", "weight_decay", "negative_ratio"):
-            _check_number(getattr(self, name), name, minimum=0)
+            object.__setattr__(self, name, _check_number(getattr(self, name), name, minimum=0))
+        if self.negative_ratio > 1e6:
+            raise ValueError(f"negative_ratio must be at most 1e6, got {self.negative_ratio!r}")
+        object.__setattr__(self, "nesterov", bool(self.nesterov))
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError(
                 f"nesterov needs a momentum above 0 and no dampening, got momentum={self.momentum:g} and "
@@ -55,6 +59,7 @@ class TrainingOptions:
         _check_choice(self.lr_schedule, "lr_schedule", SCHEDULES)
         _check_choice(self.negative_sampling, "negative_sampling", NEGATIVE_SAMPLINGS)
         self._check_milestones()
+        self._check_last_lr()
         if self.select is not None:
             _check_choice(self.select, "select", SELECTIONS)
         if self.min_all is not None:
@@ -63,6 +68,14 @@ class TrainingOptions:
                 raise TypeError(message)
             if self.select != "best_few" or not 0 <= self.min_all <= 1:
                 raise ValueError(message)
+
+    def _check_last_lr(self) -> None:
+        try:
+            last = self.lr * self.lr_multiplier(self.epochs)
+        except OverflowError:
+            last = math.inf
+        if not math.isfinite(last):
+            raise ValueError(f"lr_factor={self.lr_factor:g} makes the learning rate infinite within {self.epochs} epochs")
 
     def _check_milestones(self) -> None:
         milestones: object = self.lr_milestones
@@ -74,7 +87,7 @@ class TrainingOptions:
             raise ValueError(f"lr_milestones must increase, got {list(milestones)}")
         if bool(milestones) != (self.lr_schedule == "multistep"):
             raise ValueError(f"lr_milestones go with lr_schedule='multistep', got {list(milestones)} with {self.lr_schedule!r}")
-        object.__setattr__(self, "lr_milestones", tuple(milestones))
+        object.__setattr__(self, "lr_milestones", tuple(int(milestone) for milestone in milestones))
 
     def lr_multiplier(self, epoch: int) -> float:
         """What the learning rate of ``epoch`` (1 is the first) is multiplied by."""
@@ -161,10 +174,11 @@ def _check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_number(value: object, name: str, *, above: float | None = None, minimum: float | None = None) -> None:
+def _check_number(value: object, name: str, *, above: float | None = None, minimum: float | None = None) -> float:
     allowed = f"finite and above {above}" if above is not None else f"finite and at least {minimum}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, {allowed}, got {value!r}")
     bad = not math.isfinite(value) or (above is not None and value <= above) or (minimum is not None and value < minimum)
     if bad:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return float(value)

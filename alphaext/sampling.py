@@ -85,4 +85,6 @@ class EpochSampler:
         taken[: self.num_few] = True
         for epoch in epochs if self.negatives else ():
             taken[self.draw(epoch)] = True
+            if bool(taken.all()):
+                break
         return self.indices[taken].sort().values

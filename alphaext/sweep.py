@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -107,16 +108,17 @@ def fit_many(
         raise ValueError("val_features and val_labels must be given together")
     if val_features is not None and val_labels is not None:
         validation = check_samples(builder.weight, val_features, val_labels, "val_features", "val_labels")
-    trainings = []
+    trainings: list[_Training] = []
     for number, config in enumerate(configs):
         try:
             head, options = builder.make(config)
-            check_selection(options, validation is not None)
+            check_selection(options, validation, head.few_classes)
             sampler = EpochSampler(builder.samples.labels, head.few_classes, head.out_features, options)
         except (ValueError, TypeError) as error:
             raise type(error)(f"configs[{number}]: {error}") from error
         data = TrainingData(builder.samples, sampler, validation)
-        trainings.append(_Training(dict(config), Run(head, options, data), _path(directory, config)))
+        path = _path(directory, head, options, config, {training.path for training in trainings})
+        trainings.append(_Training(dict(config), Run(head, options, data, many_above), path))
     if not trainings:
         return []
     with _progress_bar(progress, sum(t.run.options.epochs for t in trainings)) as advance:
@@ -160,12 +162,12 @@ def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[S
             run.prepare(training.path, None, native=True, logits=logits)
             advance(len(run.history) - 1)
             run.train(training.path, report)
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:  # it diverged, or its checkpoint is of something else
             return SweepRun(training.config, None, None, str(error))
         except BaseException:
             stop.set()
             raise
-        return SweepRun(training.config, run.head, run.result("", time.monotonic() - started), "")
+        return _result_of(training, time.monotonic() - started)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="alphaext") as pool:
         futures: list[Future[SweepRun]] = [pool.submit(train, training) for training in trainings]
@@ -184,26 +186,32 @@ def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[S
     return [future.result() for future in futures]
 
 
+def _result_of(training: _Training, seconds: float) -> SweepRun:
+    """What came of a training, which gives its engine's memory back."""
+    result = training.run.result("", seconds)
+    training.run.release()
+    return SweepRun(training.config, training.run.head, result, "")
+
+
 def _train_side_by_side(trainings: list[_Training], logits: SharedLogits, advance: Any) -> list[SweepRun]:
     """All trainings of equal sizes and equally many epochs to go together: on a GPU an epoch of them is one launch."""
     started = time.monotonic()
     groups: dict[tuple[object, ...], list[_Training]] = {}
+    errors: dict[int, str] = {}
     for training in trainings:
         run = training.run
-        run.prepare(training.path, None, native=True, logits=logits)
+        try:
+            run.prepare(training.path, None, native=True, logits=logits)
+        except ValueError as error:
+            errors[id(training)] = str(error)
+            continue
         advance(len(run.history) - 1)
         assert isinstance(run.engine, NativeEngine)
         groups.setdefault((len(run.history), run.options.epochs, *group_key(run.engine)), []).append(training)
-    errors: dict[int, str] = {}
     for members in groups.values():
         _train_group(members, errors, advance)
     seconds = time.monotonic() - started
-    return [
-        SweepRun(t.config, None, None, errors[id(t)])
-        if id(t) in errors
-        else SweepRun(t.config, t.run.head, t.run.result("", seconds), "")
-        for t in trainings
-    ]
+    return [SweepRun(t.config, None, None, errors[id(t)]) if id(t) in errors else _result_of(t, seconds) for t in trainings]
 
 
 def _train_group(trainings: list[_Training], errors: dict[int, str], advance: Any) -> None:
@@ -265,10 +273,12 @@ class _Builder:
         members = members.to(self.weight.device)
         z = submodule_inputs(reduced, members)
         head = AlphaNet(self.weight, self.bias, members, z, first_layer="factored", **options)
-        # One copy of the frozen classifier for all heads.
+        # One copy of the frozen classifier's numbers for all heads, but a parameter each, which can go its own way.
         if self._first is None:
             self._first = head
-        head.weight, head.bias = self._first.weight, self._first.bias
+        for name in ("weight", "bias"):
+            if getattr(head, name) is not None:
+                setattr(head, name, nn.Parameter(getattr(self._first, name).detach(), requires_grad=False))
         reason = why_not_native(head, None)
         if reason:
             raise ValueError(f"the native engine cannot train this: {reason}")
@@ -289,11 +299,18 @@ class _Builder:
         return self._reduced[pca_dim]
 
 
-def _path(directory: Path | None, config: Mapping[str, Any]) -> Path | None:
+def _path(
+    directory: Path | None, head: AlphaNet, options: TrainingOptions, config: Mapping[str, Any], taken: set[Path | None]
+) -> Path | None:
+    """The checkpoint of a configuration: the same however it is written, another for each that is given twice."""
     if directory is None:
         return None
-    text = json.dumps({name: value for name, value in sorted(config.items()) if name != "epochs"}, default=str)
-    return directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+    chosen = {name: config.get(name, default) for name, default in _NEIGHBOR_OPTIONS.items()}
+    chosen |= {"init": config.get("init"), "seed of the head": head.seed, "head": repr(head)}
+    text = json.dumps(chosen | vars(options), sort_keys=True, default=str)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    paths = (directory / f"{name}{'' if number == 0 else f'-{number}'}.pt" for number in itertools.count())
+    return next(path for path in paths if path not in taken)
 
 
 def _check_directory(checkpoint: str | os.PathLike[str] | None) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ._checks import TensorLike, as_tensor, check_floating, check_labels, check_shape
+from ._checks import TensorLike, as_tensor, check_floating, check_integer, check_labels, check_shape
 from .classes import ClassSplit
 from .engines import (
     ENGINES,
@@ -38,6 +38,19 @@ from .sampling import EpochSampler
 
 # The native engine's epochs are short: writing a checkpoint after each would take longer than they do.
 _SECONDS_BETWEEN_CHECKPOINTS = 0.5
+
+# What a checkpoint holds.
+_CHECKPOINT: dict[str, type | tuple[type, ...]] = {
+    "options": dict,
+    "engine": dict,
+    "decay": dict,
+    "history": list,
+    "selected_epoch": int,
+    "selected_score": (int, float),
+    "selected_decay": (int, float),
+    "selected": list,
+    "start_decay": (int, float),
+}
 
 
 @dataclass
@@ -109,6 +122,7 @@ def fit(
     negative_sampling: str = "uniform",
     select: str | None = None,
     min_all: float | None = None,
+    many_above: int = 100,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
@@ -136,7 +150,7 @@ def fit(
         lr_step: 20 in the paper.
         lr_factor: 0.1 in the paper.
         lr_milestones: for ``"multistep"``, after how many epochs.
-        optimizer: makes any torch optimiser out of the list of parameters, instead of SGD with the options below. A head with
+        optimizer: makes any torch optimiser out of the list of parameters, instead of SGD with the options above. A head with
             ``first_layer="factored"`` is exact for SGD only and refuses others.
         engine: ``"native"``, whole epochs in compiled code, on one thread: for SGD and a frozen classifier, where it is exact
             to rounding. ``"autograd"``, torch's. ``"auto"``, the default: native wherever it is exact; the result says which.
@@ -146,10 +160,12 @@ def fit(
             ``"best_few"``, the best few accuracy among those whose accuracy over all is not below ``min_all``;
             ``"last"`` (default without). Epoch 0, before training, takes part; of equal epochs the first wins.
         min_all: for ``"best_few"``, a fraction of 1; None takes the original classifier's own.
+        many_above: in the metrics, a base class with more training samples is many; 100 in the paper.
         seed: of the samples drawn and their order.
         checkpoint: a file that is rewritten after each epoch (by the native engine at most every half second, and at the
             end), whole or not at all. If it exists, training goes on from it, to the same bits as without the interruption; a
-            checkpoint of another head, data set or configuration is an error.
+            checkpoint of another head, data set or configuration is an error. A head made without ``seed`` draws one: give it
+            one to go on in another process.
         progress: show a progress bar; None shows it where standard error is a terminal.
 
     Returns:
@@ -191,7 +207,6 @@ def fit(
         seed=seed,
     )
     path = None if checkpoint is None else _check_path(checkpoint)
-    check_selection(settings, val_features is not None)
     data = training_data(head, features, labels, val_features, val_labels, settings)
 
     made = None
@@ -202,7 +217,7 @@ def fit(
     if engine == "native" and reason:
         raise ValueError(f"engine='native' cannot train this exactly: {reason}; use engine='autograd'")
     native = engine != "autograd" and not reason
-    run = Run(head, settings, data)
+    run = Run(head, settings, data, check_integer(many_above, "many_above", minimum=0))
     run.prepare(path, made, native=native)
     with _progress_bar(progress, settings.epochs, len(run.history) - 1) as report:
         run.train(path, report)
@@ -212,14 +227,14 @@ def fit(
 class Run:
     """One training: an engine, the history, the best epoch so far, and the checkpoint they go into."""
 
-    def __init__(self, head: AlphaNet, options: TrainingOptions, data: TrainingData) -> None:
+    def __init__(self, head: AlphaNet, options: TrainingOptions, data: TrainingData, many_above: int = 100) -> None:
         self.head, self.options, self.data = head, options, data
         self.select = options.select or ("last" if data.validation is None else "best_all")
         self.min_all = options.min_all
         self.metrics: SplitMetrics | None = None
         if data.validation is not None:
             counts = torch.bincount(data.validation.labels, minlength=head.out_features)
-            self.metrics = SplitMetrics(_split_of(head, data.samples.labels), counts)
+            self.metrics = SplitMetrics(_split_of(head, data.samples.labels, many_above), counts)
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float] | None = None
         self.selected_epoch = 0
@@ -252,6 +267,7 @@ class Run:
             "engine": "native" if native else "autograd",
             "optimizer": repr(sgd) if native else repr(optimizer),
             "head": repr(head),
+            "seed of the head": head.seed,
         }
         if path is not None:
             self._identity["head, classifier and data"] = _fingerprint(head, data)
@@ -265,7 +281,7 @@ class Run:
         if optimizer is not None and head.first_layer == "factored":
             sgd = Sgd.of_parameter(optimizer, head.preactivation) or replace(sgd, weight_decay=0.0)
         self.decay = DecayOfStart(sgd)
-        self.start_decay = head.first_layer_decay
+        self.start_decay = self.taken_up_decay = head.first_layer_decay
         original = self.engine.original_hits()
         if original is not None and self.metrics is not None:
             self.before = self.metrics.of(original)
@@ -307,9 +323,16 @@ class Run:
     def finish(self) -> None:
         """Leave the head with the parameters of the selected epoch."""
         # Relative to what the head was when this process took it up: the start, or what an interrupted training left.
-        decay = self.start_decay * self.selected_decay
-        self.engine.restore(self.selected, decay / self.head.first_layer_decay)
-        self.head.first_layer_decay = decay
+        relative = self.selected_decay
+        if self.start_decay != self.taken_up_decay:
+            relative *= self.start_decay / self.taken_up_decay if self.taken_up_decay else 0.0
+        self.engine.restore(self.selected, relative)
+        self.head.first_layer_decay = self.start_decay * self.selected_decay
+
+    def release(self) -> None:
+        """Give back what only training needs."""
+        del self.engine
+        self.selected = []
 
     def result(self, engine_reason: str, seconds: float) -> FitResult:
         chosen = self.history[self.selected_epoch]
@@ -342,8 +365,9 @@ class Run:
             bound = -math.inf if self.min_all is None else self.min_all
             score = entry["few"] if entry["all"] >= bound else entry["all"] - 2
         if score > self.selected_score:
-            self.selected_epoch, self.selected_score, self.selected_decay = epoch, score, self.decay.factor
-            self.selected = self.engine.snapshot()
+            snapshot = self.engine.snapshot()
+            self.selected, self.selected_decay = snapshot, self.decay.factor
+            self.selected_epoch, self.selected_score = epoch, score
 
     def _save(self, path: Path) -> None:
         state = {
@@ -357,7 +381,7 @@ class Run:
             "selected": self.selected,
             "start_decay": self.start_decay,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             torch.save(state, temporary)
             os.replace(temporary, path)
@@ -368,8 +392,13 @@ class Run:
     def _load(self, path: Path) -> dict[str, Any]:
         try:
             state: dict[str, Any] = torch.load(path, map_location=self.head.weight.device, weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}")
+            missing = [name for name in _CHECKPOINT if not isinstance(state[name], _CHECKPOINT[name])]
+            if missing:
+                raise TypeError(f"{missing[0]} is a {type(state[missing[0]]).__name__}")
             saved, done = state["options"], len(state["history"]) - 1
-        except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # what torch makes of foreign bytes knows no limits
             raise ValueError(f"checkpoint {path} cannot be read as one of fit's: {type(error).__name__}: {error}") from error
         for name, value in self._identity.items():
             if saved.get(name) != value:
@@ -390,10 +419,14 @@ class Run:
         self.selected_decay, self.selected = state["selected_decay"], state["selected"]
 
 
-def check_selection(options: TrainingOptions, has_validation: bool) -> None:
+def check_selection(options: TrainingOptions, validation: Samples | None, few_classes: Tensor) -> None:
     """Check that a policy which needs validation data has some."""
-    if options.select not in (None, "last") and not has_validation:
+    if options.select not in (None, "last") and validation is None:
         raise ValueError(f"select={options.select!r} needs val_features and val_labels")
+    if options.select != "best_few" or validation is None:
+        return
+    if not bool(torch.isin(validation.labels, few_classes.cpu()).any()):
+        raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
 
 
 def training_data(
@@ -411,8 +444,7 @@ def training_data(
     validation = None
     if val_features is not None and val_labels is not None:
         validation = check_samples(head.weight, val_features, val_labels, "val_features", "val_labels")
-        if options.select == "best_few" and not bool(torch.isin(validation.labels, head.few_classes.cpu()).any()):
-            raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
+    check_selection(options, validation, head.few_classes)
     return TrainingData(samples, EpochSampler(samples.labels, head.few_classes, head.out_features, options), validation)
 
 
@@ -444,11 +476,11 @@ def _fingerprint(head: AlphaNet, data: TrainingData) -> str:
     return digest.hexdigest()[:16]
 
 
-def _split_of(head: AlphaNet, labels: Tensor) -> ClassSplit:
+def _split_of(head: AlphaNet, labels: Tensor, many_above: int) -> ClassSplit:
     counts = torch.bincount(labels, minlength=head.out_features)
     few = torch.zeros(head.out_features, dtype=torch.bool, device="cpu")
     few[head.few_classes.cpu()] = True
-    many = (counts > 100) & ~few
+    many = (counts > many_above) & ~few
     ids = torch.arange(head.out_features, device="cpu")
     return ClassSplit(few=ids[few], medium=ids[~few & ~many], many=ids[many])
 

@@ -577,11 +577,11 @@ def test_schedules_are_torchs(schedule, epochs):
 
 
 BAD_OPTIONS = {
-    "epochs must be at least 0, got -3": {"epochs": -3},
+    "epochs must be between 0 and \\d+, got -3": {"epochs": -3},
     "epochs must be an integer, got 2.5": {"epochs": 2.5},
-    "batch_size must be at least 1, got 0": {"batch_size": 0},
+    "batch_size must be between 1 and \\d+, got 0": {"batch_size": 0},
     "seed must be between 0 and 9223372036854775807, got -1": {"seed": -1},
-    "lr_step must be at least 1, got 0": {"lr_step": 0},
+    "lr_step must be between 1 and \\d+, got 0": {"lr_step": 0},
     "lr must be finite and above 0, got 0": {"lr": 0},
     "lr must be finite and above 0, got inf": {"lr": math.inf},
     "lr must be a number, finite and above 0, got '0.1'": {"lr": "0.1"},

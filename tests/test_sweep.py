@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_training import interrupt, make_data
@@ -82,7 +83,9 @@ def test_side_by_side_is_each_alone(linear, monkeypatch, tmp_path, interrupted):
 
 def test_heads_share_one_classifier(linear):
     one, two = fit_many(linear, FEATURES, LABELS, [dict(epochs=1), dict(epochs=1, gamma=0.5)])
-    assert one.head.weight is two.head.weight and one.head.weight is not linear.weight
+    assert one.head.weight.data_ptr() == two.head.weight.data_ptr() != linear.weight.data_ptr()
+    one.head.double()
+    assert two.head.weight.dtype == torch.float32
 
 
 def test_one_that_diverges_stops_no_other(linear):
@@ -143,3 +146,40 @@ def test_half_precision_is_refused(linear):
 
 def test_cores():
     assert sweep._cores() >= 1
+
+
+def test_numpy_numbers_leave_readable_checkpoints(linear, tmp_path):
+    configs = [dict(epochs=np.int64(2), seed=seed, lr=np.float64(0.1), batch_size=np.int32(16)) for seed in np.arange(2)]
+    first = fit_many(linear, FEATURES, LABELS, configs, checkpoint=tmp_path)
+    again = fit_many(linear, FEATURES, LABELS, configs, checkpoint=tmp_path)
+    assert [run.error for run in (*first, *again)] == [""] * 4
+    assert first[1].head.w2.equal(again[1].head.w2)
+
+
+def test_configurations_that_resemble_each_other_keep_apart(linear, tmp_path):
+    configs = [dict(epochs=3), dict(epochs=3, seed=0), dict(epochs=5), dict(epochs=5, lr_schedule="cosine")]
+    for _ in range(2):
+        runs = fit_many(linear, FEATURES, LABELS, configs, checkpoint=tmp_path, jobs=3)
+        assert [len(run.result.history) for run in runs] == [4, 4, 6, 6]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_damaged_checkpoint_spoils_one_run_alone(linear, tmp_path):
+    configs = [dict(epochs=2), dict(epochs=2, gamma=0.5)]
+    fit_many(linear, FEATURES, LABELS, configs[:1], checkpoint=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    runs = fit_many(linear, FEATURES, LABELS, configs, checkpoint=tmp_path)
+    assert "cannot be read as one of fit's" in runs[0].error and runs[1].error == ""
+
+
+def test_best_few_without_few_validation_samples_is_refused_before_training(linear):
+    features, labels = make_data(seed=5)
+    base = labels < 6
+    with pytest.raises(ValueError, match=r"configs\[0\]: val_labels has no sample of a few class"):
+        fit_many(linear, FEATURES, LABELS, [dict(select="best_few")], val_features=features[base], val_labels=labels[base])
+
+
+def test_many_above_is_that_of_the_metrics(linear):
+    (run,) = fit_many(linear, FEATURES, LABELS, [dict(pool="many", epochs=1)], many_above=25, **VALIDATION)
+    assert run.result.after["many"] == run.result.after["many"] and run.result.after["medium"] != run.result.after["medium"]

@@ -335,10 +335,10 @@ BAD_CALLS = {
     "features must be floating point, got torch.int64": dict(features=FEATURES.long()),
     r"features must have shape \[n, 12\]": dict(features=FEATURES[:, :5]),
     "one entry a sample": dict(labels=LABELS[:-1]),
-    "epochs must be at least 0, got -1": dict(epochs=-1),
-    "batch_size must be at least 1, got 0": dict(batch_size=0),
+    "epochs must be between 0 and \\d+, got -1": dict(epochs=-1),
+    "batch_size must be between 1 and \\d+, got 0": dict(batch_size=0),
     "lr must be finite and above 0, got 0": dict(lr=0.0),
-    "lr_step must be at least 1": dict(lr_step=0),
+    "lr_step must be between 1 and \\d+": dict(lr_step=0),
     "lr_factor must be finite and above 0, got nan": dict(lr_factor=math.nan),
     "seed must be between 0 and": dict(seed=2**70),
     "checkpoint must be a file in a directory that exists": dict(checkpoint="no/such/directory/fit.pt"),
@@ -372,3 +372,42 @@ def test_only_few_samples_need_no_base_unless_asked():
     with pytest.raises(ValueError, match="labels has no sample of a base class, but negative_ratio=1 asks for 12"):
         fit(make_head(), FEATURES[few], LABELS[few])
     fit(make_head(), FEATURES[few], LABELS[few], negative_ratio=0, epochs=1)
+
+
+def test_a_checkpoint_of_another_seed_is_refused(tmp_path):
+    """Its first layer started elsewhere, and could not be had back."""
+    linear, members = make_head().fold(), torch.tensor([[6, 0, 2, 4], [7, 1, 3, 5]])
+    fit(AlphaNet.from_linear(linear, members=members, seed=1), *make_data(), epochs=2, checkpoint=tmp_path / "fit.pt")
+    with pytest.raises(ValueError, match="seed of the head is 2 here and 1 there"):
+        fit(AlphaNet.from_linear(linear, members=members, seed=2), *make_data(), epochs=2, checkpoint=tmp_path / "fit.pt")
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), {"options": [1], "history": []}, {"options": {}, "history": [1]}])
+def test_foreign_checkpoints(tmp_path, content):
+    torch.save(content, tmp_path / "fit.pt")
+    with pytest.raises(ValueError, match="cannot be read as one of fit's"):
+        fit(make_head(), *make_data(), epochs=1, checkpoint=tmp_path / "fit.pt")
+
+
+def test_fit_under_autocast():
+    one, two = make_head(), make_head()
+    fit(one, *make_data(), epochs=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fit(two, *make_data(), epochs=2)
+    assert one.w2.equal(two.w2)
+
+
+def test_gradient_hooks_are_heeded():
+    head = make_head()
+    head.w2.register_hook(lambda gradient: gradient * 0)
+    before = head.w2.detach().clone()
+    result = fit(head, *make_data(), epochs=2)
+    assert result.engine == "autograd" and result.engine_reason == "a parameter has a gradient hook"
+    assert head.w2.equal(before)
+
+
+def test_a_start_that_decays_to_nothing_is_trained_on():
+    head = make_head()
+    for _ in range(2):
+        fit(head, *make_data(), epochs=1, lr=0.1, weight_decay=10.0, momentum=0.0, lr_schedule="constant")
+    assert head.first_layer_decay == 0 and head.alphas().isfinite().all()
