@@ -30,9 +30,8 @@ class EngineGroup:
     def __init__(self, engines: Sequence[NativeEngine]) -> None:
         """``engines`` of one :func:`group_key`, whose logits are all kept (``SharedLogits.all_at_once``)."""
         self.engines = list(engines)
-        for name in _STACKED:
-            stacked = torch.stack([getattr(engine, name) for engine in self.engines])
-            setattr(self, name, stacked)
+        self._stacked = {name: torch.stack([getattr(engine, name) for engine in self.engines]) for name in _STACKED}
+        for name, stacked in self._stacked.items():
             for engine, part in zip(self.engines, stacked.unbind(0), strict=True):
                 setattr(engine, name, part)
         self._columns = torch.stack([engine.columns for engine in self.engines])
@@ -51,7 +50,7 @@ class EngineGroup:
         ]
         cached = first.logits.training
         results = torch.ops.alphaext.train_epoch_many(
-            *(getattr(self, name) for name in _STACKED), order, cached.logits, cached.base_logsumexp, cached.label_logit,
+            *self._stacked.values(), order, cached.logits, cached.base_logsumexp, cached.label_logit,
             cached.few_of_label, self._columns, self._scale, first.options.batch_size,
             torch.tensor(settings, dtype=torch.float64, device=first.device),
         )  # fmt: skip
@@ -77,5 +76,4 @@ class EngineGroup:
         validation = self.engines[0].logits.validation
         if validation is None:
             return [None] * len(self.engines)
-        alphas: Tensor = getattr(self, "_alpha")  # noqa: B009  (set by name above)
-        return list(validation.hits_of_many(alphas, self._columns).unbind(0))
+        return list(validation.hits(self._stacked["_alpha"], self._columns).unbind(0))

@@ -131,16 +131,12 @@ class ValidationLogits:
             _check_block(base_logsumexp[part], samples, indices[part])
 
     def hits(self, alphas: Tensor, member_columns: Tensor) -> Tensor:
-        """``[2, N]`` int64: of each class, the samples that it wins, and those that it is among the first five of."""
-        result: Tensor = torch.ops.alphaext.validate(
-            alphas, member_columns, self._few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
-            self.labels, self.few_of_label, len(self.columns.few_penalty),
-        )  # fmt: skip
-        return result.cpu()
+        """``[2, N]`` int64: of each class, the samples that it wins, and those that it is among the first five of.
 
-    def hits_of_many(self, alphas: Tensor, member_columns: Tensor) -> Tensor:
-        """``[R, 2, N]``: the hits of R heads, from ``alphas`` and ``member_columns`` ``[R, F, K+1]``."""
-        result: Tensor = torch.ops.alphaext.validate_many(
+        With a leading dimension of both arguments, ``[R, F, K+1]``, those of R heads: ``[R, 2, N]``.
+        """
+        validate = torch.ops.alphaext.validate if alphas.dim() == 2 else torch.ops.alphaext.validate_many
+        result: Tensor = validate(
             alphas, member_columns, self._few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
             self.labels, self.few_of_label, len(self.columns.few_penalty),
         )  # fmt: skip

@@ -68,6 +68,7 @@ class TrainingOptions:
                 raise TypeError(message)
             if self.select != "best_few" or not 0 <= self.min_all <= 1:
                 raise ValueError(message)
+            object.__setattr__(self, "min_all", float(self.min_all))
 
     def _check_last_lr(self) -> None:
         try:
