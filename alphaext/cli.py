@@ -1,79 +1,122 @@
-"""The ``alphaext`` command."""
+"""The ``alphaext`` command: what the command line gives becomes options, the options run."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import json
+import os
 import sys
+import traceback
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from ._files import without_nan
+from .commands import COMMANDS, CommonOptions
+from .config import Options, add_flags, from_flags, kinds_of, read_config
 
-def _integer(text: str, minimum: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-    if not minimum <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be at least {minimum} and below 2^32, got {value}")
-    return value
+_DESCRIPTION = """\
+Alpha Net: repair the rare classes of a trained classifier.
 
+From a trained model and lists of images to a repaired checkpoint:
 
-def _count(text: str) -> int:
-    return _integer(text, 1)
+  alphaext doctor data   are the lists, images and the checkpoint as they should be?
+  alphaext extract       images -> features, once
+  alphaext fit           features + classifier -> a classifier whose rare classes work better
+  alphaext evaluate      what was gained, what it cost, who paid
+  alphaext export        the same checkpoint with only those rows changed
 
+'alphaext train' trains a network first, 'alphaext baseline' makes the classifiers to compare with or to start from.
+'alphaext demo' shows it all on handwritten digits within a minute.
+"""
 
-def _seed(text: str) -> int:
-    return _integer(text, 0)
+_EPILOG = """\
+Options can stand in a TOML file, which serves all commands (--config FILE); flags go over it. Standard output has the results,
+with --json as one JSON object; bars and messages go to standard error. Exit codes: 0 done, 1 it failed (a full disk, a training
+that diverged), 2 wrong arguments or data that are not as they must be, 130 interrupted.
+"""
 
-
-def _png(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a directory that exists, got {text!r}")
-    return path
+_WIDTH_OF_FILES = 140
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="alphaext", description="Alpha Net: repair the rare classes of a trained classifier.")
+    """The parser of all commands; each option comes from a field of the command's options class."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="alphaext", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="long-tailed digits, before and after (no network, no GPU, under a minute)",
-        description="Make scikit-learn's handwritten digits long-tailed, train a small network on them, and repair its "
-        "classifier: a table of the accuracies before and after, the learned alphas, and a picture of both.",
-    )
-    demo.add_argument("--draws", type=_count, default=8, help="long-tailed data sets to draw (default: %(default)s)")
-    demo.add_argument("--seed", type=_seed, default=0, help="of the first draw (default: %(default)s)")
-    demo.add_argument("--output", type=_png, default=Path("alphaext_demo.png"), help="PNG to write (default: %(default)s)")
-    commands.add_parser("info", help="how the extension was built", description="Print how the extension was built.")
+    for name, cls in COMMANDS.items():
+        description = inspect.cleandoc(cls.__doc__ or "")
+        summary = description.split("\n", 1)[0].rstrip(".")
+        # Abbreviated flags would turn into others as flags are added.
+        command = commands.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:].replace("%", "%%"),
+            usage=_usage(name, cls),
+            description=description,
+            formatter_class=formatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on standard output")
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        if issubclass(cls, CommonOptions):
+            command.add_argument("--config", metavar="FILE", help="a TOML file with options; flags go over it")
+        add_flags(command, cls)
     return parser
 
 
+def _usage(name: str, cls: type[Options]) -> str:
+    """A line; argparse would list every option, which the help does anyway."""
+    places = [f"{kind.name.upper()}{' ...' if kind.many else ''}" for kind in kinds_of(cls) if kind.positional]
+    return " ".join(["alphaext", name, *places, "[options]"])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 1 failed, 2 wrong arguments, 130 interrupted)."""
-    options = build_parser().parse_args(arguments)
-    console = Console()
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 wrong arguments or data, 130 interrupted.
+    """
+    flags = vars(build_parser().parse_args(arguments))
+    cls = COMMANDS[flags.pop("command")]
+    as_json, show_traceback, config_file = flags.pop("json"), flags.pop("traceback"), flags.pop("config", None)
+    # Of several processes that torchrun started, one speaks.
+    quiet = as_json or os.environ.get("RANK", "0") != "0"
+    errors = Console(stderr=True, soft_wrap=True)
     try:
-        if options.command == "demo":
-            from .demo import run_demo
-
-            run_demo(options.draws, options.seed, options.output, console)
-        else:
-            from .ops import build_info
-
-            for name, value in build_info().items():
-                console.print(f"{name}: {value}", highlight=False, markup=False)
+        config = None if config_file is None else read_config(config_file, COMMANDS.values())
+        options: Any = from_flags(cls, flags, config)
+        # Where there is no terminal, there is no width to keep to: wide enough for every table.
+        result = options.run(Console(quiet=quiet, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES))
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+        errors.print("interrupted")
         return 130
-    except OSError as error:
-        Console(stderr=True).print(f"alphaext: {error}", markup=False)
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        code = _exit_code(error)
+        if code is None:
+            raise
+        errors.print(f"alphaext: {_message(error)}", markup=False, highlight=False)
+        return code
+    if as_json and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(without_nan(result), indent=2, ensure_ascii=False))
+    return int(result.get("exit_code", 0)) if isinstance(result, dict) else 0
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for what the user gave, 1 for what went wrong on the way, None for what only a mistake in the program explains."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError, ValueError, TypeError)):
+        return 2
+    if isinstance(error, (OSError, ArithmeticError, MemoryError)):
         return 1
-    return 0
+    # torch says by RuntimeError that memory ran out, and much else.
+    return 1 if isinstance(error, RuntimeError) else None
+
+
+def _message(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -143,6 +144,8 @@ class AlphaNet(nn.Module):
         members: Tensor | None = None,
         top_k: int = 5,
         pool: str = "base",
+        metric: str = "euclidean",
+        neighbor_seed: int = 0,
         few_below: int = 20,
         many_above: int = 100,
         pca_dim: int | None = 500,
@@ -162,6 +165,9 @@ class AlphaNet(nn.Module):
             top_k: neighbours ``K`` of each few class; the paper uses 5.
             pool: the classes that neighbours are chosen from: ``"base"`` (medium and many), as in the paper, ``"many"``, or
                 ``"all"``, few classes too (paper, appendix D).
+            metric: what makes a class near: ``"euclidean"``, as in the paper, or ``"cosine"``; ``"random"`` draws neighbours
+                instead, as a control (:func:`alphaext.nearest_classes`).
+            neighbor_seed: of ``"random"``, apart from ``seed``, so that weights can vary over fixed neighbours.
             few_below: a class with fewer training samples is few; the paper uses 20.
             many_above: a class with more training samples is many; the paper uses 100.
             pca_dim: the sub-modules read classifiers reduced by PCA to ``min(pca_dim, N, D)``; the paper uses 500 on
@@ -197,10 +203,38 @@ class AlphaNet(nn.Module):
                 raise ValueError("class_means must be given to find neighbours (or give members)")
             means = as_tensor(class_means, "class_means")
             check_shape(means, "class_means", (num_classes, "D"))
-            members = build_members(means.cpu(), split.few, pool_classes(split, pool), top_k)
+            neighbor_seed = check_integer(neighbor_seed, "neighbor_seed", minimum=0)
+            members = build_members(means.cpu(), split.few, pool_classes(split, pool), top_k, metric=metric, seed=neighbor_seed)
         reduced = reduce_classifiers(weight, pca_dim)
         members = members.to(weight.device)
         return cls(weight, bias, members, submodule_inputs(reduced, members), **options)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> AlphaNet:
+        """Make the head that a ``state_dict`` is of, without anything else.
+
+        Args:
+            state: what ``state_dict()`` gave, read with ``torch.load(path, weights_only=True)`` for example.
+
+        Raises:
+            ValueError: it is not the state of an AlphaNet.
+
+        Example:
+            >>> head = AlphaNet.from_linear(nn.Linear(8, 4), members=[[3, 0, 1]], gamma=0.5, seed=0)
+            >>> again = AlphaNet.from_state_dict(head.state_dict())
+            >>> torch.equal(again.alphas(), head.alphas()), again.gamma
+            (True, 0.5)
+        """
+        try:
+            options = json.loads(bytes(state["_extra_state"].cpu().tolist()).decode())
+            networks, _, hidden_dim = state["w2"].shape
+            weight, bias, members, z = state["weight"], state.get("bias"), state["members"], state["z"]
+            shared, first_layer = networks == 1 and len(members) > 1, options["first_layer"]
+            head = cls(weight, bias, members, z, hidden_dim=hidden_dim, shared=shared, first_layer=first_layer, seed=0)
+            head.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"state must be the state_dict of an AlphaNet: {type(error).__name__}: {error}") from error
+        return head
 
     def _init_first_layer(self, networks: int, hidden_dim: int, seed: int) -> None:
         z = self.z.detach().to(device="cpu", dtype=_wide(self.z.dtype)).contiguous()

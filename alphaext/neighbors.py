@@ -6,9 +6,13 @@ device the data lives on nor on the number of threads. Results come back on the 
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -29,21 +33,26 @@ from ._checks import (
 from .classes import ClassSplit
 
 __all__ = [
+    "METRICS",
     "POOLS",
     "build_members",
     "check_members",
     "class_means",
     "nearest_classes",
+    "neighbor_distances",
     "pool_classes",
     "reduce_classifiers",
     "submodule_inputs",
 ]
 
 POOLS = ("base", "many", "all")
+METRICS = ("euclidean", "cosine", "random")
 
 # Elements of one block of features. It stays in cache between its conversion and its sum, and torch starts its threads
 # from 2**15 elements on: waiting for them costs more than such light work, many times more on a busy machine.
 _BLOCK_ELEMENTS = 2**15 - 1
+
+Rows: TypeAlias = npt.NDArray[Any]
 
 
 def class_means(features: TensorLike, labels: TensorLike, num_classes: int | None = None) -> Tensor:
@@ -70,6 +79,25 @@ def class_means(features: TensorLike, labels: TensorLike, num_classes: int | Non
         >>> class_means(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]]), [0, 0, 1])
         tensor([[2., 0.],
                 [0., 5.]])
+    """
+    sums, counts, like = class_sums(features, labels, num_classes)
+    means = (torch.from_numpy(sums) / counts[:, None]).to(like.dtype)
+    check_finite(means, "the sum over a class of features")
+    return means.to(like.device)
+
+
+def class_sums(
+    features: TensorLike, labels: TensorLike, num_classes: int | None = None, transform: Callable[[Rows], Rows] | None = None
+) -> tuple[npt.NDArray[np.float64], Tensor, Tensor]:
+    """Return the sum of each class's features, what :func:`class_means` divides by the class's samples.
+
+    Args:
+        features: as for :func:`class_means`, as are ``labels`` and ``num_classes``.
+        transform: what to sum instead of the features: float64 rows ``[block, D]`` to rows of that shape.
+
+    Returns:
+        The sums, float64 [N, D]; the samples of each class, int64 [N]; and an empty tensor of the dtype and on the device that
+        a result has: those of ``features``, but at least float32.
     """
     check_same_device(features=features, labels=labels)
     source = features if isinstance(features, (Tensor, np.ndarray)) else as_tensor(features, "features")
@@ -99,19 +127,26 @@ def class_means(features: TensorLike, labels: TensorLike, num_classes: int | Non
         check_finite(block, "features", first_row=start)
         # Row by row: index_add_ would leave the order, and so the last bit, to the device and the number of threads.
         with np.errstate(over="ignore"):  # an infinite sum is found below
-            for label, row in zip(label_list[start : start + rows], block.to(torch.float64).numpy(), strict=True):
+            wide: Rows = block.to(torch.float64).numpy()
+            summed = wide if transform is None else transform(wide)
+            for label, row in zip(label_list[start : start + rows], summed, strict=True):
                 sum_rows[label] += row
-    dtype = empty.dtype if empty.dtype.itemsize >= 4 else torch.float32
-    means = (torch.from_numpy(sums) / counts[:, None]).to(dtype)
-    check_finite(means, "the sum over a class of features")
-    return means.to(empty.device)
+    return sums, counts, empty if empty.dtype.itemsize >= 4 else empty.float()
 
 
-def nearest_classes(class_means: TensorLike, targets: TensorLike, candidates: TensorLike, top_k: int) -> Tensor:
+def nearest_classes(
+    class_means: TensorLike,
+    targets: TensorLike,
+    candidates: TensorLike,
+    top_k: int,
+    *,
+    metric: str = "euclidean",
+    seed: int = 0,
+) -> Tensor:
     """Return the ``top_k`` candidate classes nearest to each target class.
 
-    Nearest by Euclidean distance between class means (paper section 4.2), nearest first; of equally near classes the
-    one of lower id comes first. A class is never its own neighbour, also where it is among the candidates (the pool
+    Nearest by the distance between class means (Euclidean in paper section 4.2), nearest first; of equally near classes
+    the one of lower id comes first. A class is never its own neighbour, also where it is among the candidates (the pool
     "all" of the paper's appendix D).
 
     Args:
@@ -119,14 +154,19 @@ def nearest_classes(class_means: TensorLike, targets: TensorLike, candidates: Te
         targets: class ids [F] whose neighbours are wanted, distinct, in any order: the few classes.
         candidates: class ids to choose from, distinct, in any order: the base classes.
         top_k: K, neighbours per target, at least 1 and at most the candidates there are.
+        metric: ``"euclidean"``, the paper's choice; ``"cosine"``, one minus the cosine of the angle between the means; or
+            ``"random"``, the control that tells whether nearness matters: candidates drawn without looking at the means,
+            in the order drawn.
+        seed: of ``"random"``. What a target draws depends on the seed, its own id and the candidates alone: not on the
+            other targets, nor on ``top_k``, which only says how many of its draws are taken.
 
     Returns:
         int64 [F, K] on the device of ``class_means``, row i for ``targets[i]``.
 
     Raises:
-        TypeError: means that are not floating point, ids or ``top_k`` that are not integers.
+        TypeError: means that are not floating point, ids, ``top_k`` or ``seed`` that are not integers.
         ValueError: no targets, no candidates, ``top_k`` below 1 or above the number of candidates, ids out of range or
-            repeated, NaN or infinity.
+            repeated, NaN or infinity, an unknown metric, or with ``"cosine"`` a class whose mean is zero.
 
     Example:
         >>> nearest_classes(torch.tensor([[0.0], [9.0], [2.0], [1.0]]), targets=[3], candidates=[0, 1, 2], top_k=2)
@@ -137,6 +177,9 @@ def nearest_classes(class_means: TensorLike, targets: TensorLike, candidates: Te
     check_floating(means, "class_means")
     check_finite(means, "class_means")
     top_k = check_integer(top_k, "top_k", minimum=1)
+    seed = check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     target_ids = check_class_ids(targets, means.shape[0], "targets").cpu()
     # Ascending ids let a stable sort by distance break ties by id.
     candidate_ids = check_class_ids(candidates, means.shape[0], "candidates").cpu().sort().values
@@ -152,17 +195,86 @@ def nearest_classes(class_means: TensorLike, targets: TensorLike, candidates: Te
             f"got top_k={top_k} and {available} candidates"
         )
 
-    points = means.to("cpu", torch.float64)
-    # Dividing by a power of two changes no order and no tie, and keeps squares from overflowing.
-    largest = float(points.abs().max()) if points.numel() else 0.0
-    if largest > 0.0:
-        points = points / 2.0 ** (math.frexp(largest)[1] - 1)
+    if metric == "random":
+        chosen = [_drawn(candidate_ids[candidate_ids != own], seed, own)[:top_k] for own in target_ids.tolist()]
+        return torch.stack(chosen).to(means.device)
+    points, _ = _points(means, metric, torch.cat([target_ids, candidate_ids]))
     # Direct differences: |a|^2 + |b|^2 - 2ab cancels, and would order two copies of one mean by rounding errors.
     distances = torch.cdist(points[target_ids], points[candidate_ids], compute_mode="donot_use_mm_for_euclid_dist").masked_fill(
         is_self, math.inf
     )
     order = torch.sort(distances, dim=1, stable=True).indices[:, :top_k]
     return candidate_ids[order].to(means.device)
+
+
+def neighbor_distances(class_means: TensorLike, members: TensorLike, *, metric: str = "euclidean") -> Tensor:
+    """Return how far each few class lies from the classes it is composed of.
+
+    The smallest of a row is the distance to the closest neighbour, against which the paper's figure 3b shows what a class
+    gains.
+
+    Args:
+        class_means: floating point [N, D], as ``class_means`` returns them.
+        members: class ids [F, K+1], column 0 the few class, as ``build_members`` returns them (also those drawn at random).
+        metric: ``"euclidean"``, as in the paper, or ``"cosine"``: one minus the cosine of the angle between the means.
+
+    Returns:
+        [F, K] on the device of ``class_means``, in their dtype but at least float32, in the order of ``members``.
+
+    Raises:
+        TypeError, ValueError: as ``nearest_classes`` and ``check_members``.
+
+    Example:
+        >>> neighbor_distances(torch.tensor([[0.0], [9.0], [2.0], [1.0]]), [[3, 0, 1]])
+        tensor([[1., 8.]])
+    """
+    means = as_tensor(class_means, "class_means").detach()
+    check_shape(means, "class_means", ("N", "D"))
+    check_floating(means, "class_means")
+    check_finite(means, "class_means")
+    if metric not in METRICS[:2]:
+        raise ValueError(f"metric must be one of {', '.join(METRICS[:2])}, got {metric!r}")
+    ids = check_members(members, means.shape[0]).cpu()
+    points, scale = _points(means, metric, ids.flatten())
+    own = points[ids[:, 0]]
+    distances = torch.stack([torch.linalg.vector_norm(points[ids[:, k]] - own, dim=1) for k in range(1, ids.shape[1])], dim=1)
+    # Between unit vectors |a - b|^2 = 2 (1 - cos), without the cancellation of 1 - cos.
+    distances = distances.square() / 2 if metric == "cosine" else distances * scale
+    return distances.to(means.device, means.dtype if means.dtype.itemsize >= 4 else torch.float32)
+
+
+def _points(means: Tensor, metric: str, used: Tensor) -> tuple[Tensor, float]:
+    """The means in float64 on the CPU such that the Euclidean distance orders them by ``metric``, and their scale.
+
+    Dividing by a power of two changes no order and no tie, and keeps squares from overflowing. ``used`` names the classes whose
+    points matter.
+    """
+    points = means.to("cpu", torch.float64)
+    if metric == "euclidean":
+        largest = float(points.abs().max()) if points.numel() else 0.0
+        if largest == 0.0:
+            return points, 1.0
+        scale = 2.0 ** (math.frexp(largest)[1] - 1)
+        return points / scale, scale
+    largest_of_row = torch.linalg.vector_norm(points, math.inf, dim=1, keepdim=True) if points.shape[1] else points.sum(1, True)
+    zero = used[largest_of_row[used, 0] == 0].unique()
+    if len(zero):
+        raise ValueError(
+            f"class_means must not be zero with metric='cosine', for zero has no direction; it is for class "
+            f"{format_ids(zero.tolist())}"
+        )
+    points = points / torch.exp2(torch.frexp(largest_of_row).exponent.double() - 1)
+    return points / torch.linalg.vector_norm(points, dim=1, keepdim=True), 1.0
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A generator of random numbers on the CPU whose start is a function of all numbers of ``key``."""
+    digest = hashlib.sha256(" ".join(str(number) for number in key).encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _drawn(candidate_ids: Tensor, seed: int, own: int) -> Tensor:
+    return candidate_ids[torch.randperm(len(candidate_ids), generator=seeded_generator(seed, own), device="cpu")]
 
 
 def pool_classes(split: ClassSplit, pool: str) -> Tensor:
@@ -186,7 +298,15 @@ def pool_classes(split: ClassSplit, pool: str) -> Tensor:
     return split.many if pool == "many" else split.base
 
 
-def build_members(class_means: TensorLike, few: TensorLike, base: TensorLike, top_k: int = 5) -> Tensor:
+def build_members(
+    class_means: TensorLike,
+    few: TensorLike,
+    base: TensorLike,
+    top_k: int = 5,
+    *,
+    metric: str = "euclidean",
+    seed: int = 0,
+) -> Tensor:
     """Return the classes that each few class is composed of: itself, then its nearest base classes.
 
     Args:
@@ -194,6 +314,8 @@ def build_members(class_means: TensorLike, few: TensorLike, base: TensorLike, to
         few: class ids [F] of the few classes, distinct.
         base: class ids of the base classes, distinct.
         top_k: K, neighbours per few class. Default 5, paper section 4.2.
+        metric: ``"euclidean"`` (default, paper section 4.2), ``"cosine"`` or ``"random"``; see ``nearest_classes``.
+        seed: of ``"random"``.
 
     Returns:
         int64 [F, K+1] on the device of ``class_means``: column 0 is ``few``, then the neighbours, nearest first.
@@ -206,7 +328,7 @@ def build_members(class_means: TensorLike, few: TensorLike, base: TensorLike, to
         tensor([[3, 0, 2]])
     """
     means = as_tensor(class_means, "class_means")
-    neighbors = nearest_classes(means, few, base, top_k)
+    neighbors = nearest_classes(means, few, base, top_k, metric=metric, seed=seed)
     own = check_class_ids(few, means.shape[0], "few").to(neighbors.device)
     return torch.cat([own[:, None], neighbors], dim=1)
 

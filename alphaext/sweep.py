@@ -25,13 +25,13 @@ from .engine_group import EngineGroup, group_key
 from .engines import NativeEngine, SharedLogits, TrainingData, why_not_native
 from .member_logits import Samples
 from .modules import AlphaNet, linear_parameters
-from .neighbors import POOLS, build_members, class_means, pool_classes, reduce_classifiers, submodule_inputs
+from .neighbors import METRICS, POOLS, build_members, class_means, pool_classes, reduce_classifiers, submodule_inputs
 from .options import TrainingOptions
 from .sampling import EpochSampler
 from .training import FitResult, Run, check_samples, check_selection
 
 _HEAD_OPTIONS = ("hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
-_NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "pca_dim": 500}
+_NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "metric": "euclidean", "neighbor_seed": 0, "pca_dim": 500}
 
 
 @dataclass
@@ -61,6 +61,7 @@ def fit_many(
     val_labels: TensorLike | None = None,
     few_below: int = 20,
     many_above: int = 100,
+    split: ClassSplit | None = None,
     means: TensorLike | None = None,
     jobs: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -76,12 +77,14 @@ def fit_many(
         features: ``[n, D]``, the training features; class counts, class means and samples come from them.
         labels: ``[n]`` integers.
         configs: one mapping a head, with any options of :meth:`AlphaNet.from_linear` (``top_k``, ``pool``, ``pca_dim``,
-            ``gamma``, ``rule``, ``init``, ``shared``, ``projected_gradient``, ``hidden_dim``) and of :func:`alphaext.fit`
-            (``lr``, ``epochs``, ``negative_ratio``, ...). ``seed`` is that of the weights and of the samples.
+            ``metric``, ``neighbor_seed``, ``gamma``, ``rule``, ``init``, ``shared``, ``projected_gradient``, ``hidden_dim``)
+            and of :func:`alphaext.fit` (``lr``, ``epochs``, ``negative_ratio``, ...). ``seed`` is that of the weights and of
+            the samples.
         val_features: ``[m, D]``, with ``val_labels``.
         val_labels: ``[m]`` integers.
         few_below: a class with fewer training samples is few; 20 in the paper.
         many_above: a class with more training samples is many; 100 in the paper.
+        split: which classes are few, medium and many, instead of these two: where samples are not images one by one.
         means: ``[N, D]``, mean training feature of each class, if at hand.
         jobs: trainings at a time; default one a core.
         checkpoint: a directory for one checkpoint a configuration; trainings found there are not run again.
@@ -102,7 +105,7 @@ def fit_many(
     """
     directory = _check_directory(checkpoint)
     workers = _cores() if jobs is None else check_integer(jobs, "jobs", minimum=1)
-    builder = _Builder(linear, features, labels, few_below, many_above, means)
+    builder = _Builder(linear, features, labels, few_below, many_above, means, split)
     validation = None
     if (val_features is None) != (val_labels is None):
         raise ValueError("val_features and val_labels must be given together")
@@ -118,7 +121,7 @@ def fit_many(
             raise type(error)(f"configs[{number}]: {error}") from error
         data = TrainingData(builder.samples, sampler, validation)
         path = _path(directory, head, options, config, {training.path for training in trainings})
-        trainings.append(_Training(dict(config), Run(head, options, data, many_above), path))
+        trainings.append(_Training(dict(config), Run(head, options, data, many_above, split), path))
     if not trainings:
         return []
     with _progress_bar(progress, sum(t.run.options.epochs for t in trainings)) as advance:
@@ -246,17 +249,20 @@ class _Builder:
         few_below: int,
         many_above: int,
         means: TensorLike | None,
+        split: ClassSplit | None,
     ) -> None:
         self.weight, self.bias = linear_parameters(linear)
         self.samples: Samples = check_samples(self.weight, features, labels, "features", "labels")
         counts = class_counts(self.samples.labels, len(self.weight))
-        self.split: ClassSplit = split_classes(counts, few_below=few_below, many_above=many_above)
+        if split is not None and split.num_classes != len(self.weight):
+            raise ValueError(f"split must be of the classifier's {len(self.weight)} classes, got one of {split.num_classes}")
+        self.split: ClassSplit = split or split_classes(counts, few_below=few_below, many_above=many_above)
         if len(self.split.few) == 0:
             raise ValueError(
                 f"labels has no few class: the smallest has {int(counts.min())} samples, few are those below {few_below}"
             )
         self._means = means
-        self._members: dict[tuple[str, int], Tensor] = {}
+        self._members: dict[tuple[str, int, str, int], Tensor] = {}
         self._reduced: dict[int | None, Tensor] = {}
         self._first: AlphaNet | None = None
 
@@ -267,7 +273,7 @@ class _Builder:
         if unknown:
             raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
         neighbor = {name: config.get(name, default) for name, default in _NEIGHBOR_OPTIONS.items()}
-        members = self._members_of(neighbor["pool"], neighbor["top_k"])
+        members = self._members_of(*(neighbor[name] for name in ("pool", "top_k", "metric", "neighbor_seed")))
         reduced = self._reduced_to(neighbor["pca_dim"])
         options = {"seed": 0} | {name: config[name] for name in _HEAD_OPTIONS if name in config}
         members = members.to(self.weight.device)
@@ -284,14 +290,19 @@ class _Builder:
             raise ValueError(f"the native engine cannot train this: {reason}")
         return head, TrainingOptions(**{name: value for name, value in config.items() if name in training})
 
-    def _members_of(self, pool: str, top_k: int) -> Tensor:
+    def _members_of(self, pool: str, top_k: int, metric: str, seed: int) -> Tensor:
         if pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
-        if (pool, top_k) not in self._members:
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        seed = check_integer(seed, "neighbor_seed", minimum=0)
+        key = (pool, top_k, metric, seed)
+        if key not in self._members:
             if self._means is None:
                 self._means = class_means(self.samples.features, self.samples.labels, len(self.weight))
-            self._members[pool, top_k] = build_members(self._means, self.split.few, pool_classes(self.split, pool), top_k).cpu()
-        return self._members[pool, top_k]
+            candidates = pool_classes(self.split, pool)
+            self._members[key] = build_members(self._means, self.split.few, candidates, top_k, metric=metric, seed=seed).cpu()
+        return self._members[key]
 
     def _reduced_to(self, pca_dim: int | None) -> Tensor:
         if pca_dim not in self._reduced:
@@ -306,6 +317,12 @@ def _path(
     if directory is None:
         return None
     chosen = {name: config.get(name, default) for name, default in _NEIGHBOR_OPTIONS.items()}
+    # Left out where they change nothing: names stay what they were before there was another metric.
+    seed = int(chosen.pop("neighbor_seed"))
+    if chosen["metric"] == "random":
+        chosen["neighbor_seed"] = seed
+    if chosen["metric"] == "euclidean":
+        del chosen["metric"]
     chosen |= {"init": config.get("init"), "seed of the head": head.seed, "head": repr(head)}
     text = json.dumps(chosen | vars(options), sort_keys=True, default=str)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]

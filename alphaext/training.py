@@ -227,14 +227,21 @@ def fit(
 class Run:
     """One training: an engine, the history, the best epoch so far, and the checkpoint they go into."""
 
-    def __init__(self, head: AlphaNet, options: TrainingOptions, data: TrainingData, many_above: int = 100) -> None:
+    def __init__(
+        self,
+        head: AlphaNet,
+        options: TrainingOptions,
+        data: TrainingData,
+        many_above: int = 100,
+        split: ClassSplit | None = None,
+    ) -> None:
         self.head, self.options, self.data = head, options, data
         self.select = options.select or ("last" if data.validation is None else "best_all")
         self.min_all = options.min_all
         self.metrics: SplitMetrics | None = None
         if data.validation is not None:
             counts = torch.bincount(data.validation.labels, minlength=head.out_features)
-            self.metrics = SplitMetrics(_split_of(head, data.samples.labels, many_above), counts)
+            self.metrics = SplitMetrics(split or _split_of(head, data.samples.labels, many_above), counts)
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float] | None = None
         self.selected_epoch = 0
@@ -356,14 +363,7 @@ class Run:
         if hits is not None and self.metrics is not None:
             entry.update(self.metrics.of(hits))
         self.history.append(entry)
-        if self.select == "last":
-            score = float(epoch)
-        elif self.select == "best_all":
-            score = entry["all"]
-        else:
-            # Epochs below the bound come after all others, the least bad first.
-            bound = -math.inf if self.min_all is None else self.min_all
-            score = entry["few"] if entry["all"] >= bound else entry["all"] - 2
+        score = float(epoch) if self.select == "last" else selection_score(self.select, entry, self.min_all)
         if score > self.selected_score:
             snapshot = self.engine.snapshot()
             self.selected, self.selected_decay = snapshot, self.decay.factor
@@ -417,6 +417,14 @@ class Run:
         self.start_decay = state["start_decay"]
         self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
         self.selected_decay, self.selected = state["selected_decay"], state["selected"]
+
+
+def selection_score(select: str, metrics: dict[str, float], min_all: float | None) -> float:
+    """How good ``metrics`` on validation data are by the policy ``"best_all"`` or ``"best_few"``: the largest is chosen."""
+    if select == "best_all":
+        return metrics["all"]
+    # What is below the bound comes after all others, the least bad first.
+    return metrics["few"] if min_all is None or metrics["all"] >= min_all else metrics["all"] - 2
 
 
 def check_selection(options: TrainingOptions, validation: Samples | None, few_classes: Tensor) -> None:

@@ -104,6 +104,17 @@ def test_identity_start(rule, gamma, dtype):
         assert not head.clamped().any()
 
 
+def test_metric_and_neighbor_seed():
+    few, base = torch.tensor([8, 9]), torch.arange(8)
+    for options in (dict(metric="cosine"), dict(metric="random"), dict(metric="random", neighbor_seed=3)):
+        wanted = dict(metric=options["metric"], seed=options.get("neighbor_seed", 0))
+        head = make_head(**options)
+        assert head.members.equal(alphaext.build_members(make_means(), few, base, 3, **wanted))
+        # The seed of the weights draws no neighbours.
+        assert make_head(seed=5, **options).members.equal(head.members)
+    assert not make_head(metric="random").members.equal(make_head(metric="random", neighbor_seed=3).members)
+
+
 def test_identity_start_at_gamma_one_is_the_original_classifier():
     linear = make_linear()
     features = torch.randn(6, 16)
@@ -286,6 +297,8 @@ BAD_HEADS = {
     "hidden_dim must be at least 1, got 0": dict(hidden_dim=0),
     "pca_dim": dict(pca_dim=0),
     "seed must be between 0 and": dict(seed=-1),
+    "metric must be one of euclidean, cosine, random, got 'near'": dict(metric="near"),
+    "neighbor_seed must be at least 0, got -1": dict(metric="random", neighbor_seed=-1),
 }
 
 

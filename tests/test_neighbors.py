@@ -18,6 +18,7 @@ from alphaext.neighbors import (
     check_members,
     class_means,
     nearest_classes,
+    neighbor_distances,
     reduce_classifiers,
     submodule_inputs,
 )
@@ -239,6 +240,134 @@ def test_neighbors_refuse(
 ) -> None:
     with pytest.raises(error, match=message):
         nearest_classes(means, targets, candidates, top_k)
+
+
+def cosine_key(means: list[list[float]], target: int, candidate: int) -> Fraction:
+    """Minus the cosine, times its own size: ordered like the cosine distance, and exact."""
+    pairs = [(Fraction(a), Fraction(b)) for a, b in zip(means[target], means[candidate], strict=True)]
+    dot = sum((a * b for a, b in pairs), Fraction(0))
+    lengths = sum((a * a for a, _ in pairs), Fraction(0)) * sum((b * b for _, b in pairs), Fraction(0))
+    return -dot * abs(dot) / lengths
+
+
+@settings(deadline=None, max_examples=50)
+@given(neighbor_cases())
+def test_cosine_neighbors_against_exact_arithmetic(case: tuple[list[list[float]], list[int], list[int], int]) -> None:
+    means, targets, candidates, top_k = case
+    # No mean may be zero; an entry of its own makes sure.
+    means = [[*row, scale] for row, scale in zip(means, np.abs(means).max(axis=1) + 2.0**-700, strict=True)]
+    found = nearest_classes(torch.tensor(means, dtype=torch.float64), targets, candidates, top_k, metric="cosine")
+    for target, row in zip(targets, found.tolist(), strict=True):
+        assert target not in row and len(set(row)) == top_k and set(row) <= set(candidates)
+        exact = sorted(cosine_key(means, target, c) for c in candidates if c != target)[:top_k]
+        # Means on one line from 0 tie only to the rounding of their lengths: nearness is compared, not the ids.
+        assert [float(cosine_key(means, target, c)) for c in row] == pytest.approx([float(key) for key in exact], abs=1e-13)
+
+
+def test_cosine_is_not_euclidean_and_lower_ids_win_ties() -> None:
+    means = torch.tensor([[1.0, 0.0], [1.0, 0.9], [100.0, 1.0], [200.0, 2.0], [0.0, 3.0]])
+    assert nearest_classes(means, [0], [1, 2, 3, 4], 4).tolist() == [[1, 4, 2, 3]]
+    assert nearest_classes(means, [0], [4, 3, 2, 1], 4, metric="cosine").tolist() == [[2, 3, 1, 4]]
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-300, 1e300])
+def test_cosine_does_not_depend_on_scale(scale: float) -> None:
+    means = torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 1.0]], dtype=torch.float64)
+    means[1:] *= scale
+    assert nearest_classes(means, [0], [1, 2], 2, metric="cosine").tolist() == [[2, 1]]
+
+
+def test_cosine_of_a_zero_mean_is_refused_where_it_takes_part() -> None:
+    means = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 2.0], [0.0, 0.0]])
+    assert nearest_classes(means, [0], [2], 1, metric="cosine").tolist() == [[2]]
+    assert nearest_classes(means, [0], [1, 2], 1).tolist() == [[1]]
+    for targets, candidates, classes in (([0], [1, 2, 3], "1, 3"), ([3], [0, 2], "3")):
+        with pytest.raises(ValueError, match=rf"must not be zero with metric='cosine'.* class {classes}$"):
+            nearest_classes(means, targets, candidates, 1, metric="cosine")
+    with pytest.raises(ValueError, match="for class 1$"):
+        neighbor_distances(means, [[0, 1]], metric="cosine")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data(), st.integers(0, 2**63 - 1))
+def test_random_neighbors(data: st.DataObject, seed: int) -> None:
+    num_classes = data.draw(st.integers(3, 30))
+    ids = data.draw(st.permutations(range(num_classes)))
+    targets = ids[: data.draw(st.integers(1, num_classes - 2))]
+    candidates = ids if data.draw(st.booleans()) else ids[len(targets) :]
+    top_k = data.draw(st.integers(1, len(candidates) - 1))
+    means = random(num_classes, 2)
+    found = nearest_classes(means, targets, candidates, top_k, metric="random", seed=seed)
+    assert found.dtype == torch.int64 and found.shape == (len(targets), top_k)
+    for target, row in zip(targets, found.tolist(), strict=True):
+        assert target not in row and len(set(row)) == top_k and set(row) <= set(candidates)
+        # Whoever else is drawn for, in whatever order, and wherever the means are.
+        alone = nearest_classes(-means, [target], sorted(candidates), 1, metric="random", seed=seed)
+        assert alone[0, 0] == row[0]
+
+
+def test_random_neighbors_are_drawn_alike_and_differ_by_seed_and_class() -> None:
+    means, few, base = random(60, 3), torch.arange(20), torch.arange(20, 60)
+    draws = torch.stack([build_members(means, few, base, metric="random", seed=seed)[:, 1:] for seed in range(200)])
+    assert len({str(draw.tolist()) for draw in draws}) == 200
+    assert len({str(row.tolist()) for row in draws[0]}) == 20
+    # Each of the 40 candidates is expected 500 times among 20 000 draws; five standard deviations are 110.
+    assert (draws.flatten().bincount(minlength=60)[20:] - 500).abs().max() < 110
+    # And first as often as last.
+    assert (draws[:, :, 0].flatten().bincount(minlength=60)[20:] - 100).abs().max() < 55
+
+
+def test_the_default_is_euclidean() -> None:
+    means, few, base = random(20, 5), torch.arange(4), torch.arange(4, 20)
+    assert torch.equal(build_members(means, few, base), build_members(means, few, base, 5, metric="euclidean", seed=7))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(metric="manhattan"), ValueError, "metric must be one of euclidean, cosine, random, got 'manhattan'"),
+        (dict(metric="random", seed=-1), ValueError, "seed must be between 0 and"),
+        (dict(metric="random", seed=0.5), TypeError, "seed must be an integer, got 0.5"),
+        (dict(metric="random", top_k=4), ValueError, "got top_k=4 and 3 candidates"),
+    ],
+)
+def test_metrics_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = {"top_k": 1, **options}
+    with pytest.raises(error, match=message):
+        nearest_classes(MEANS, [0], [1, 2, 3], **arguments)  # type: ignore[arg-type]
+
+
+# neighbor_distances
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_distances_against_a_direct_computation(metric: str, dtype: torch.dtype) -> None:
+    means = random(30, 17, seed=4, dtype=dtype)
+    members = build_members(means, torch.arange(6), torch.arange(6, 30), 4, metric=metric)
+    found = neighbor_distances(means, members, metric=metric)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = means.double()
+    for row, ids in zip(found, members, strict=True):
+        own, others = wide[ids[0]], wide[ids[1:]]
+        wanted = (others - own).norm(dim=1) if metric == "euclidean" else 1 - torch.cosine_similarity(others, own[None], dim=1)
+        torch.testing.assert_close(row.double(), wanted, rtol=1e-6, atol=1e-7)
+        assert torch.equal(row, row.sort().values)
+
+
+def test_distances_keep_the_scale_and_order_of_members() -> None:
+    means = torch.tensor([[0.0, 0.0], [3e200, 4e200], [1e200, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    assert neighbor_distances(means, [[0, 1, 2], [3, 2, 0]]).tolist() == [
+        pytest.approx([5e200, 1e200]),
+        pytest.approx([1e200, 0.0]),
+    ]
+    small = torch.tensor([[1.0, 0.0], [1.0, 1e-9]], dtype=torch.float64)
+    # 1 - cos is 5e-19 here, which the difference from 1 would lose altogether.
+    assert neighbor_distances(small, [[0, 1]], metric="cosine").item() == pytest.approx(5e-19)
+    with pytest.raises(ValueError, match="metric must be one of euclidean, cosine, got 'random'"):
+        neighbor_distances(means, [[0, 1]], metric="random")
+    with pytest.raises(ValueError, match="each class once in a row"):
+        neighbor_distances(means, [[0, 0]])
 
 
 # build_members, check_members

@@ -12,7 +12,18 @@ from alphaext import AlphaNet, class_means, engines, fit, fit_many, sweep
 
 FEATURES, LABELS = make_data(per_base=30)
 VALIDATION = dict(zip(("val_features", "val_labels"), make_data(seed=5), strict=True))
-HEAD_OPTIONS = {"gamma", "top_k", "shared", "rule", "pool", "pca_dim", "init", "projected_gradient"}
+HEAD_OPTIONS = {
+    "gamma",
+    "top_k",
+    "shared",
+    "rule",
+    "pool",
+    "pca_dim",
+    "init",
+    "projected_gradient",
+    "metric",
+    "neighbor_seed",
+}
 
 
 @pytest.fixture
@@ -123,6 +134,8 @@ BAD = {
     r"configs\[1\]: gamma must be in \(0, 1\], got 2": dict(configs=[dict(), dict(gamma=2.0)]),
     r"configs\[0\]: unknown option 'gama'": dict(configs=[dict(gama=0.5)]),
     r"configs\[0\]: pool must be one of base, many, all, got 'some'": dict(configs=[dict(pool="some")]),
+    r"configs\[0\]: metric must be one of euclidean, cosine, random, got 'near'": dict(configs=[dict(metric="near")]),
+    r"configs\[0\]: neighbor_seed must be at least 0, got -1": dict(configs=[dict(metric="random", neighbor_seed=-1)]),
     r"configs\[0\]: top_k must be at most": dict(configs=[dict(top_k=7)]),
     r"configs\[0\]: select='best_few' needs val_features": dict(configs=[dict(select="best_few")]),
     "labels has no few class: the smallest has 6 samples, few are those below 3": dict(few_below=3),
@@ -162,6 +175,35 @@ def test_configurations_that_resemble_each_other_keep_apart(linear, tmp_path):
         runs = fit_many(linear, FEATURES, LABELS, configs, checkpoint=tmp_path, jobs=3)
         assert [len(run.result.history) for run in runs] == [4, 4, 6, 6]
     assert len(list(tmp_path.iterdir())) == 4
+
+
+NEIGHBORS = [dict(metric="cosine"), dict(metric="random"), dict(metric="random", neighbor_seed=1)]
+
+
+def test_neighbour_options_are_those_of_from_linear(linear):
+    configs = [dict(epochs=2, top_k=3, **config) for config in [{}, *NEIGHBORS]]
+    runs = fit_many(linear, FEATURES, LABELS, configs, **VALIDATION)
+    for run, config in zip(runs, configs, strict=True):
+        head, _ = alone(linear, config)
+        assert run.head.members.equal(head.members) and run.head.w2.equal(head.w2)
+    assert len({str(run.head.members.tolist()) for run in runs[1:]}) == 3
+
+
+def test_checkpoints_tell_neighbours_apart_and_keep_their_old_names(linear, tmp_path):
+    first = fit_many(linear, FEATURES, LABELS, [dict(epochs=1)], checkpoint=tmp_path)
+    (name,) = (path.name for path in tmp_path.iterdir())
+    assert name == "cd4e4ad6f0275d8f.pt"  # as before there was a metric
+    # What changes nothing makes no other name.
+    spelled_out = dict(epochs=1, metric="euclidean", neighbor_seed=3)
+    fit_many(linear, FEATURES, LABELS, [spelled_out], checkpoint=tmp_path)
+    fit_many(linear, FEATURES, LABELS, [dict(epochs=1, metric="cosine", neighbor_seed=3)], checkpoint=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    configs = [dict(epochs=1, **config) for config in NEIGHBORS]
+    for order in (configs, configs[::-1]):
+        runs = fit_many(linear, FEATURES, LABELS, order, checkpoint=tmp_path)
+        assert [run.error for run in runs] == [""] * 3
+    assert len(list(tmp_path.iterdir())) == 4
+    assert first[0].error == ""
 
 
 def test_a_damaged_checkpoint_spoils_one_run_alone(linear, tmp_path):

@@ -1,0 +1,7 @@
+"""``python -m alphaext``: the command ``alphaext`` as torchrun can start it (``torchrun ... -m alphaext extract ...``)."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

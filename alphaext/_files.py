@@ -1,0 +1,106 @@
+"""Files that are written whole or not at all, and read without trusting them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+@contextmanager
+def whole_file(path: PathLike) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` when the block ends, and is gone if the block fails.
+
+    Its content is on the disk before it is seen under ``path``, so that neither a kill nor a full disk nor a power cut leaves
+    half a file behind that looks whole. The directory must exist.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all. NaN is written as null, which every reader of JSON knows."""
+    text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for each number that JSON cannot write (NaN, infinity), tuples as lists, paths as text."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def read_json(path: PathLike, what: str) -> dict[str, Any]:
+    """The object in a JSON file; ``what`` says in an error what the file should have been.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a JSON object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{os.fspath(path)} is not {what}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{os.fspath(path)} is not {what}: it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def file_digest(path: PathLike) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_output_file(path: PathLike, name: str, *, overwrite: bool = False) -> Path:
+    """Check before any work that ``path`` can be written: in a directory that exists, no file yet unless ``overwrite``."""
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{name} must be a file, got the directory {str(target)!r}")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"{name} must be a file in a directory that exists, got {str(target)!r}")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{name} exists already: {str(target)!r}; give another name, or ask for it to be overwritten")
+    return target
+
+
+@contextmanager
+def folder_lock(folder: PathLike, what: str) -> Iterator[None]:
+    """Hold ``folder`` (which exists) against a second process that would write into it; a killed process holds nothing.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path = Path(folder) / ".lock"
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {what} into {os.fspath(folder)!r}; wait for it or stop it") from None
+        yield

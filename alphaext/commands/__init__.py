@@ -1,0 +1,37 @@
+"""The commands, from Python: each is a class whose fields are the command's options and whose ``run`` does it.
+
+    from alphaext.commands import Fit
+
+    result = Fit(features="features", classifier="crt", gamma=(0.5, 0.7, 1.0), output="alpha-crt").run()
+
+is ``alphaext fit --features features --classifier crt --gamma 0.5 0.7 1 --output alpha-crt``. What ``run`` returns is what
+``--json`` prints; give it a ``rich.console.Console`` to see the tables.
+"""
+
+from __future__ import annotations
+
+from ..config import Options
+from .baseline import Baseline
+from .demo import Demo, Info
+from .doctor import Doctor
+from .evaluate import Evaluate
+from .export import Export
+from .extract import Extract
+from .fit import Fit
+from .shared import CommonOptions
+from .train import Train
+
+__all__ = ["COMMANDS", "Baseline", "CommonOptions", "Demo", "Doctor", "Evaluate", "Export", "Extract", "Fit", "Info", "Train"]
+
+COMMANDS: dict[str, type[Options]] = {
+    "demo": Demo,
+    "doctor": Doctor,
+    "train": Train,
+    "extract": Extract,
+    "baseline": Baseline,
+    "fit": Fit,
+    "evaluate": Evaluate,
+    "export": Export,
+    "info": Info,
+}
+"""Each command's options, by its name, in the order of a first use."""

@@ -1,0 +1,126 @@
+"""``alphaext baseline``: the paper's baselines and the cheap rivals, on cached features."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..baselines import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS, run_baseline
+from ..classes import ClassSplit
+from ..config import option
+from ..features import Features
+from ..selection import BaselineResult
+from ..tables import percent
+from . import shared
+from .shared import CommonOptions, FeaturesOptions, SplitOptions
+
+_NEED_A_CLASSIFIER = ("tau", "lws", "logit-adjustment", "few-bias")
+_CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline(CommonOptions, FeaturesOptions, SplitOptions):
+    """Make a classifier by another method, from cached features: ncm, tau, crt, lws, logit-adjustment or few-bias.
+
+    What a method leaves open (the tau, the strength, the bias) is chosen on validation features, never on test ones. The result
+    is a plain linear layer, which can be evaluated, exported, and given to 'alphaext fit'.
+
+    Example:
+        alphaext baseline crt --features features --output crt
+    """
+
+    section: ClassVar[str] = "baseline"
+    name: str = option(
+        choices=tuple(BASELINES),
+        positional=True,
+        help="ncm: nearest class mean; tau: tau-normalised rows; crt: classifier re-trained with class-balanced samples; "
+        "lws: learned scale of each row; logit-adjustment: by the classes' frequencies; few-bias: a constant on all few logits",
+    )
+    classifier: Path | None = option(None, help="the trained classifier, which all but ncm and crt start from")
+    output: Path = option(metavar="FOLDER", help="where results go")
+    overwrite: bool = option(False, help="replace results that are there")
+    select: str | None = option(
+        None,
+        choices=("best_all", "best_few", "last"),
+        help="what a choice on validation features goes by; without, best_all (crt and lws without validation features: last)",
+    )
+    min_all: float | None = option(None, help="under best_few: the least accuracy over all; without, the classifier's own")
+    tau: float | None = option(None, help="of tau and logit-adjustment; without, chosen from 0, 0.1 ... 2")
+    keep_bias: bool | None = option(None, help="tau: keep the bias, which is dropped otherwise")
+    offset: float | None = option(None, help="of few-bias; without, chosen")
+    metric: str | None = option(None, choices=("cosine", "euclidean"), help="of ncm; without, cosine")
+    center: bool | None = option(None, help="ncm: measure angles from the mean of all samples")
+    normalize: bool | None = option(None, help="ncm: means of features of length 1")
+    preset: str = option(
+        "imagenet-lt",
+        choices=tuple(RETRAINING_PRESETS),
+        help="whose settings of Kang et al. crt and lws take for what is not given below",
+    )
+    epochs: int | None = option(None, help="of crt and lws")
+    batch_size: int | None = option(None, help="of crt and lws")
+    lr: float | None = option(None, help="learning rate of crt and lws")
+    momentum: float | None = option(None, help="of crt and lws")
+    weight_decay: float | None = option(None, help="of crt and lws")
+    images_per_class: int | None = option(None, help="crt and lws: images drawn of a class in a row")
+
+    def run(self, console: Console | None = None) -> dict[str, Any]:
+        """Make the classifier and write it; returns what result.json holds."""
+        from ..checkpoints import save_linear
+
+        console, started = shared.console_or_quiet(console), time.monotonic()
+        if self.name in _NEED_A_CLASSIFIER and self.classifier is None:
+            raise ValueError(f"--classifier must be given for {self.name}, which starts from a trained classifier")
+        train = shared.read_part(self.features, "train")
+        val = shared.read_part(self.features, "val") if (self.features / "val").is_dir() else None
+        split = self.split(train)
+        linear = None if self.classifier is None else shared.read_classifier(self.classifier, train.num_classes)
+        folder = shared.start_output(self.output, overwrite=self.overwrite)
+        made = self._make(train, val, split, linear, folder)
+        save_linear(made.linear, folder / shared.CLASSIFIER, overwrite=True)
+        result = made.to_dict()
+        shared.write_results(folder, "baseline", self, result, started)
+        (folder / _CHECKPOINT).unlink(missing_ok=True)
+        self._print(console, result, folder)
+        return result
+
+    def _make(
+        self, train: Features, val: Features | None, split: ClassSplit, linear: nn.Linear | None, folder: Path
+    ) -> BaselineResult:
+        # What is of another baseline is passed over: one configuration serves them all.
+        options = {key: getattr(self, key) for key in BASELINE_OPTIONS[self.name] if getattr(self, key, None) is not None}
+        if self.name in RETRAINING_PRESETS[self.preset]:
+            options = RETRAINING_PRESETS[self.preset][self.name] | options
+            options["checkpoint"] = folder / _CHECKPOINT
+        return run_baseline(
+            self.name,
+            train.features,
+            train.labels,
+            linear=linear,
+            val_features=None if val is None else val.features,
+            val_labels=None if val is None else val.labels,
+            class_counts=train.class_counts(),
+            split=split,
+            select=self.select,
+            min_all=self.min_all,
+            **options,
+        )
+
+    def _print(self, console: Console, result: dict[str, Any], folder: Path) -> None:
+        if result.get("table"):
+            table = Table(title=f"{self.name}: top-1 accuracy on validation features, %")
+            names = [name for name in result["table"][0] if name not in ("few", "medium", "many", "all")]
+            for name in (*names, "few", "medium", "many", "all"):
+                table.add_column(name, justify="right")
+            for row in result["table"]:
+                own = (f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for name in names)
+                chosen = all(result["chosen"].get(name) == row[name] for name in names)
+                cells = (percent(row.get(split)) for split in ("few", "medium", "many", "all"))
+                table.add_row(*own, *cells, style="bold" if chosen else None)
+            console.print(table)
+        console.print(f"Classifier: {folder / shared.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,83 @@
+"""``alphaext doctor``: what is wrong with the data, or with the installation, before hours are spent."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+
+from ..config import option
+from . import shared
+from .shared import CommonOptions, DataOptions, ModelOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(CommonOptions, DataOptions, ModelOptions):
+    """Check data, or the installation, before hours are spent; all that is wrong is told, not the first thing.
+
+    'doctor data' reads every image: missing and unreadable ones, gaps in the labels, images that are in two parts, splits
+    without classes, class orders that differ between lists and checkpoint. With cached features it also asks whether the
+    classifier counts the classes as the labels do. 'doctor install' tells versions, how the extension was built, and what
+    optional packages are there. The exit code is 2 where there is an error among the findings.
+
+    Example:
+        alphaext doctor data --train train.txt --val val.txt --test test.txt --root images --checkpoint trained.pth
+    """
+
+    section: ClassVar[str] = "doctor"
+    topic: str = option("data", choices=("data", "install"), positional=True, help="what to look at")
+    read_images: bool = option(True, help="read and decode every image; without, files are only looked for")
+    workers: int | None = option(None, metavar="N", help="threads that read images; without, two a core")
+    top_k: int = option(5, help="neighbours that each few class is to have")
+    features: Path | None = option(None, help="cached features, to check the classifier's class order by")
+
+    def run(self, console: Console | None = None) -> dict[str, Any]:
+        """Look and tell; returns the findings, and under ``exit_code`` whether there is an error among them."""
+        console, started = shared.console_or_quiet(console), time.monotonic()
+        return self._install(console) if self.topic == "install" else self._data(console, started)
+
+    def _data(self, console: Console, started: float) -> dict[str, Any]:
+        from ..doctor import check_classifier_order, check_data
+
+        checkpoint = None if self.checkpoint is None else self.read_checkpoint()
+        # The lists are opened for what they say themselves: labels beyond the classifier are a finding, not an error here.
+        train = self.need("train")
+        num_classes = self.num_classes if checkpoint is None else checkpoint.num_classes
+        report = check_data(
+            train,
+            self.images("val"),
+            self.images("test"),
+            num_classes=num_classes,
+            class_names=None if checkpoint is None else checkpoint.class_names,
+            few_below=self.few_below,
+            many_above=self.many_above,
+            top_k=self.top_k,
+            read_images=self.read_images,
+            workers=self.workers,
+            progress=self.progress,
+        )
+        if self.features is not None:
+            if checkpoint is None:
+                raise ValueError("--checkpoint must be given with --features: whose class order is checked")
+            part = shared.read_part(self.features, "train")
+            linear = checkpoint.linear()
+            report.problems.append(check_classifier_order(linear, part.features, part.labels, class_names=report.class_names))
+        report.seconds = time.monotonic() - started
+        report.print(console)
+        return {**report.to_dict(), "exit_code": 0 if report.ok else 2}
+
+    def _install(self, console: Console) -> dict[str, Any]:
+        from ..ops import build_info
+
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        found = {"versions": shared.versions(), "extension": build_info(), "gpus": gpus}
+        for name, version in shared.versions().items():
+            console.print(f"{name}: {version or 'not installed'}", highlight=False, markup=False)
+        for name, value in build_info().items():
+            console.print(f"extension, {name}: {value}", highlight=False, markup=False)
+        console.print(f"GPUs that torch sees: {', '.join(gpus) or 'none'}", highlight=False, markup=False)
+        return found

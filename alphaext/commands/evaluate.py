@@ -1,0 +1,110 @@
+"""``alphaext evaluate``: classifiers side by side on cached features."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from ..class_table import ClassRow, class_table, write_class_table
+from ..comparison import Comparison, compare
+from ..config import option
+from ..evaluation import bootstrap_intervals, expected_calibration_error, predict, split_metrics
+from ..tables import class_rows_table, comparison_table, losses_table, metrics_table
+from . import shared
+from .shared import CommonOptions, FeaturesOptions, SplitOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(CommonOptions, FeaturesOptions, SplitOptions):
+    """Measure classifiers on cached features: what each gains over the first, what it costs, and who pays.
+
+    Top-1 and top-5 of few, medium, many and all classes with bootstrap intervals; each classifier compared with the first,
+    sample by sample; and class by class, with neighbours and coefficients where it is a folder that 'alphaext fit' wrote.
+
+    Example:
+        alphaext evaluate crt alpha-crt --features features --output evaluation
+    """
+
+    section: ClassVar[str] = "evaluate"
+    classifiers: tuple[Path, ...] = option(
+        positional=True, metavar="CLASSIFIER", help="checkpoints of any known layout, or folders that a command wrote"
+    )
+    part: str = option("test", choices=shared.PARTS, help="which features to measure on")
+    resamples: int = option(1000, help="of the bootstrap")
+    confidence: float = option(0.95, help="of the intervals")
+    classes: int = option(10, metavar="N", help="classes to show that gained most, and that lost most; 0 for none")
+    output: Path | None = option(
+        None,
+        metavar="FOLDER",
+        help="where result.json and, for all classifiers but the first, a table of all classes (.csv) go",
+    )
+    overwrite: bool = option(False, help="replace results that are there")
+
+    def run(self, console: Console | None = None) -> dict[str, Any]:
+        """Measure, print, write; returns what result.json holds."""
+        console, started = shared.console_or_quiet(console), time.monotonic()
+        if not self.classifiers:
+            raise ValueError("CLASSIFIERS must be given at least one, got none")
+        train, part = shared.read_part(self.features, "train"), shared.read_part(self.features, self.part)
+        split, device = self.split(train), shared.choose_device(self.device)
+        names = shared.classifier_names(self.classifiers)
+        linears = [shared.read_classifier(path, train.num_classes) for path in self.classifiers]
+        folder = None if self.output is None else shared.start_output(self.output, overwrite=self.overwrite)
+        predictions = {
+            name: predict(linear.to(device), part.features, part.labels, progress=self.progress)
+            for name, linear in zip(names, linears, strict=True)
+        }
+        bootstrap: dict[str, Any] = {"resamples": self.resamples, "confidence": self.confidence, "seed": self.seed}
+        metrics = {name: split_metrics(found, split) for name, found in predictions.items()}
+        intervals = {name: bootstrap_intervals(found, split, **bootstrap) for name, found in predictions.items()}
+        calibration = {name: expected_calibration_error(found, split) for name, found in predictions.items()}
+        title = f"Accuracy on {len(part.labels):,} {self.part} samples, % ({self.confidence:.0%} intervals)"
+        console.print(metrics_table(metrics, intervals=intervals, title=title))
+        comparisons = {name: compare(predictions[names[0]], predictions[name], split, **bootstrap) for name in names[1:]}
+        means = None
+        for name, path in zip(names[1:], self.classifiers[1:], strict=True):
+            head = shared.read_head(path)
+            if head is not None and means is None:
+                means = train.class_means()
+            rows = class_table(
+                predictions[names[0]],
+                predictions[name],
+                split,
+                train.class_counts(),
+                class_names=train.class_names,
+                head=head,
+                class_means=None if head is None else means,
+            )
+            self._print(console, f"{names[0]} -> {name}", comparisons[name], rows, train.class_names)
+            if folder is not None:
+                write_class_table(rows, folder / f"{name}.csv", overwrite=True)
+        result = {
+            "part": self.part,
+            "samples": len(part.labels),
+            "classes": {"few": len(split.few), "medium": len(split.medium), "many": len(split.many)},
+            "confidence": self.confidence,
+            "metrics": metrics,
+            "intervals": intervals,
+            "calibration_error": calibration,
+            "comparisons": {name: found.to_dict() for name, found in comparisons.items()},
+        }
+        if folder is not None:
+            shared.write_results(folder, "evaluate", self, result, started)
+            console.print(f"Results: {folder}", markup=False, highlight=False, soft_wrap=True)
+        return result
+
+    def _print(
+        self, console: Console, title: str, found: Comparison, rows: list[ClassRow], class_names: tuple[str, ...] | None
+    ) -> None:
+        console.print(comparison_table(found, title=f"{title}, top-1 accuracy in %"))
+        if not self.classes:
+            return
+        gains = sorted((row for row in rows if row.gain > 0), key=lambda row: (-row.gain, row.class_id))
+        if gains:
+            console.print(class_rows_table(gains, limit=self.classes, title="Classes that gained most"))
+        if found.paid:
+            console.print(losses_table(found, class_names=class_names, title="Classes that paid most"))

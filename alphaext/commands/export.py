@@ -1,0 +1,69 @@
+"""``alphaext export``: the repaired checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from ..config import option
+from . import shared
+from .shared import CommonOptions, ModelOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(CommonOptions, ModelOptions):
+    """Write the checkpoint again with a new classifier in it: the rows that differ change, every other byte stays.
+
+    Code that loaded the old file loads the new one. Before the file takes its name it is read back, and with --backbone the
+    model is loaded from it and compared on a batch. Other formats: safetensors, linear (the classifier alone), onnx.
+
+    Example:
+        alphaext export --checkpoint trained.pth --repaired alpha-joint --backbone resnext50_32x4d --output repaired.pth
+    """
+
+    section: ClassVar[str] = "export"
+    repaired: Path = option(metavar="CLASSIFIER", help="the new classifier: a folder that 'fit' or 'baseline' wrote, or a file")
+    output: Path = option(metavar="FILE", help="the file to write")
+    overwrite: bool = option(False, help="replace a file that is there")
+    format: str = option("same", choices=("same", "safetensors", "linear", "onnx"), help="of the file")
+
+    def run(self, console: Console | None = None) -> dict[str, Any]:
+        """Compare, verify, write; returns what was verified."""
+        from ..export import export
+
+        console = shared.console_or_quiet(console)
+        checkpoint = self.read_checkpoint()
+        linear = shared.read_classifier(self.repaired, checkpoint.num_classes)
+        changed = changed_rows(checkpoint.linear(), linear)
+        if len(changed) == 0:
+            raise ValueError(f"repaired must differ from the checkpoint in some row, {str(self.repaired)!r} does in none")
+        model = None if self.backbone is None else self.model(checkpoint.num_classes).eval()
+        report = export(
+            checkpoint,
+            linear,
+            changed,
+            self.output,
+            format=self.format,
+            model=model,
+            classifier=None if model is None else self.classifier_layer,
+            example=None if model is None else self.example(),
+            overwrite=self.overwrite,
+        )
+        console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+        return {**report.to_dict(), "changed_classes": changed.tolist(), "num_classes": checkpoint.num_classes}
+
+
+def changed_rows(before: nn.Linear, after: nn.Linear) -> Tensor:
+    """Ids of the classes whose row or bias differs between two classifiers of the same shape, int64, ascending."""
+    if before.weight.shape != after.weight.shape:
+        raise ValueError(
+            f"repaired must have the checkpoint's shape, {list(before.weight.shape)}, got {list(after.weight.shape)}"
+        )
+    differs = (before.weight != after.weight.to(before.weight)).any(dim=1)
+    biases = [torch.zeros(len(differs)) if layer.bias is None else layer.bias.detach().float() for layer in (before, after)]
+    return (differs | (biases[0] != biases[1])).nonzero().flatten()

@@ -1,0 +1,92 @@
+"""``alphaext extract``: images to cached features, once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config import option
+from . import shared
+from .shared import CommonOptions, DataOptions, FeaturesOptions, ModelOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
+    """Turn images into the features that go into the last layer, and keep them.
+
+    One folder for each part that is given (train, val, test) in the features folder. What was interrupted goes on where it
+    stopped; what is complete is used again, unless model, images or transform have changed: then nothing is touched and an
+    error says so. Several processes share the work: torchrun --nproc-per-node 2 -m alphaext extract ...
+
+    Example:
+        alphaext extract --train train.txt --val val.txt --test test.txt --root images \\
+            --backbone resnext50_32x4d --checkpoint trained.pth --features features
+    """
+
+    section: ClassVar[str] = "extract"
+    dtype: str = option("float16", choices=("float16", "float32"), help="of the features on disk")
+    batch_size: int = option(64, help="images at a time")
+    workers: int = option(0, metavar="N", help="processes that read images; 0 reads in this one")
+    passes: int = option(1, help="features of each training image: above 1, each pass augments anew (training part only)")
+    skip_unreadable: bool = option(False, help="leave out images that cannot be read, and count them")
+
+    def run(self, console: Console | None = None) -> dict[str, Any]:
+        """Extract all parts that are given; returns, for each, how many images, how wide, what was skipped."""
+        from ..distributed import process_group
+        from ..extraction import extract
+
+        console, started = shared.console_or_quiet(console), time.monotonic()
+        named = [part for part in shared.PARTS if getattr(self, part) is not None]
+        if not named:
+            raise ValueError("--train, --val or --test must be given, or train, val, test in [data] of the configuration")
+        if self.passes < 1:
+            raise ValueError(f"passes must be at least 1, got {self.passes}")
+        device = shared.choose_device(self.device)
+        with process_group(device) as group:
+            model = self.trained_model(self.num_classes, group.device)
+            parts = {part: self.need(part, num_classes=model.num_classes) for part in named}
+            if group.is_main:
+                self.features.mkdir(parents=True, exist_ok=True)
+            group.barrier()
+            results: dict[str, Any] = {}
+            for part, images in parts.items():
+                several = part == "train" and self.passes > 1
+                features = extract(
+                    model,
+                    images,
+                    self.features / part,
+                    transform=self.train_transform() if several else self.test_transform(),
+                    dtype=self.dtype,
+                    batch_size=self.batch_size,
+                    workers=self.workers,
+                    passes=self.passes if several else 1,
+                    device=group.device,
+                    skip_unreadable=self.skip_unreadable,
+                    seed=self.seed,
+                    progress=self.progress,
+                )
+                results[part] = {
+                    "folder": str(self.features / part),
+                    "samples": len(features.labels),
+                    "width": int(features.features.shape[1]),
+                    "dtype": self.dtype,
+                    "skipped": [entry["name"] for entry in features.metadata.get("skipped", [])],
+                }
+            if group.is_main:
+                shared.write_results(self.features, "extract", self, results, started)
+                _print(console, results)
+        return results
+
+
+def _print(console: Console, results: dict[str, Any]) -> None:
+    table = Table(title="Cached features")
+    for name in ("part", "samples", "width", "skipped", "folder"):
+        table.add_column(name, justify="left" if name in ("part", "folder") else "right", overflow="fold")
+    for part, result in results.items():
+        row = (str(result["samples"]), str(result["width"]), str(len(result["skipped"])), result["folder"])
+        table.add_row(part, *row)
+    console.print(table)

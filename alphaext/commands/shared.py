@@ -1,0 +1,332 @@
+"""Options that several commands take, and what they do with them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import itertools
+import os
+import pickle
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from .._files import read_json, write_json
+from ..classes import ClassSplit, split_classes
+from ..config import Options, option
+from ..modules import AlphaNet
+
+if TYPE_CHECKING:
+    from ..backbones import SplitModel
+    from ..checkpoints import Checkpoint
+    from ..data import LabelledImages
+    from ..features import Features
+    from ..transforms import ImageTransform
+
+PARTS = ("train", "val", "test")
+RESULT, RUN, CLASSIFIER, HEAD = "result.json", "run.json", "classifier.pth", "head.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions(Options):
+    """What every command takes."""
+
+    section: ClassVar[str] = ""
+    seed: int = option(0, help="of everything random")
+    device: str | None = option(None, help='"cpu", "cuda" or "cuda:1"; without, a GPU where there is one')
+    progress: bool | None = option(None, help="show progress bars; without, where standard error is a terminal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesOptions(Options):
+    """The folder of cached features."""
+
+    section: ClassVar[str] = ""
+    features: Path = option(help="the folder of cached features, as 'alphaext extract' writes it (train, val, test in it)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions(Options):
+    """Which classes are few, medium and many."""
+
+    section: ClassVar[str] = "data"
+    few_below: int = option(20, help="a class with fewer training images is few")
+    many_above: int = option(100, help="a class with more training images is many; those between are medium")
+
+    def split(self, features: Features) -> ClassSplit:
+        """The classes by the training features' labels."""
+        return split_classes(features.class_counts(), few_below=self.few_below, many_above=self.many_above)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(SplitOptions):
+    """Where images and labels are."""
+
+    section: ClassVar[str] = "data"
+    train: Path | None = option(
+        None,
+        metavar="SOURCE",
+        help="training images: a list file ('relative/path label' a line), a folder of class folders, an .npz of x and y, "
+        "or cifar10:train, cifar100:train",
+    )
+    val: Path | None = option(None, metavar="SOURCE", help="validation images, for every choice that is made")
+    test: Path | None = option(None, metavar="SOURCE", help="test images; nothing is ever chosen on them")
+    root: Path | None = option(None, metavar="FOLDER", help="where the paths of list files begin, or CIFAR lies")
+    num_classes: int | None = option(None, help="classes there are, where the lists do not show all")
+    imbalance_factor: float | None = option(
+        None, help="cut the training images to a long tail: the largest class has X times the images of the smallest"
+    )
+
+    def images(self, part: str, *, num_classes: int | None = None) -> LabelledImages | None:
+        """The images of a part, or None where the options name none."""
+        from ..data import open_images
+        from ..long_tailed import make_long_tailed
+
+        source = getattr(self, part)
+        if source is None:
+            return None
+        classes = self.num_classes if self.num_classes is not None else num_classes
+        try:
+            images = open_images(os.fspath(source), root=self.root, num_classes=classes)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{part}: {error}") from error
+        if part == "train" and self.imbalance_factor is not None:
+            images = make_long_tailed(images, self.imbalance_factor)  # no other part is cut
+        return images
+
+    def need(self, part: str, *, num_classes: int | None = None) -> LabelledImages:
+        """The same, but an error where the options name none."""
+        images = self.images(part, num_classes=num_classes)
+        if images is None:
+            raise ValueError(f"--{part} must be given, or {part} in [data] of the configuration: the {part} images")
+        return images
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformOptions(Options):
+    """How an image becomes what the network takes."""
+
+    section: ClassVar[str] = "model"
+    transform: str = option(
+        "imagenet",
+        choices=("imagenet", "small"),
+        help="imagenet: resize, centre crop, ImageNet's mean and deviation; small: for images of some 8 to 64 pixels",
+    )
+    image_size: int = option(224, metavar="PIXELS", help="height and width that the network takes")
+    resize: int | None = option(None, metavar="PIXELS", help="shorter side before the crop; without, 8/7 of the image size")
+    channels: int = option(3, help="3 for colour, 1 for grey")
+
+    def test_transform(self) -> ImageTransform:
+        from .. import transforms
+
+        if self.transform == "small":
+            return transforms.small_test_transform(self.image_size, channels=self.channels)
+        resize = self.resize if self.resize is not None else round(self.image_size * 8 / 7)
+        return transforms.test_transform(self.image_size, resize=resize, channels=self.channels)
+
+    def train_transform(self) -> ImageTransform:
+        from .. import transforms
+
+        if self.transform == "small":
+            return transforms.small_train_transform(self.image_size, channels=self.channels)
+        return transforms.train_transform(self.image_size, channels=self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(TransformOptions):
+    """The network and its trained weights."""
+
+    section: ClassVar[str] = "model"
+    backbone: str | None = option(
+        None,
+        metavar="NAME",
+        help="a torchvision classification model (resnext50_32x4d, resnet152, ...), timm:NAME, small, or module:function",
+    )
+    checkpoint: Path | None = option(None, help="trained weights: .pth of any known layout, or .safetensors")
+    classifier_layer: str | None = option(None, metavar="NAME", help="the last linear layer's name; without, it is found")
+    pretrained: bool = option(False, help="start from weights that torchvision or timm publishes")
+
+    def model(self, num_classes: int) -> nn.Module:
+        """The network, its weights random or published."""
+        from ..backbones import make_model
+
+        if self.backbone is None:
+            raise ValueError("--backbone must be given, or backbone in [model] of the configuration: the network's name")
+        if ":" in self.backbone and not self.backbone.startswith("timm:"):
+            return _own_model(self.backbone, num_classes)
+        return make_model(self.backbone, num_classes, in_channels=self.channels, pretrained=self.pretrained)
+
+    def read_checkpoint(self, num_classes: int | None = None) -> Checkpoint:
+        from ..checkpoints import read_checkpoint
+
+        if self.checkpoint is None:
+            raise ValueError("--checkpoint must be given, or checkpoint in [model] of the configuration: the trained weights")
+        return read_checkpoint(self.checkpoint, classifier=self.classifier_layer, num_classes=num_classes)
+
+    def trained_model(self, num_classes: int | None, device: torch.device) -> SplitModel:
+        """The network with the checkpoint's weights, its last linear layer found and checked on a batch of noise."""
+        from ..backbones import find_classifier, split_model
+
+        example = self.example().to(device)
+        if self.checkpoint is None and self.pretrained:
+            if num_classes is None:
+                raise ValueError("--num-classes must be given with --pretrained, or num_classes in [data] of the configuration")
+            model = self.model(num_classes).to(device).eval()
+        else:
+            checkpoint = self.read_checkpoint(num_classes)
+            model = self.model(len(checkpoint.weight)).eval()
+            checkpoint.load_into(model, self.classifier_layer or find_classifier(model, self.example()))
+            model = model.to(device)
+        return split_model(model, self.classifier_layer, example)
+
+    def example(self) -> torch.Tensor:
+        """A batch of two images of noise."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        return torch.randn(2, self.channels, self.image_size, self.image_size, generator=generator, device="cpu")
+
+
+def _own_model(name: str, num_classes: int) -> nn.Module:
+    """A network made by a function of the user's own, found as Python finds modules, the working directory first."""
+    module_name, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"backbone {name!r} cannot be imported: {error}") from error
+    model = make(num_classes)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"backbone {name!r} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, checked; without a name a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {name!r}') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that is there, got {name!r}: torch sees no GPU")
+    return device
+
+
+def read_part(folder: Path, part: str) -> Features:
+    """The cached features of ``folder/part``."""
+    from ..features import read_features
+
+    if not (folder / part).is_dir():
+        there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+        raise FileNotFoundError(
+            f"features must be a folder with the features of {part} in it, there is no {str(folder / part)!r}"
+            + (f"; there are {', '.join(there)}" if there else "")
+            + "; 'alphaext extract' writes it"
+        )
+    return read_features(folder / part)
+
+
+def read_classifier(path: Path, num_classes: int | None = None, layer: str | None = None) -> nn.Linear:
+    """A classifier from a checkpoint of any layout, or from the folder that 'baseline', 'fit' or 'train' wrote."""
+    from ..checkpoints import read_checkpoint
+
+    if path.is_dir():
+        inside = [path / name for name in (CLASSIFIER, "model.pth") if (path / name).is_file()]
+        if not inside:
+            raise FileNotFoundError(
+                f"classifier must be a checkpoint or a folder of results, there is no {CLASSIFIER} in {str(path)!r}"
+            )
+        path = inside[0]
+    return read_checkpoint(path, classifier=layer, num_classes=num_classes).linear()
+
+
+def classifier_name(path: Path) -> str:
+    """How a classifier is called in tables: its folder's name, or its file's without the ending."""
+    return path.name if path.is_dir() else path.stem
+
+
+def start_output(folder: Path, *, overwrite: bool) -> Path:
+    """Make a command's folder of results; results that are there already stay unless ``overwrite``."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output must be a folder, got the file {str(folder)!r}")
+    if (folder / RESULT).exists():
+        if not overwrite:
+            raise ValueError(f"output holds results already: {str(folder)!r}; give another folder, or --overwrite")
+        (folder / RESULT).unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a result depends on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("alphaext", "torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_results(folder: Path, command: str, options: Options, result: dict[str, Any], started: float) -> None:
+    """Write what came of a command beside how it came about: the result last, since its presence says that all is there."""
+    write_json(
+        folder / RUN,
+        {
+            "command": command,
+            "options": options.to_dict(),
+            "versions": versions(),
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": time.monotonic() - started,
+        },
+    )
+    write_json(folder / RESULT, result)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    return read_json(folder / RESULT, "a result of alphaext")
+
+
+def console_or_quiet(console: Console | None) -> Console:
+    return console if console is not None else Console(quiet=True)
+
+
+def read_head(path: Path) -> AlphaNet | None:
+    """The Alpha Net of a folder that 'alphaext fit' wrote; None for every other classifier."""
+    file = path / HEAD
+    if not file.is_file():
+        return None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} is not the state of an Alpha Net: {error}") from error
+    return AlphaNet.from_state_dict(state)
+
+
+def classifier_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each classifier, no two alike; they become names of files."""
+    names: list[str] = []
+    for path in paths:
+        name = classifier_name(path)
+        same = [other for other in paths if classifier_name(other) == name]
+        if len(same) > 1 and path.absolute().parent.name:
+            name = f"{path.absolute().parent.name}-{name}"
+        repeated = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(next(each for each in itertools.chain([name], repeated) if each not in names))
+    return names
+
+
+def is_main_process() -> bool:
+    """Whether this is the one of torchrun's processes that writes files and talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
