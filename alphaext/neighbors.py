@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ._checks import (
@@ -416,6 +415,9 @@ def reduce_classifiers(weight: TensorLike, pca_dim: int | None = 500) -> Tensor:
     if rows.shape[0] < 2 or rows.shape[1] < 1:
         raise ValueError(f"weight must have at least two rows and one column for a PCA, got {list(rows.shape)}")
     components = min(pca_dim, rows.shape[0], rows.shape[1])
+    # Here, because importing scikit-learn takes a third of the time that importing all of this package does.
+    from sklearn.decomposition import PCA
+
     # Rows that are all alike have no variance to explain: the ratio 0/0 is of no interest here.
     with np.errstate(divide="ignore", invalid="ignore"):
         reduced = PCA(n_components=components, svd_solver="full").fit_transform(rows.to("cpu", torch.float64).numpy())
