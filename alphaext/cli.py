@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = None if config_file is None else read_config(config_file, COMMANDS.values())
         options: Any = from_flags(cls, flags, config)
         # Where there is no terminal, there is no width to keep to: wide enough for every table.
-        result = options.run(Console(quiet=quiet, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES))
+        with warnings.catch_warnings():
+            # As a line of text, without the place in the source that users have no use for.
+            warnings.showwarning = lambda message, *_: errors.print(f"warning: {message}", markup=False, highlight=False)
+            result = options.run(Console(quiet=quiet, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES))
     except KeyboardInterrupt:
         errors.print("interrupted")
         return 130

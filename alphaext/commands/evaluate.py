@@ -53,6 +53,8 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions):
         split, device = self.split(train), shared.choose_device(self.device)
         names = shared.classifier_names(self.classifiers)
         linears = [shared.read_classifier(path, train.num_classes) for path in self.classifiers]
+        for linear, path in zip(linears, self.classifiers, strict=True):
+            shared.warn_of_other_features(linear, part, str(path))
         folder = None if self.output is None else shared.start_output(self.output, overwrite=self.overwrite)
         predictions = {
             name: predict(linear.to(device), part.features, part.labels, progress=self.progress)

@@ -90,6 +90,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions):
                 f"there is no {str(self.features / 'val')!r}"
             )
         linear = shared.read_classifier(self.classifier, train.num_classes)
+        shared.warn_of_other_features(linear, train if val is None else val, str(self.classifier))
         linear = linear.to(shared.choose_device(self.device))
         folder = shared.start_output(self.output, overwrite=self.overwrite)
         runs = fit_many(

@@ -10,6 +10,7 @@ import pickle
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 from .._files import read_json, write_json
 from ..classes import ClassSplit, split_classes
 from ..config import Options, option
+from ..doctor import check_classifier_order
 from ..modules import AlphaNet
 
 if TYPE_CHECKING:
@@ -123,21 +125,26 @@ class TransformOptions(Options):
     image_size: int = option(224, metavar="PIXELS", help="height and width that the network takes")
     resize: int | None = option(None, metavar="PIXELS", help="shorter side before the crop; without, 8/7 of the image size")
     channels: int = option(3, help="3 for colour, 1 for grey")
+    mean: tuple[float, ...] | None = option(None, help="of each channel, what is subtracted; without, the transform's own")
+    std: tuple[float, ...] | None = option(None, help="of each channel, what is divided by")
 
     def test_transform(self) -> ImageTransform:
         from .. import transforms
 
         if self.transform == "small":
-            return transforms.small_test_transform(self.image_size, channels=self.channels)
+            return transforms.small_test_transform(self.image_size, **self._of_channels())
         resize = self.resize if self.resize is not None else round(self.image_size * 8 / 7)
-        return transforms.test_transform(self.image_size, resize=resize, channels=self.channels)
+        return transforms.test_transform(self.image_size, resize=resize, **self._of_channels())
 
     def train_transform(self) -> ImageTransform:
         from .. import transforms
 
-        if self.transform == "small":
-            return transforms.small_train_transform(self.image_size, channels=self.channels)
-        return transforms.train_transform(self.image_size, channels=self.channels)
+        make = transforms.small_train_transform if self.transform == "small" else transforms.train_transform
+        return make(self.image_size, **self._of_channels())
+
+    def _of_channels(self) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in ("mean", "std") if getattr(self, name) is not None}
+        return {"channels": self.channels, **given}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +254,13 @@ def read_classifier(path: Path, num_classes: int | None = None, layer: str | Non
             )
         path = inside[0]
     return read_checkpoint(path, classifier=layer, num_classes=num_classes).linear()
+
+
+def warn_of_other_features(linear: nn.Linear, features: Features, name: str) -> None:
+    """Warn where a classifier knows none of the classes by their features: then it is not of them, or counts otherwise."""
+    finding = check_classifier_order(linear.cpu(), features.features, features.labels, class_names=features.class_names)
+    if finding.level == "error":
+        warnings.warn(f"{name}: {finding.title}: {finding.detail}", stacklevel=2)
 
 
 def classifier_name(path: Path) -> str:
