@@ -7,6 +7,7 @@ the GPU: they belong where data enters (constructors, ``fit``, metrics), not ins
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import warnings
@@ -75,6 +76,23 @@ def check_gamma(gamma: object) -> float:
     if not 0.0 < number <= 1.0:
         raise ValueError(f"gamma must be in (0, 1], got {gamma!r}")
     return number
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
+    """Check that ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_number(value: object, name: str, *, above: float | None = None, minimum: float | None = None) -> float:
+    """Return ``value`` as a ``float`` after checking that it is a finite number (not a bool) above or at least a bound."""
+    allowed = f"finite and above {above}" if above is not None else f"finite and at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, {allowed}, got {value!r}")
+    bad = not math.isfinite(value) or (above is not None and value <= above) or (minimum is not None and value < minimum)
+    if bad:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return float(value)
 
 
 def check_floating(tensor: Tensor, name: str) -> None:

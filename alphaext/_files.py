@@ -39,7 +39,8 @@ def write_json(path: PathLike, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all. NaN is written as null, which every reader of JSON knows."""
     text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with whole_file(path) as file:
-        file.write(text.encode())
+        # Names of files that are no UTF-8 come as surrogates, which become escapes that JSON knows.
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def without_nan(value: Any) -> Any:
@@ -90,6 +91,19 @@ def check_output_file(path: PathLike, name: str, *, overwrite: bool = False) -> 
     return target
 
 
+_locked: set[IO[bytes]] = set()
+
+
+def _let_go() -> None:
+    """Close a forked child's copies of locked files: with them it would hold the lock for as long as it outlives its parent."""
+    for file in _locked:
+        file.close()
+    _locked.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def folder_lock(folder: PathLike, what: str) -> Iterator[None]:
     """Hold ``folder`` (which exists) against a second process that would write into it; a killed process holds nothing.
@@ -103,4 +117,8 @@ def folder_lock(folder: PathLike, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {what} into {os.fspath(folder)!r}; wait for it or stop it") from None
-        yield
+        _locked.add(file)
+        try:
+            yield
+        finally:
+            _locked.discard(file)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from torch import Tensor, nn
 
 from ._files import whole_file
+from ._progress import progress_bar
 from .balanced_sampling import ClassBalancedSampler
 from .member_logits import Samples
 from .options import TrainingOptions
@@ -205,17 +205,13 @@ def fingerprint(samples: Samples, validation: Validation | None, *tensors: Tenso
 def _progress_bar(
     progress: bool | None, name: str, total: int, done: int
 ) -> Iterator[tuple[Callable[[], None], Callable[[dict[str, Any]], None]]]:
-    console = Console(stderr=True)
     columns = (
         TextColumn(name),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
     )
-    shown = console.is_terminal if progress is None else progress
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    with progress_bar(progress, *columns) as bar:
         task = bar.add_task("", total=total, completed=done)
 
         def describe(entry: dict[str, Any]) -> None:

@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from ._checks import TensorLike
+from ._checks import TensorLike, check_choice
 from .classes import ClassSplit, split_classes
 from .classes import class_counts as count_classes
 from .modules import linear_parameters
 from .ncm import ncm
-from .options import _check_choice
 from .post_hoc import choose_few_bias, choose_logit_adjustment, choose_tau, few_bias, logit_adjusted, tau_normalized
 from .retraining import RETRAINING_PRESETS, crt, lws
 from .selection import BaselineResult, Rescaling, Validation, wide
@@ -128,7 +127,7 @@ def run_baseline(
         ['all', 'few', 'many', 'medium']
     """
     started = time.monotonic()
-    _check_choice(name, "name", tuple(BASELINES))
+    check_choice(name, "name", tuple(BASELINES))
     own = {key: value for key, value in options.items() if value is not None}
     unknown = sorted(set(own) - set(BASELINE_OPTIONS[name]))
     if unknown:

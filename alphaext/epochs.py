@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -133,7 +131,6 @@ def image_reader(
     *,
     workers: int,
     device: torch.device,
-    lock: Path,
 ) -> Iterator[Callable[[], Iterator[tuple[Tensor, Tensor]]]]:
     """A block with a function that goes through ``batches``, as often as it is called, always with the same workers.
 
@@ -145,7 +142,6 @@ def image_reader(
         batches: for each image its index and the seed of its transform.
         workers: processes that read images beside this one; 0 for none.
         device: where the batches are going to.
-        lock: a file that this process alone shall hold locked, not its workers.
 
     Yields:
         A function that returns an iterator over the batches: images ``[b, C, H, W]`` and labels int64 ``[b]``, on the device.
@@ -158,7 +154,6 @@ def image_reader(
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=partial(_let_go, lock),
         # Without one, each iteration would draw from the global random state.
         generator=torch.Generator("cpu").manual_seed(0),
     )
@@ -209,16 +204,6 @@ def _collate(items: list[_Item]) -> tuple[Tensor, Tensor] | ImageReadError:
         pairs.append(item)
     labels = torch.tensor([label for _, label in pairs], dtype=torch.int64, device="cpu")
     return torch.stack([image for image, _ in pairs]), labels
-
-
-def _let_go(lock: Path, worker: int) -> None:
-    """Close a forked worker's copy of the locked file, which would stay locked for seconds after a kill of the main process."""
-    with suppress(OSError):
-        held = os.stat(lock)
-        for descriptor in map(int, os.listdir("/proc/self/fd")):
-            with suppress(OSError):
-                if os.path.samestat(os.fstat(descriptor), held):
-                    os.close(descriptor)
 
 
 def default_workers() -> int:

@@ -13,22 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
-from rich.text import Text
 from torch import Tensor
 
 from ._checks import check_integer
 from ._files import PathLike
+from ._progress import ImagesPerSecond, progress_bar
 from .backbones import SplitModel
 from .distributed import Group, process_group
 from .extraction_folder import ExtractionFolder, wait_for
@@ -174,7 +168,6 @@ class _Work:
             seed=self.seed,
             workers=workers,
             pin_memory=self.device.type == "cuda",
-            lock=self.place.lock,
         )
         with reading as batches, _on_device(self.split_model, self.device):
             yield 0  # the workers are there; what starts threads may do so now
@@ -389,31 +382,14 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
 
 
-class _ImagesPerSecond(ProgressColumn):
-    """How fast it goes, of late."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.1f} images/s", style="progress.data.speed")
-
-
 @contextmanager
 def _progress_bar(progress: bool | None, images: int, done: int, group: Group) -> Iterator[Callable[..., None]]:
     """A bar over all images; the ``done`` ones were found done and tell nothing of the speed.
 
     Yields a function to be told how many others are done by now, and if it is not extracting, what is being done.
     """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        _ImagesPerSecond(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    shown = group.is_main and (console.is_terminal if progress is None else progress)
-    bar = Progress(*columns, console=console, disable=not shown)
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), ImagesPerSecond())
+    bar = progress_bar(progress, *columns, main=group.is_main)
     task = bar.add_task("extracting", total=images, completed=done)
 
     def report(count: int, doing: str = "extracting") -> None:
@@ -424,5 +400,5 @@ def _progress_bar(progress: bool | None, images: int, done: int, group: Group) -
     try:
         yield report
     finally:
-        if shown:
+        if not bar.disable:
             bar.stop()

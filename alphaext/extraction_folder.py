@@ -58,11 +58,6 @@ class ExtractionFolder:
         self.width, self.dtype = int(identity["width"]), str(identity["dtype"])
         self._digest = digest_of(identity)
 
-    @property
-    def lock(self) -> Path:
-        """The file that is locked while one process works here."""
-        return self.path / ".lock"
-
     def start(self, held: ExitStack) -> dict[str, Any] | None:
         """Take the folder and find out what is left to do.
 

@@ -11,20 +11,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
-from rich.text import Text
 
 from ._checks import check_integer
+from ._progress import ImagesPerSecond, progress_bar
 from .images import DatasetImages, FileImages, ImageReadError, LabelledImages
 
 __all__ = ["Reading", "missing_files", "read_all"]
@@ -137,23 +131,14 @@ def _default_workers() -> int:
     return min(32, 2 * len(os.sched_getaffinity(0)))
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text("" if not task.speed else f"{task.speed:,.0f} images/s")
-
-
 @contextmanager
 def _progress_bar(progress: bool | None, total: int) -> Iterator[Callable[[int], None]]:
-    console = Console(stderr=True)
     columns = (
         TextColumn("images"),
         MofNCompleteColumn(),
         BarColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        ImagesPerSecond(),
     )
-    shown = console.is_terminal if progress is None else progress
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    with progress_bar(progress, *columns) as bar:
         task = bar.add_task("", total=total)
         yield lambda images: bar.advance(task, images)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._checks import check_integer
+from ._checks import check_choice, check_integer, check_number
 from .epochs import SAMPLINGS
-from .options import _check_choice, _check_number
 
 __all__ = ["JointOptions"]
 
@@ -62,19 +61,19 @@ class JointOptions:
         for name, (minimum, maximum) in bounds.items():
             object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum, maximum=maximum))
         for name in ("lr", "lr_factor"):
-            object.__setattr__(self, name, _check_number(getattr(self, name), name, above=0))
+            object.__setattr__(self, name, check_number(getattr(self, name), name, above=0))
         for name in ("momentum", "weight_decay", "label_smoothing"):
-            object.__setattr__(self, name, _check_number(getattr(self, name), name, minimum=0))
+            object.__setattr__(self, name, check_number(getattr(self, name), name, minimum=0))
         for name in ("nesterov", "drop_last", "sync_batch_norm", "channels_last", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        _check_choice(self.schedule, "schedule", _SCHEDULES)
-        _check_choice(self.optimizer, "optimizer", _OPTIMIZERS)
-        _check_choice(self.sampling, "sampling", SAMPLINGS)
+        check_choice(self.schedule, "schedule", _SCHEDULES)
+        check_choice(self.optimizer, "optimizer", _OPTIMIZERS)
+        check_choice(self.sampling, "sampling", SAMPLINGS)
         if self.amp is not None and self.amp not in _PRECISIONS:
             raise ValueError(f"amp must be None, 'bfloat16' or 'float16', got {self.amp!r}")
         if self.select is not None:
-            _check_choice(self.select, "select", _SELECTIONS)
+            check_choice(self.select, "select", _SELECTIONS)
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be less than epochs={self.epochs}, got {self.warmup_epochs}")
         if self.label_smoothing >= 1:

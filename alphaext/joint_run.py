@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ._files import whole_file, write_json
+from ._progress import progress_bar
 from .classes import ClassSplit
 from .distributed import Group
 from .engines import SplitMetrics
@@ -30,7 +30,7 @@ from .transforms import ImageTransform
 
 __all__ = ["JointRun"]
 
-_STATE, _MODEL, _HISTORY, LOCK = "training.pt", "model.pth", "history.json", ".lock"
+_STATE, _MODEL, _HISTORY = "training.pt", "model.pth", "history.json"
 
 # The one part of a training's identity that changes while it goes on.
 _WEIGHTS = "the digest of the model's weights before training"
@@ -204,9 +204,7 @@ class JointRun:
         options, group = self.options, self.group
         if len(self.history) >= options.epochs:
             return
-        reader = image_reader(
-            self.images, self.transform, self.batches, workers=self.workers, device=group.device, lock=self.folder / LOCK
-        )
+        reader = image_reader(self.images, self.transform, self.batches, workers=self.workers, device=group.device)
         shown = (None if group.is_main else False) if progress is None else progress and group.is_main
         try:
             with (
@@ -306,7 +304,7 @@ class JointRun:
         batches = [own[begin : begin + size] for begin in range(0, len(own), size)]
         hits = torch.zeros(2, self.num_outputs, dtype=torch.int64, device="cpu")
         broken = torch.zeros(1, dtype=torch.int64, device="cpu")
-        reader = image_reader(images, transform, batches, workers=self.workers, device=device, lock=self.folder / LOCK)
+        reader = image_reader(images, transform, batches, workers=self.workers, device=device)
         with evaluating(self.model), reader as read:
             for inputs, labels in read():
                 with self._autocast():
@@ -442,10 +440,8 @@ def _check_batches(model: nn.Module, options: JointOptions, samples: int, group:
 
 @contextmanager
 def _progress_bar(progress: bool | None, epochs: int, steps: int, done: int) -> Iterator[Callable[..., None]]:
-    console = Console(stderr=True)
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
-    shown = console.is_terminal if progress is None else progress
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    columns = (BarColumn(), TextColumn("{task.description}"))
+    with progress_bar(progress, *columns) as bar:
         task = bar.add_task("reading images", total=epochs * steps, completed=done * steps)
 
         def report(epoch: int, step: int, loss: float, speed: float, history: list[dict[str, float]]) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -79,7 +76,6 @@ def image_batches(
     seed: int,
     workers: int,
     pin_memory: bool,
-    lock: Path,
 ) -> Iterator[Iterator[ImageBatch]]:
     """Read and transform ``batches`` in their order.
 
@@ -91,7 +87,6 @@ def image_batches(
         workers: processes that do it, each some batches ahead; 0: this process does, one batch when it is asked for. They are
             gone when the block ends, however it ends.
         pin_memory: whether the batches go to a GPU.
-        lock: a file that only this process shall hold locked, not its workers.
 
     Yields:
         An iterator over the batches.
@@ -103,7 +98,6 @@ def image_batches(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        worker_init_fn=partial(_let_go, lock),
         generator=torch.Generator("cpu").manual_seed(0),  # else it would draw from the global one
     )
     with torch.device("cpu"):  # it draws a seed, on the user's default device, from that generator
@@ -178,13 +172,3 @@ class _ReadBatches(Dataset[ImageBatch]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _let_go(lock: Path, worker: int) -> None:
-    """Close a forked worker's copy of the lock's file, which would stay locked for seconds after a kill of the main process."""
-    with suppress(OSError):
-        held = os.stat(lock)
-        for descriptor in map(int, os.listdir("/proc/self/fd")):
-            with suppress(OSError):
-                if os.path.samestat(os.fstat(descriptor), held):
-                    os.close(descriptor)

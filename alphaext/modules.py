@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import ops, reference
 from ._checks import (
     as_tensor,
+    check_choice,
     check_class_ids,
     check_finite,
     check_floating,
@@ -93,8 +94,8 @@ class AlphaNet(nn.Module):
         super().__init__()
         gamma = check_gamma(gamma)
         ops.rule_number(rule)
-        _check_choice(init, "init", INITS)
-        _check_choice(first_layer, "first_layer", FIRST_LAYERS)
+        check_choice(init, "init", INITS)
+        check_choice(first_layer, "first_layer", FIRST_LAYERS)
         for name, value in (("weight", weight), ("members", members), ("z", z)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -521,11 +522,6 @@ def _identity_outputs(rule: str, gamma: float, top_k: int, dtype: torch.dtype) -
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_dtype(tensor: Tensor, name: str, weight: Tensor) -> None:

@@ -7,9 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ._checks import TensorLike, as_tensor, check_finite, format_ids
+from ._checks import TensorLike, as_tensor, check_choice, check_finite, format_ids
 from .neighbors import Rows, class_sums
-from .options import _check_choice
 from .selection import make_linear
 
 __all__ = ["NCM_METRICS", "ncm"]
@@ -59,7 +58,7 @@ def ncm(
         >>> ncm(features, [0, 0, 1], metric="euclidean").bias.detach()
         tensor([-4.5000, -0.5000])
     """
-    _check_choice(metric, "metric", NCM_METRICS)
+    check_choice(metric, "metric", NCM_METRICS)
     if metric == "euclidean" and (center or normalize):
         raise ValueError(
             f"center and normalize go with metric='cosine', got center={center!r} and normalize={normalize!r}: distances do "

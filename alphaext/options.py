@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from ._checks import check_integer
+from ._checks import check_choice, check_integer, check_number
 
 SELECTIONS = ("best_all", "best_few", "last")
 SCHEDULES = ("constant", "step", "multistep", "cosine")
@@ -45,9 +44,9 @@ class TrainingOptions:
         for name, (minimum, maximum) in bounds.items():
             object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum, maximum=maximum))
         for name in ("lr", "lr_factor"):
-            object.__setattr__(self, name, _check_number(getattr(self, name), name, above=0))
+            object.__setattr__(self, name, check_number(getattr(self, name), name, above=0))
         for name in ("momentum", "dampening", "weight_decay", "negative_ratio"):
-            object.__setattr__(self, name, _check_number(getattr(self, name), name, minimum=0))
+            object.__setattr__(self, name, check_number(getattr(self, name), name, minimum=0))
         if self.negative_ratio > 1e6:
             raise ValueError(f"negative_ratio must be at most 1e6, got {self.negative_ratio!r}")
         object.__setattr__(self, "nesterov", bool(self.nesterov))
@@ -56,12 +55,12 @@ class TrainingOptions:
                 f"nesterov needs a momentum above 0 and no dampening, got momentum={self.momentum:g} and "
                 f"dampening={self.dampening:g}"
             )
-        _check_choice(self.lr_schedule, "lr_schedule", SCHEDULES)
-        _check_choice(self.negative_sampling, "negative_sampling", NEGATIVE_SAMPLINGS)
+        check_choice(self.lr_schedule, "lr_schedule", SCHEDULES)
+        check_choice(self.negative_sampling, "negative_sampling", NEGATIVE_SAMPLINGS)
         self._check_milestones()
         self._check_last_lr()
         if self.select is not None:
-            _check_choice(self.select, "select", SELECTIONS)
+            check_choice(self.select, "select", SELECTIONS)
         if self.min_all is not None:
             message = f"min_all must be a fraction in [0, 1], with select='best_few'; got {self.min_all!r} with {self.select!r}"
             if isinstance(self.min_all, bool) or not isinstance(self.min_all, (int, float)):
@@ -168,18 +167,3 @@ class DecayOfStart:
             self.momentum = sgd.momentum * self.momentum + keep * gradient
             self.factor -= lr * (gradient + sgd.momentum * self.momentum if sgd.nesterov else self.momentum)
             self.steps += 1
-
-
-def _check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_number(value: object, name: str, *, above: float | None = None, minimum: float | None = None) -> float:
-    allowed = f"finite and above {above}" if above is not None else f"finite and at least {minimum}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, {allowed}, got {value!r}")
-    bad = not math.isfinite(value) or (above is not None and value <= above) or (minimum is not None and value < minimum)
-    if bad:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return float(value)

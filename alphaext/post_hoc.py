@@ -16,10 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ._checks import TensorLike, as_tensor, check_class_ids, check_finite, check_integral, check_shape, format_ids
+from ._checks import TensorLike, as_tensor, check_class_ids, check_finite, check_integral, check_number, check_shape, format_ids
 from .classes import ClassSplit, split_classes
 from .modules import linear_parameters
-from .options import _check_number
 from .selection import BaselineResult, Policy, Rescaling, Validation, check_split, make_linear, wide
 
 __all__ = [
@@ -62,7 +61,7 @@ def tau_normalized(linear: nn.Module, tau: float, *, keep_bias: bool = False) ->
         tensor([[0.6000, 0.8000],
                 [0.0000, 1.0000]])
     """
-    tau = _check_number(tau, "tau", minimum=0)
+    tau = check_number(tau, "tau", minimum=0)
     weight, bias = linear_parameters(linear)
     factors = _tau_factors(weight, tau)
     return make_linear((weight.double() * factors[:, None]).to(weight), bias if keep_bias else None)
@@ -88,7 +87,7 @@ def logit_adjusted(linear: nn.Module, class_counts: TensorLike, tau: float = 1.0
         >>> logit_adjusted(linear, [3, 1]).bias.detach()
         tensor([0.2877, 1.3863])
     """
-    tau = _check_number(tau, "tau", minimum=0)
+    tau = check_number(tau, "tau", minimum=0)
     weight, bias = linear_parameters(linear)
     return make_linear(weight, _adjusted_bias(weight, bias, _log_shares(class_counts, len(weight)), tau).to(weight.dtype))
 
@@ -403,7 +402,7 @@ def _adjusted_bias(weight: Tensor, bias: Tensor | None, log_shares: Tensor, tau:
 
 
 def _check_taus(taus: Sequence[float]) -> list[float]:
-    return sorted({_check_number(tau, "taus", minimum=0) for tau in _listed(taus, "taus")})
+    return sorted({check_number(tau, "taus", minimum=0) for tau in _listed(taus, "taus")})
 
 
 def _check_offset(offset: object, name: str) -> float:

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
 from ._checks import (
@@ -23,6 +22,7 @@ from ._checks import (
     check_labels,
     check_shape,
 )
+from ._progress import progress_bar
 from .metrics import label_ranks
 
 __all__ = ["Predictions", "predict", "predict_logits"]
@@ -375,9 +375,7 @@ def _first_floating(classifier: nn.Module) -> Tensor | None:
 
 @contextmanager
 def _progress_bar(progress: bool | None, samples: int) -> Iterator[Callable[[int], None]]:
-    console = Console(stderr=True)
-    columns = (TextColumn("samples scored"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    shown = console.is_terminal if progress is None else progress
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    columns = (TextColumn("samples scored"), MofNCompleteColumn(), BarColumn())
+    with progress_bar(progress, *columns) as bar:
         task = bar.add_task("", total=samples)
         yield lambda count: bar.update(task, advance=count)

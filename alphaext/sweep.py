@@ -15,11 +15,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
 from ._checks import TensorLike, check_integer
+from ._progress import progress_bar
 from .classes import ClassSplit, class_counts, split_classes
 from .engine_group import EngineGroup, group_key
 from .engines import NativeEngine, SharedLogits, TrainingData, why_not_native
@@ -346,15 +346,11 @@ def _cores() -> int:
 
 @contextmanager
 def _progress_bar(progress: bool | None, epochs: int) -> Iterator[Any]:
-    console = Console(stderr=True)
     columns = (
         TextColumn("epochs of all trainings"),
         MofNCompleteColumn(),
         BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
     )
-    shown = console.is_terminal if progress is None else progress
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    with progress_bar(progress, *columns) as bar:
         task = bar.add_task("", total=epochs)
         yield lambda count: bar.update(task, advance=count)

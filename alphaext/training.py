@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
 from ._checks import TensorLike, as_tensor, check_floating, check_integer, check_labels, check_shape
+from ._progress import progress_bar
 from .classes import ClassSplit
 from .engines import (
     ENGINES,
@@ -518,17 +518,13 @@ def _check_optimizer(head: AlphaNet, optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def _progress_bar(progress: bool | None, epochs: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    console = Console(stderr=True)
     columns = (
         TextColumn("epoch"),
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
     )
-    shown = console.is_terminal if progress is None else progress
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    with progress_bar(progress, *columns) as bar:
         task = bar.add_task("", total=epochs, completed=done)
 
         def report(entry: dict[str, float]) -> None:

@@ -36,6 +36,8 @@ def test_json_goes_there_and_back_and_has_no_nan(tmp_path):
     write_json(path, {"nan": float("nan"), "infinite": [float("-inf"), 1.5], "path": Path("a/b"), "of": (1, "ü"), 3: True})
     assert read_json(path, "a test") == {"nan": None, "infinite": [None, 1.5], "path": "a/b", "of": [1, "ü"], "3": True}
     assert json.loads(path.read_text(encoding="utf-8"))["of"] == [1, "ü"]
+    write_json(path, {"name": "\udcff.png"})
+    assert read_json(path, "a test") == {"name": "\udcff.png"}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"a": 1} x'])
