@@ -120,6 +120,7 @@ class Context:
     machine: dict[str, Any]
     deadline: float  # of the stage that runs, on time.monotonic()'s clock
     work: Path = WORK
+    all_tests: bool = False
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -173,9 +174,15 @@ def tests_that_import(name: str, tests: Path) -> list[Path]:
     return sorted(path for path in tests.glob("test_*.py") if pattern.search(path.read_text(encoding="utf-8")))
 
 
-def pytest_command(missing: Sequence[str], processors: int, xml: Path, tests: Path) -> tuple[list[str], list[str]]:
-    """The command for the tests that this environment can run, and what is left out."""
+def pytest_command(
+    missing: Sequence[str], processors: int, xml: Path, tests: Path, *, all_tests: bool = False
+) -> tuple[list[str], list[str]]:
+    """The command for the tests that this environment can run, and what is left out.
+
+    Unless ``all_tests``, only those that need a GPU: the others take minutes, and prove here what they prove elsewhere.
+    """
     command = [sys.executable, "-m", "pytest", str(tests), "-q", "--durations=8", "-p", "no:cacheprovider"]
+    command += [] if all_tests else ["-m", "gpu"]
     command += [f"--junitxml={xml}"]
     notes = []
     if "pytest_benchmark" in missing:
@@ -220,7 +227,7 @@ def run_tests(context: Context) -> Outcome:
     xml = context.work / "tests.xml"
     xml.unlink(missing_ok=True)
     context.work.mkdir(parents=True, exist_ok=True)
-    command, notes = pytest_command(missing, os.cpu_count() or 1, xml, ROOT / "tests")
+    command, notes = pytest_command(missing, os.cpu_count() or 1, xml, ROOT / "tests", all_tests=context.all_tests)
     environment = context.environment(ALPHAEXT_REQUIRE_GPU="1")
     ran = run_process(command, context.left(), environment, context.work / "tests.log")
     counts = read_junit(xml)
@@ -502,6 +509,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the stages and end")
     parser.add_argument("--output", metavar="NAME", help="name of the files written (default: after the GPU)")
     parser.add_argument("--directory", type=Path, default=BENCH / "results", help="where (default: bench/results)")
+    parser.add_argument("--all-tests", action="store_true", help="run those tests too that need no GPU (some minutes)")
     parser.add_argument("--commit", help="what to record as the commit, where there is no git history")
     parser.add_argument(
         "--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="for all stages together (default: %(default)g)"
@@ -526,7 +534,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{stage.name:<12}{stage.text}")
         return 0
     started = time.monotonic()
-    context = Context({}, started + options.limit)
+    context = Context({}, started + options.limit, all_tests=options.all_tests)
     context.machine, trouble = describe_machine(context)
     if "gpu" not in context.machine:
         reason = f"PyTorch cannot be asked:\n{trouble}" if trouble else f"torch {context.machine['torch']} sees none"

@@ -232,7 +232,8 @@ def test_what_is_not_installed_is_left_out_and_said(tmp_path):
     (tmp_path / "test_a.py").write_text("from hypothesis import given\n")
     (tmp_path / "test_b.py").write_text("import torch\n")
     command, notes = gpu.pytest_command([], 16, tmp_path / "x.xml", tmp_path)
-    assert notes == [] and command[-2:] == ["-n", "8"] and "-o" not in command
+    assert notes == [] and command[-2:] == ["-n", "8"] and "-o" not in command and "-m gpu" in " ".join(command)
+    assert "-m gpu" not in " ".join(gpu.pytest_command([], 16, tmp_path / "x.xml", tmp_path, all_tests=True)[0])
     missing = ["pytest_benchmark", "xdist", "hypothesis", "expecttest"]
     command, notes = gpu.pytest_command(missing, 16, tmp_path / "x.xml", tmp_path)
     assert f"--ignore={tmp_path / 'test_a.py'}" in command and "not opcheck" in command and "-n" not in command
