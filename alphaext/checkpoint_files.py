@@ -102,7 +102,7 @@ def _read_safetensors(path: Path) -> Payload:
 
 def _read_torch(path: Path) -> Any:
     # The file, not its path: by a path torch goes by the suffix, and this is about the content.
-    with path.open("rb") as file, _only_numpy_numbers(), warnings.catch_warnings():
+    with path.open("rb") as file, _only_stand_ins(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -164,26 +164,41 @@ def _numpy_number(kind: _NumpyType, raw: bytes) -> Any:
     return kind.number(raw)
 
 
+class _Settings:
+    """Stands for the objects that training scripts keep their options in: it takes what belongs to them, and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 # What torch's reader may find beyond tensors and plain containers: single NumPy numbers (an accuracy), under their names in
-# NumPy 1 and 2. No name leads to NumPy's own functions.
-_NUMPY_NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+# NumPy 1 and 2; the options of torchvision's and timm's training scripts, and those of RIDE's. No name leads to any function or
+# class but the stand-ins above.
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_numpy_number, "numpy.core.multiarray.scalar"),
     (_numpy_number, "numpy._core.multiarray.scalar"),
     (_NumpyType, "numpy.dtype"),
+    (_Settings, "argparse.Namespace"),
+    (_Settings, "parse_config.ConfigParser"),
+    (_Settings, "pathlib.PosixPath"),
+    (_Settings, "pathlib._local.PosixPath"),
 ]
 _LOCK = threading.Lock()
 
 
 @contextmanager
-def _only_numpy_numbers() -> Iterator[None]:
-    """Let torch's reader take NumPy numbers, and nothing else that the process may have allowed for files of its own."""
+def _only_stand_ins() -> Iterator[None]:
+    """Let torch's reader take these, and nothing else that the process may have allowed for files of its own."""
     with _LOCK:
         allowed = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(_NUMPY_NUMBERS)
+        torch.serialization.add_safe_globals(_STAND_INS)
         try:
             yield
         finally:
-            added = [entry for entry in torch.serialization.get_safe_globals() if entry not in _NUMPY_NUMBERS]
+            added = [entry for entry in torch.serialization.get_safe_globals() if entry not in _STAND_INS]
             torch.serialization.clear_safe_globals()
             torch.serialization.add_safe_globals(allowed + added)

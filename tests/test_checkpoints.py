@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import doctest
 import errno
 import io
 import os
 import pickle
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -674,6 +677,36 @@ class Evaluate:
 
 class Thing:
     pass
+
+
+def test_the_options_of_training_scripts_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchvision's and timm's scripts keep them, and RIDE's; they are in the repaired file as they were."""
+    script = types.ModuleType("parse_config")
+    script.ConfigParser = type("ConfigParser", (), {"__module__": "parse_config"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "parse_config", script)
+    config = script.ConfigParser()
+    config.__dict__ |= {"_config": OrderedDict(lr=0.1), "_save_dir": Path("saved/x"), "log_levels": {0: 30}, "resume": None}
+    content = {
+        "model": {"conv.weight": torch.ones(WIDTH, 3, 1, 1), "fc.weight": torch.randn(CLASSES, WIDTH)},
+        "args": argparse.Namespace(lr=0.1, device=torch.device("cpu"), output_dir=Path("."), names=["a"]),
+        "config": config,
+    }
+    torch.save(content, tmp_path / "m.pth")
+    checkpoint = read_checkpoint(tmp_path / "m.pth")
+    assert torch.equal(checkpoint.weight, content["model"]["fc.weight"])
+    linear = checkpoint.linear()
+    linear.weight.data[1] *= 2
+    write_repaired(checkpoint, linear, [1], tmp_path / "repaired.pth")
+    again = torch.load(tmp_path / "repaired.pth", weights_only=False)
+    assert again["args"] == content["args"] and again["config"].__dict__ == config.__dict__
+    assert torch.equal(again["model"]["fc.weight"], linear.weight)
+
+
+def test_options_do_not_hide_code(tmp_path: Path) -> None:
+    options = argparse.Namespace(callback=print)
+    torch.save({"model": {"fc.weight": torch.randn(CLASSES, WIDTH)}, "args": options}, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"print.* would run code"):
+        read_checkpoint(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("new_form", [True, False])

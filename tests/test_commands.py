@@ -396,3 +396,10 @@ def test_every_key_of_the_documented_configuration_is_known(digits):
     config = read_config(digits / "alphaext.toml", COMMANDS.values())
     assert config["data"]["train"] == digits / "train.txt" and config["fit"]["top_k"] == 3
     assert Doctor(train="x").topic == "data"
+
+
+def test_experts_that_want_normalised_features_are_not_taken_for_a_plain_classifier(digits, tmp_path, capsys):
+    columns = {f"backbone.linears.{expert}.weight": torch.randn(256, 10) for expert in range(2)}
+    torch.save({"state_dict": {"backbone.conv1.weight": torch.ones(2, 3, 1, 1), **columns}}, tmp_path / "ride.pth")
+    run(digits, "fit", "--classifier", tmp_path / "ride.pth", "--output", tmp_path / "alpha", code=2)
+    assert "2 experts' features at length 1" in capsys.readouterr().err

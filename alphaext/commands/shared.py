@@ -253,7 +253,13 @@ def read_classifier(path: Path, num_classes: int | None = None, layer: str | Non
                 f"classifier must be a checkpoint or a folder of results, there is no {CLASSIFIER} in {str(path)!r}"
             )
         path = inside[0]
-    return read_checkpoint(path, classifier=layer, num_classes=num_classes).linear()
+    checkpoint = read_checkpoint(path, classifier=layer, num_classes=num_classes)
+    if checkpoint.feature_normalization != "none":
+        raise ValueError(
+            f"{str(path)!r} wants its {checkpoint.experts} experts' features at length 1, which cached ones are not: prepare "
+            "them with Checkpoint.prepare_features and alphaext.write_features, and save its linear() with alphaext.save_linear"
+        )
+    return checkpoint.linear()
 
 
 def warn_of_other_features(linear: nn.Linear, features: Features, name: str) -> None:
