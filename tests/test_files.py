@@ -6,6 +6,9 @@ import errno
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,23 +68,32 @@ def test_output_files_are_checked_before_any_work(tmp_path):
         check_output_file(tmp_path, "output")
 
 
-def _holds(folder, held, release):
-    with folder_lock(folder, "features"):
-        held.set()
-        release.wait(20)
-        if not release.is_set():
-            os._exit(1)
+HOLDER = """
+import sys, time
+from alphaext._files import folder_lock
+with folder_lock(sys.argv[1], "features"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_a_folder_is_held_by_one_process_and_by_no_dead_one(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    process = context.Process(target=_holds, args=(tmp_path, held, release))
-    process.start()
-    assert held.wait(30)
-    with pytest.raises(ValueError, match="another process is writing features into"), folder_lock(tmp_path, "features"):
-        pass
-    process.kill()
-    process.join()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process is writing features into"), folder_lock(tmp_path, "features"):
+            pass
+        process.kill()
     with folder_lock(tmp_path, "features"):
         pass
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    with folder_lock(tmp_path, "features"):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+    try:
+        with folder_lock(tmp_path, "features"):
+            assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
