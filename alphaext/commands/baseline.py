@@ -22,6 +22,7 @@ from .shared import CommonOptions, FeaturesOptions, SplitOptions
 
 _NEED_A_CLASSIFIER = ("tau", "lws", "logit-adjustment", "few-bias")
 _CHECKPOINT = "checkpoint.pt"
+_SHOWN = 15  # candidates, around the chosen one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,13 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions):
             names = [name for name in result["table"][0] if name not in ("few", "medium", "many", "all")]
             for name in (*names, "few", "medium", "many", "all"):
                 table.add_column(name, justify="right")
-            for row in result["table"]:
-                own = (f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for name in names)
-                chosen = all(result["chosen"].get(name) == row[name] for name in names)
+            is_chosen = [all(result["chosen"].get(name) == row[name] for name in names) for row in result["table"]]
+            first = max(0, is_chosen.index(True) - _SHOWN // 2) if True in is_chosen else 0
+            for row, chosen in list(zip(result["table"], is_chosen, strict=True))[first : first + _SHOWN]:
+                own = (f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in names)
                 cells = (percent(row.get(split)) for split in ("few", "medium", "many", "all"))
                 table.add_row(*own, *cells, style="bold" if chosen else None)
+            if len(result["table"]) > _SHOWN:
+                table.caption = f"{_SHOWN} of {len(result['table'])} candidates; all are in {shared.RESULT}"
             console.print(table)
         console.print(f"Classifier: {folder / shared.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)

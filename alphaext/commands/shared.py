@@ -281,7 +281,7 @@ def start_output(folder: Path, *, overwrite: bool) -> Path:
     if (folder / RESULT).exists():
         if not overwrite:
             raise ValueError(f"output holds results already: {str(folder)!r}; give another folder, or --overwrite")
-        (folder / RESULT).unlink()
+        (folder / RESULT).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
