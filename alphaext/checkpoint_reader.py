@@ -230,6 +230,12 @@ def read_checkpoint(
     scale = _check_scale(scale)
     file_path = Path(path)
     payload = read_payload(file_path)
+    if {"weight", "members", "z", "w2", "b2"} <= set(payload.content):
+        # Its weight is the classifier that the Alpha Net was made from, not the repaired one.
+        raise ValueError(
+            f"{file_path} is the state of an Alpha Net, not a classifier: fold it, AlphaNet.from_state_dict(state).fold(), or "
+            "take the classifier.pth that 'alphaext fit' wrote beside it"
+        )
     layout = find_layout(payload, file_path, classifier=classifier, num_classes=num_classes, state=state)
     check_classifier_tensors(layout, payload, file_path)
     stored = {key_path: tensor_at(payload.content, key_path) for key_path in layout.classifier_tensors}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
 import sys
 import traceback
 import warnings
@@ -14,8 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
+from . import __version__
 from ._files import without_nan
-from .commands import COMMANDS, CommonOptions
+from .commands import COMMANDS, CONFIGURABLE, Extract, Train
+from .commands.shared import is_main_process, started_by_torchrun
 from .config import Options, add_flags, from_flags, kinds_of, read_config
 
 _DESCRIPTION = """\
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each option comes from a field of the command's options class."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="alphaext", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
+    parser.add_argument("--version", action="version", version=f"alphaext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, cls in COMMANDS.items():
         description = inspect.cleandoc(cls.__doc__ or "")
@@ -61,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on standard output")
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
-        if issubclass(cls, CommonOptions):
+        if cls in CONFIGURABLE:
             command.add_argument("--config", metavar="FILE", help="a TOML file with options; flags go over it")
-        add_flags(command, cls)
+        add_flags(command, cls, configurable=cls in CONFIGURABLE)
     return parser
 
 
@@ -82,17 +84,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = vars(build_parser().parse_args(arguments))
     cls = COMMANDS[flags.pop("command")]
     as_json, show_traceback, config_file = flags.pop("json"), flags.pop("traceback"), flags.pop("config", None)
-    # Of several processes that torchrun started, one speaks.
-    quiet = as_json or os.environ.get("RANK", "0") != "0"
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        config = None if config_file is None else read_config(config_file, COMMANDS.values())
+        if started_by_torchrun() and not issubclass(cls, (Extract, Train)):
+            raise ValueError("torchrun starts several processes, which share the work of train and extract alone")
+        config = None if config_file is None else read_config(config_file, CONFIGURABLE)
         options: Any = from_flags(cls, flags, config)
-        # Where there is no terminal, there is no width to keep to: wide enough for every table.
         with warnings.catch_warnings():
             # As a line of text, without the place in the source that users have no use for.
             warnings.showwarning = lambda message, *_: errors.print(f"warning: {message}", markup=False, highlight=False)
-            result = options.run(Console(quiet=quiet, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES))
+            # Where there is no terminal, there is no width to keep to: wide enough for every table.
+            width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
+            result = options.run(Console(quiet=as_json or not is_main_process(), width=width))
+        if as_json and is_main_process():
+            # Without letters beyond ASCII, which standard output may not know.
+            print(json.dumps(without_nan(result), indent=2), flush=True)
     except KeyboardInterrupt:
         errors.print("interrupted")
         return 130
@@ -104,8 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         errors.print(f"alphaext: {_message(error)}", markup=False, highlight=False)
         return code
-    if as_json and os.environ.get("RANK", "0") == "0":
-        print(json.dumps(without_nan(result), indent=2, ensure_ascii=False))
     return int(result.get("exit_code", 0)) if isinstance(result, dict) else 0
 
 

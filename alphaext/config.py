@@ -170,7 +170,7 @@ def _unwrap(hint: Any) -> tuple[type, bool, bool]:
     return plain, optional, many
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
+def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, configurable: bool = True) -> None:
     """Give ``parser`` a flag for every option of ``cls``, in groups by section. What is not given is not in the result."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     # The command's own options first, and of these what must be given.
@@ -182,7 +182,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
     for kind in sorted(kinds_of(cls), key=place):
         if kind.section not in groups:
             where = f"in [{kind.section}]" if kind.section else "at the top"
-            groups[kind.section] = parser.add_argument_group(f"options, {where} of a configuration")
+            title = f"options, {where} of a configuration" if configurable else "its options"
+            groups[kind.section] = parser.add_argument_group(title)
         group = groups[kind.section]
         text = kind.help.replace("%", "%%") + (" (required)" if kind.required else "")
         if not kind.required and kind.default not in (None, ()):
@@ -193,6 +194,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
             continue
         settings: dict[str, Any] = {"type": kind.parse, "help": text, "choices": kind.choices}
         settings["metavar"] = kind.metavar or (None if kind.choices else _METAVARS[kind.type])
+        if kind.positional and kind.choices:
+            # argparse would ask whether the default is among them; they are checked when the options are made.
+            settings |= {"choices": None, "metavar": "{" + ",".join(kind.choices) + "}"}
         if kind.many:
             settings["nargs"] = "*" if kind.positional or kind.optional else "+"
         elif kind.positional:
@@ -247,7 +251,7 @@ def read_config(path: str | os.PathLike[str], commands: Iterable[type[Options]])
     if not file.is_file():
         raise FileNotFoundError(f"config must be a TOML file, there is no {str(file)!r}")
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config {str(file)!r} is not TOML: {error}") from error
     known: dict[str, dict[str, Kind]] = {"": {}}

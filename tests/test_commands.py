@@ -174,12 +174,12 @@ def test_an_interrupted_fit_goes_on(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("alphaext.training._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     monkeypatch.setattr(sweep.Run, "end_epoch", interrupted)
     run(digits, *arguments, "--output", tmp_path / "parts", code=130)
-    assert not (tmp_path / "parts" / "result.json").exists() and list((tmp_path / "parts" / "checkpoints").iterdir())
+    assert not (tmp_path / "parts" / "result.json").exists() and list((tmp_path / "parts" / ".alphaext-fit").iterdir())
     monkeypatch.setattr(sweep.Run, "end_epoch", original)
     run(digits, *arguments, "--output", tmp_path / "parts")
     whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
     assert whole["alphas"] == parts["alphas"] and whole["history"] == parts["history"]
-    assert not (tmp_path / "parts" / "checkpoints").exists()
+    assert not (tmp_path / "parts" / ".alphaext-fit").exists()
 
 
 def test_doctor_finds_nothing_wrong_and_what_is_wrong(digits, tmp_path, capsys):
@@ -404,3 +404,163 @@ def test_experts_that_want_normalised_features_are_not_taken_for_a_plain_classif
     torch.save({"state_dict": {"backbone.conv1.weight": torch.ones(2, 3, 1, 1), **columns}}, tmp_path / "ride.pth")
     run(digits, "fit", "--classifier", tmp_path / "ride.pth", "--output", tmp_path / "alpha", code=2)
     assert "2 experts' features at length 1" in capsys.readouterr().err
+
+
+def digits_copy(digits: Path, tmp_path: Path, *names: str) -> None:
+    for name in names:
+        shutil.copytree(digits / name, tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def repaired(digits) -> Path:
+    run(digits, "fit", "--classifier", digits / "joint", "--output", digits / "repaired-joint")
+    return digits / "repaired-joint"
+
+
+def test_nothing_of_the_users_own_is_removed_or_replaced(digits, tmp_path, capsys):
+    own = tmp_path / "project"
+    (own / "checkpoints").mkdir(parents=True)
+    for name in ("checkpoints/best.pth", "checkpoint.pt", "mine.csv"):
+        (own / name).write_text("mine")
+    run(digits, "fit", "--classifier", digits / "joint", "--epochs", "1", "--output", own)
+    run(digits, "baseline", "tau", "--tau", "0.5", "--classifier", digits / "joint", "--output", own, "--overwrite")
+    for name in ("checkpoints/best.pth", "checkpoint.pt", "mine.csv"):
+        assert (own / name).read_text() == "mine"
+    # A classifier of the user's own, which is the input too.
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(own / "classifier.pth", other)
+    before = (other / "classifier.pth").read_bytes()
+    run(digits, "baseline", "tau", "--classifier", other / "classifier.pth", "--output", other, code=2)
+    assert "there is classifier.pth in" in capsys.readouterr().err and (other / "classifier.pth").read_bytes() == before
+    (other / "project.csv").write_text("mine")
+    run(digits, "evaluate", digits / "joint", own, "--output", other, code=2)
+    assert (other / "project.csv").read_text() == "mine"
+
+
+def test_old_results_stay_until_there_are_new_ones(digits, repaired, tmp_path):
+    digits_copy(digits, tmp_path, "repaired-joint")
+    folder = tmp_path / "repaired-joint"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for options in (["--gamma", "2"], ["--lr", "1e30", "--init", "default"], ["--top-k", "99"]):
+        assert cli.main(["fit", "--config", str(digits / "alphaext.toml"), "--classifier", str(digits / "joint"), *options,
+                         "--output", str(folder), "--overwrite"]) in (1, 2)  # fmt: skip
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name in before} == before
+
+
+def test_old_results_are_not_taken_for_new_ones(digits, repaired, tmp_path, capsys):
+    digits_copy(digits, tmp_path, "repaired-joint")
+    folder = tmp_path / "repaired-joint"
+    run(digits, "baseline", "crt", "--epochs", "1", "--output", folder, "--overwrite")
+    assert not (folder / "head.pt").exists()
+    options = ["--epochs", "1", "--batch-size", "64", "--workers", "0"]
+    assert cli.main(["train", "--config", str(digits / "train.toml"), *options, "--output", str(folder), "--overwrite"]) == 0
+    assert not (folder / "classifier.pth").exists()
+    trained = commands.shared.read_classifier(folder)
+    assert torch.equal(trained.weight, torch.load(folder / "model.pth", weights_only=True)["fc.weight"])
+    (folder / "result.json").unlink()
+    with pytest.raises(FileNotFoundError, match="finished results"):
+        commands.shared.read_classifier(folder)
+
+
+def test_overwrite_starts_a_training_anew(digits, tmp_path):
+    arguments = ["train", "--config", str(digits / "train.toml"), "--output", str(tmp_path / "t"), "--batch-size", "64"]
+    assert cli.main([*arguments, "--epochs", "1"]) == 0
+    assert cli.main([*arguments, "--epochs", "1", "--lr", "0.01"]) == 2
+    assert cli.main([*arguments, "--epochs", "1", "--lr", "0.01", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "t" / "run.json").read_text())["options"]["lr"] == 0.01
+
+
+def test_a_head_is_no_classifier(digits, repaired, capsys):
+    run(digits, "evaluate", digits / "joint", repaired / "head.pt", code=2)
+    assert "is the state of an Alpha Net" in capsys.readouterr().err
+
+
+def test_features_that_do_not_belong_together_are_refused(digits, tmp_path, capsys):
+    digits_copy(digits, tmp_path, "features")
+    sidecar = tmp_path / "features" / "val" / "features.json"
+    content = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(content | {"model": "another"}))
+    arguments = ["--features", tmp_path / "features", "--classifier", digits / "joint", "--output", tmp_path / "alpha"]
+    run(digits, "fit", *arguments, code=2)
+    assert "do not belong together: the network" in capsys.readouterr().err.replace("\n", " ")
+    run(digits, "baseline", "lws", *arguments, code=2)
+    run(digits, "evaluate", digits / "joint", "--part", "val", "--features", tmp_path / "features", code=2)
+
+
+def test_folders_of_classes_are_in_the_training_folders_order(digits, tmp_path, capsys):
+    for part in ("train", "val"):
+        shutil.copytree(digits / part, tmp_path / part)
+    options = {
+        **{"features": tmp_path / "features", "train": tmp_path / "train", "val": tmp_path / "val", "device": "cpu"},
+        **{"backbone": "resnet18", "transform": "small", "image_size": 32, "checkpoint": digits / "joint" / "model.pth"},
+    }
+    (tmp_path / "val" / "3").rename(tmp_path / "val" / "z3")
+    with pytest.raises(ValueError, match="z3"):
+        Extract(**options).run()
+    (tmp_path / "val" / "z3").rename(tmp_path / "val" / "3")
+    assert Extract(**options, progress=False).run()["val"]["samples"] == 80
+
+
+def test_an_extraction_keeps_what_earlier_ones_found(digits, repaired, tmp_path, capsys):
+    digits_copy(digits, tmp_path, "features", "repaired-joint")
+    run(digits, "extract", "--features", tmp_path / "features")
+    before = (tmp_path / "features" / "run.json").stat().st_mtime_ns
+    run(digits, "extract", "--features", tmp_path / "features")
+    assert (tmp_path / "features" / "run.json").stat().st_mtime_ns == before
+    run(digits, "extract", "--features", tmp_path / "repaired-joint", code=2)
+    assert "holds the results of 'fit'" in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.touch()
+    run(digits, "extract", "--features", file, code=2)
+
+
+def test_a_classifier_without_bias_goes_back_into_a_file_with_one(digits, tmp_path):
+    run(digits, "baseline", "tau", "--tau", "0.5", "--classifier", digits / "joint", "--output", tmp_path / "tau")
+    with pytest.warns(UserWarning, match="every row of the classifier changes"):
+        Export(
+            **{"checkpoint": digits / "joint" / "model.pth", "repaired": tmp_path / "tau", "output": tmp_path / "tau.pth"},
+            **{"backbone": "resnet18", "image_size": 32, "device": "cpu"},
+        ).run()
+    after = torch.load(tmp_path / "tau.pth", weights_only=True)
+    assert torch.count_nonzero(after["fc.bias"]) == 0
+
+
+def test_the_layer_that_was_named_is_the_classifier(digits, tmp_path, capsys):
+    state = {
+        "a.weight": torch.ones(10, 512),
+        "a.bias": torch.zeros(10),
+        "b.weight": torch.zeros(10, 512),
+        "b.bias": torch.ones(10),
+    }
+    torch.save(state, tmp_path / "two.pth")
+    assert torch.equal(commands.shared.read_classifier(tmp_path / "two.pth", 10, "a").weight, state["a.weight"])
+    run(digits, "fit", "--classifier", tmp_path / "two.pth", "--classifier-layer", "none", "--output", tmp_path / "x", code=2)
+    assert "none" in capsys.readouterr().err
+
+
+def test_a_backbone_of_ones_own_starts_the_same_each_time(tmp_path, monkeypatch):
+    (tmp_path / "seeded_models.py").write_text("from torch import nn\ndef make(n):\n    return nn.Linear(4, n)\n")
+    monkeypatch.chdir(tmp_path)
+    one, two, three = (Train(output="x", backbone="seeded_models:make").model(3, seed).weight for seed in (0, 0, 1))
+    assert torch.equal(one, two) and not torch.equal(one, three)
+
+
+def test_several_processes_are_for_those_who_share_work(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["info"]) == 2 and "torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "abc")
+    assert cli.main(["info", "--json"]) == 0 and json.loads(capsys.readouterr().out)["simd"]
+
+
+def test_defaults_of_what_is_given_by_place(digits, capsys):
+    run(digits, "doctor", "--no-read-images")
+    assert cli.main(["doctor", "nothing"]) == 2
+    assert "topic must be one of data, install, got 'nothing'" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_names_with_brackets_are_no_markup(digits, tmp_path, capsys):
+    run(digits, "fit", "--classifier", digits / "joint", "--epochs", "1", "--output", tmp_path / "alpha [/red]")
+    run(digits, "fit", "--classifier", tmp_path / "alpha [/red]", "--epochs", "1", "--output", tmp_path / "again [v1]")
+    assert "alpha [/red]" in capsys.readouterr().out

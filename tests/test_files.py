@@ -88,9 +88,17 @@ def test_a_folder_is_held_by_one_process_and_by_no_dead_one(tmp_path):
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+
+    def live_on():
+        started.set()
+        time.sleep(60)
+
     with folder_lock(tmp_path, "features"):
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child = context.Process(target=live_on)
         child.start()
+        assert started.wait(30)
     try:
         with folder_lock(tmp_path, "features"):
             assert child.is_alive()

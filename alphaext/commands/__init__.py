@@ -21,7 +21,20 @@ from .fit import Fit
 from .shared import CommonOptions
 from .train import Train
 
-__all__ = ["COMMANDS", "Baseline", "CommonOptions", "Demo", "Doctor", "Evaluate", "Export", "Extract", "Fit", "Info", "Train"]
+__all__ = [
+    "COMMANDS",
+    "CONFIGURABLE",
+    "Baseline",
+    "CommonOptions",
+    "Demo",
+    "Doctor",
+    "Evaluate",
+    "Export",
+    "Extract",
+    "Fit",
+    "Info",
+    "Train",
+]
 
 COMMANDS: dict[str, type[Options]] = {
     "demo": Demo,
@@ -35,3 +48,6 @@ COMMANDS: dict[str, type[Options]] = {
     "info": Info,
 }
 """Each command's options, by its name, in the order of a first use."""
+
+CONFIGURABLE = tuple(cls for cls in COMMANDS.values() if issubclass(cls, CommonOptions))
+"""The commands that one TOML file serves."""

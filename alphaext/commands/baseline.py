@@ -18,15 +18,16 @@ from ..features import Features
 from ..selection import BaselineResult
 from ..tables import percent
 from . import shared
-from .shared import CommonOptions, FeaturesOptions, SplitOptions
+from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
+_CHOOSE = {"tau": "tau", "logit-adjustment": "tau", "few-bias": "offset"}
 _NEED_A_CLASSIFIER = ("tau", "lws", "logit-adjustment", "few-bias")
-_CHECKPOINT = "checkpoint.pt"
+_CHECKPOINT = ".alphaext-baseline.pt"  # nobody else's
 _SHOWN = 15  # candidates, around the chosen one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Baseline(CommonOptions, FeaturesOptions, SplitOptions):
+class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     """Make a classifier by another method, from cached features: ncm, tau, crt, lws, logit-adjustment or few-bias.
 
     What a method leaves open (the tau, the strength, the bias) is chosen on validation features, never on test ones. The result
@@ -77,17 +78,26 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions):
         console, started = shared.console_or_quiet(console), time.monotonic()
         if self.name in _NEED_A_CLASSIFIER and self.classifier is None:
             raise ValueError(f"--classifier must be given for {self.name}, which starts from a trained classifier")
-        train = shared.read_part(self.features, "train")
-        val = shared.read_part(self.features, "val") if (self.features / "val").is_dir() else None
+        train, val = shared.read_train_and(self.features, "val", optional=True)
+        if val is None and self.name in _CHOOSE and getattr(self, _CHOOSE[self.name]) is None:
+            raise ValueError(
+                f"--{_CHOOSE[self.name]} must be given for {self.name} where there are no validation features to choose it by: "
+                f"there is no {str(self.features / 'val')!r}"
+            )
         split = self.split(train)
-        linear = None if self.classifier is None else shared.read_classifier(self.classifier, train.num_classes)
-        folder = shared.start_output(self.output, overwrite=self.overwrite)
-        made = self._make(train, val, split, linear, folder)
-        save_linear(made.linear, folder / shared.CLASSIFIER, overwrite=True)
-        result = made.to_dict()
-        shared.write_results(folder, "baseline", self, result, started)
-        (folder / _CHECKPOINT).unlink(missing_ok=True)
-        self._print(console, result, folder)
+        linear = None
+        if self.classifier is not None:
+            linear = shared.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
+        with shared.output_folder(self.output, shared.CLASSIFIER, overwrite=self.overwrite) as folder:
+            if self.overwrite:
+                (folder.path / _CHECKPOINT).unlink(missing_ok=True)
+            made = self._make(train, val, split, linear, folder.path)
+            result = made.to_dict()
+            folder.clear()
+            save_linear(made.linear, folder.path / shared.CLASSIFIER, overwrite=True)
+            shared.write_results(folder.path, "baseline", self, result, started)
+            (folder.path / _CHECKPOINT).unlink(missing_ok=True)
+        self._print(console, result, self.output)
         return result
 
     def _make(

@@ -41,9 +41,12 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         return self._install(console) if self.topic == "install" else self._data(console, started)
 
     def _data(self, console: Console, started: float) -> dict[str, Any]:
-        from ..doctor import check_classifier_order, check_data
+        from ..doctor import Finding, check_classifier_order, check_data
 
         checkpoint = None if self.checkpoint is None else self.read_checkpoint()
+        if self.features is not None and checkpoint is None:
+            raise ValueError("--checkpoint must be given with --features: whose class order is checked")
+        part = None if self.features is None else shared.read_part(self.features, "train")
         # The lists are opened for what they say themselves: labels beyond the classifier are a finding, not an error here.
         train = self.need("train")
         num_classes = self.num_classes if checkpoint is None else checkpoint.num_classes
@@ -60,12 +63,13 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
             workers=self.workers,
             progress=self.progress,
         )
-        if self.features is not None:
-            if checkpoint is None:
-                raise ValueError("--checkpoint must be given with --features: whose class order is checked")
-            part = shared.read_part(self.features, "train")
-            linear = checkpoint.linear()
-            report.problems.append(check_classifier_order(linear, part.features, part.labels, class_names=report.class_names))
+        if part is not None and checkpoint is not None:
+            try:
+                names = report.class_names if part.num_classes == checkpoint.num_classes else None
+                found = check_classifier_order(checkpoint.linear(), part.features, part.labels, class_names=names)
+            except (ValueError, TypeError) as error:
+                found = Finding("error", "checkpoint and features do not fit", str(error))
+            report.problems.append(found)
         report.seconds = time.monotonic() - started
         report.print(console)
         return {**report.to_dict(), "exit_code": 0 if report.ok else 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,11 +16,11 @@ from ..config import option
 from ..evaluation import bootstrap_intervals, expected_calibration_error, predict, split_metrics
 from ..tables import class_rows_table, comparison_table, losses_table, metrics_table
 from . import shared
-from .shared import CommonOptions, FeaturesOptions, SplitOptions
+from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(CommonOptions, FeaturesOptions, SplitOptions):
+class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     """Measure classifiers on cached features: what each gains over the first, what it costs, and who pays.
 
     Top-1 and top-5 of few, medium, many and all classes with bootstrap intervals; each classifier compared with the first,
@@ -49,54 +50,65 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions):
         console, started = shared.console_or_quiet(console), time.monotonic()
         if not self.classifiers:
             raise ValueError("CLASSIFIERS must be given at least one, got none")
-        train, part = shared.read_part(self.features, "train"), shared.read_part(self.features, self.part)
+        train, part = shared.read_train_and(self.features, self.part)
+        assert part is not None
         split, device = self.split(train), shared.choose_device(self.device)
         names = shared.classifier_names(self.classifiers)
-        linears = [shared.read_classifier(path, train.num_classes) for path in self.classifiers]
+        linears = [shared.read_classifier(path, train.num_classes, self.classifier_layer) for path in self.classifiers]
+        heads = [shared.read_head(path) for path in self.classifiers]
         for linear, path in zip(linears, self.classifiers, strict=True):
             shared.warn_of_other_features(linear, part, str(path))
-        folder = None if self.output is None else shared.start_output(self.output, overwrite=self.overwrite)
-        predictions = {
-            name: predict(linear.to(device), part.features, part.labels, progress=self.progress)
-            for name, linear in zip(names, linears, strict=True)
-        }
-        bootstrap: dict[str, Any] = {"resamples": self.resamples, "confidence": self.confidence, "seed": self.seed}
-        metrics = {name: split_metrics(found, split) for name, found in predictions.items()}
-        intervals = {name: bootstrap_intervals(found, split, **bootstrap) for name, found in predictions.items()}
-        calibration = {name: expected_calibration_error(found, split) for name, found in predictions.items()}
+        tables = [f"{name}.csv" for name in names[1:]]
+        with ExitStack() as stack:
+            folder = None
+            if self.output is not None:
+                opened = shared.output_folder(self.output, *tables, overwrite=self.overwrite)
+                folder = stack.enter_context(opened)
+            predictions = {
+                name: predict(linear.to(device), part.features, part.labels, progress=self.progress)
+                for name, linear in zip(names, linears, strict=True)
+            }
+            bootstrap: dict[str, Any] = {"resamples": self.resamples, "confidence": self.confidence, "seed": self.seed}
+            metrics = {name: split_metrics(found, split) for name, found in predictions.items()}
+            intervals = {name: bootstrap_intervals(found, split, **bootstrap) for name, found in predictions.items()}
+            calibration = {name: expected_calibration_error(found, split) for name, found in predictions.items()}
+            comparisons = {name: compare(predictions[names[0]], predictions[name], split, **bootstrap) for name in names[1:]}
+            means = train.class_means() if any(head is not None for head in heads[1:]) else None
+            rows = {
+                name: class_table(
+                    predictions[names[0]],
+                    predictions[name],
+                    split,
+                    train.class_counts(),
+                    class_names=train.class_names,
+                    head=head,
+                    class_means=None if head is None else means,
+                )
+                for name, head in zip(names[1:], heads[1:], strict=True)
+            }
+            result = {
+                "part": self.part,
+                "samples": len(part.labels),
+                "classes": {"few": len(split.few), "medium": len(split.medium), "many": len(split.many)},
+                "confidence": self.confidence,
+                "metrics": metrics,
+                "intervals": intervals,
+                "calibration_error": calibration,
+                "comparisons": {name: found.to_dict() for name, found in comparisons.items()},
+                "tables": tables,
+            }
+            # Written before anything is printed: a terminal that goes away takes no result with it.
+            if folder is not None:
+                folder.clear()
+                for name in names[1:]:
+                    write_class_table(rows[name], folder.path / f"{name}.csv", overwrite=True)
+                shared.write_results(folder.path, "evaluate", self, result, started)
         title = f"Accuracy on {len(part.labels):,} {self.part} samples, % ({self.confidence:.0%} intervals)"
         console.print(metrics_table(metrics, intervals=intervals, title=title))
-        comparisons = {name: compare(predictions[names[0]], predictions[name], split, **bootstrap) for name in names[1:]}
-        means = None
-        for name, path in zip(names[1:], self.classifiers[1:], strict=True):
-            head = shared.read_head(path)
-            if head is not None and means is None:
-                means = train.class_means()
-            rows = class_table(
-                predictions[names[0]],
-                predictions[name],
-                split,
-                train.class_counts(),
-                class_names=train.class_names,
-                head=head,
-                class_means=None if head is None else means,
-            )
-            self._print(console, f"{names[0]} -> {name}", comparisons[name], rows, train.class_names)
-            if folder is not None:
-                write_class_table(rows, folder / f"{name}.csv", overwrite=True)
-        result = {
-            "part": self.part,
-            "samples": len(part.labels),
-            "classes": {"few": len(split.few), "medium": len(split.medium), "many": len(split.many)},
-            "confidence": self.confidence,
-            "metrics": metrics,
-            "intervals": intervals,
-            "calibration_error": calibration,
-            "comparisons": {name: found.to_dict() for name, found in comparisons.items()},
-        }
-        if folder is not None:
-            shared.write_results(folder, "evaluate", self, result, started)
-            console.print(f"Results: {folder}", markup=False, highlight=False, soft_wrap=True)
+        for name in names[1:]:
+            self._print(console, f"{names[0]} -> {name}", comparisons[name], rows[name], train.class_names)
+        if self.output is not None:
+            console.print(f"Results: {self.output}", markup=False, highlight=False, soft_wrap=True)
         return result
 
     def _print(

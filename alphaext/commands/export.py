@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..config import option
+from ..selection import make_linear
 from . import shared
 from .shared import CommonOptions, ModelOptions
 
@@ -38,10 +40,20 @@ class Export(CommonOptions, ModelOptions):
 
         console = shared.console_or_quiet(console)
         checkpoint = self.read_checkpoint()
-        linear = shared.read_classifier(self.repaired, checkpoint.num_classes)
+        linear = shared.read_classifier(self.repaired, checkpoint.num_classes, self.classifier_layer)
+        bias: Tensor | None = linear.bias
+        if bias is None and checkpoint.bias is not None:
+            # What has no bias has one of zeros, and the file has a place for it.
+            linear = make_linear(linear.weight, torch.zeros(len(linear.weight), dtype=linear.weight.dtype))
         changed = changed_rows(checkpoint.linear(), linear)
         if len(changed) == 0:
             raise ValueError(f"repaired must differ from the checkpoint in some row, {str(self.repaired)!r} does in none")
+        if len(changed) == checkpoint.num_classes:
+            warnings.warn(
+                f"every row of the classifier changes: make sure that {str(self.repaired)!r} is for the network in "
+                f"{str(self.checkpoint)!r}",
+                stacklevel=2,
+            )
         model = None if self.backbone is None else self.model(checkpoint.num_classes).eval()
         report = export(
             checkpoint,

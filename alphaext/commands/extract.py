@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from .._files import read_json
 from ..config import option
+from ..images import LabelledImages
 from . import shared
 from .shared import CommonOptions, DataOptions, FeaturesOptions, ModelOptions
 
@@ -48,7 +51,8 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
         device = shared.choose_device(self.device)
         with process_group(device) as group:
             model = self.trained_model(self.num_classes, group.device)
-            parts = {part: self.need(part, num_classes=model.num_classes) for part in named}
+            parts = self._open(named, model.num_classes)
+            before = self._earlier_results()
             if group.is_main:
                 self.features.mkdir(parents=True, exist_ok=True)
             group.barrier()
@@ -77,9 +81,29 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
                     "skipped": [entry["name"] for entry in features.metadata.get("skipped", [])],
                 }
             if group.is_main:
-                shared.write_results(self.features, "extract", self, results, started)
+                # Nothing is written where nothing is new: a folder of features may be read-only.
+                if before != before | results:
+                    shared.write_results(self.features, "extract", self, before | results, started)
                 _print(console, results)
         return results
+
+    def _open(self, parts: list[str], num_classes: int) -> dict[str, LabelledImages]:
+        """The images of all parts, before any of them is extracted; folders of classes in the order of the training ones."""
+        names = None
+        if self.train is not None and self.train.is_dir():
+            names = self.need("train", num_classes=num_classes).class_names
+        return {part: self.need(part, num_classes=num_classes, class_names=names) for part in parts}
+
+    def _earlier_results(self) -> dict[str, Any]:
+        """What an earlier extraction into this folder found, of other parts too."""
+        if self.features.exists() and not self.features.is_dir():
+            raise ValueError(f"features must be a folder, got the file {str(self.features)!r}")
+        if not (self.features / shared.RUN).is_file():
+            return {}
+        command = read_json(self.features / shared.RUN, "a run of alphaext").get("command")
+        if command != "extract":
+            raise ValueError(f"features must be a folder of features, {str(self.features)!r} holds the results of {command!r}")
+        return shared.read_result(self.features) if (self.features / shared.RESULT).is_file() else {}
 
 
 def _print(console: Console, results: dict[str, Any]) -> None:
@@ -87,6 +111,6 @@ def _print(console: Console, results: dict[str, Any]) -> None:
     for name in ("part", "samples", "width", "skipped", "folder"):
         table.add_column(name, justify="left" if name in ("part", "folder") else "right", overflow="fold")
     for part, result in results.items():
-        row = (str(result["samples"]), str(result["width"]), str(len(result["skipped"])), result["folder"])
-        table.add_row(part, *row)
+        numbers = (str(result["samples"]), str(result["width"]), str(len(result["skipped"])))
+        table.add_row(part, *numbers, Text(result["folder"]))
     console.print(table)

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from .._checks import check_gamma
 from .._files import whole_file
 from ..config import option
 from ..modules import AlphaNet
@@ -21,9 +23,9 @@ from ..sweep import SweepRun, fit_many
 from ..tables import percent
 from ..training import selection_score
 from . import shared
-from .shared import CommonOptions, FeaturesOptions, SplitOptions
+from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
-_CHECKPOINTS = "checkpoints"
+_CHECKPOINTS = ".alphaext-fit"  # nobody else's
 _OF_THE_HEAD = ("top_k", "pool", "metric", "pca_dim", "hidden_dim", "rule", "init", "shared", "projected_gradient", "seed")
 _OF_THE_TRAINING = (
     *("epochs", "batch_size", "lr", "momentum", "weight_decay", "nesterov", "lr_schedule", "lr_step", "lr_factor"),
@@ -32,7 +34,7 @@ _OF_THE_TRAINING = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit(CommonOptions, FeaturesOptions, SplitOptions):
+class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     """Rebuild the few rows of a classifier: train an Alpha Net on cached features and fold it.
 
     With several gammas each is trained, and validation features choose. Writes classifier.pth (a plain weight and bias),
@@ -82,49 +84,56 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions):
         console, started = shared.console_or_quiet(console), time.monotonic()
         if not self.gamma:
             raise ValueError("gamma must be given at least one value, got none")
-        train = shared.read_part(self.features, "train")
-        val = shared.read_part(self.features, "val") if (self.features / "val").is_dir() else None
+        train, val = shared.read_train_and(self.features, "val", optional=True)
         if val is None and len(self.gamma) > 1:
             raise ValueError(
                 f"gamma must be one value where there are no validation features to choose by, got {len(self.gamma)}; "
                 f"there is no {str(self.features / 'val')!r}"
             )
-        linear = shared.read_classifier(self.classifier, train.num_classes)
+        linear = shared.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
         shared.warn_of_other_features(linear, train if val is None else val, str(self.classifier))
         linear = linear.to(shared.choose_device(self.device))
-        folder = shared.start_output(self.output, overwrite=self.overwrite)
-        runs = fit_many(
-            linear,
-            train.features,
-            train.labels,
-            self.configurations(),
-            val_features=None if val is None else val.features,
-            val_labels=None if val is None else val.labels,
-            split=self.split(train),
-            checkpoint=folder / _CHECKPOINTS,
-            progress=self.progress,
-        )
-        run = runs[choose(runs, self.select, self.min_all)]
-        assert run.head is not None and run.result is not None
-        result = {
-            "gamma": run.config["gamma"],
-            "chosen_on": None if val is None else "val",
-            "selection": run.result.selection,
-            "epoch": run.result.selected_epoch,
-            "engine": run.result.engine,
-            "before": run.result.metrics_before,
-            "after": run.result.metrics_after,
-            "clamped": run.result.clamped,
-            "candidates": [_candidate(entry) for entry in runs],
-            "few_classes": run.head.few_classes.tolist(),
-            "members": run.head.members.tolist(),
-            "alphas": run.head.alphas().tolist(),
-            "history": run.result.history,
-        }
-        _save(run.head, folder)
-        shared.write_results(folder, "fit", self, result, started)
-        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
-        _print(console, self, result, folder)
+        for gamma in self.gamma:
+            check_gamma(gamma)
+        with shared.output_folder(self.output, shared.CLASSIFIER, shared.HEAD, overwrite=self.overwrite) as folder:
+            if self.overwrite:
+                shutil.rmtree(folder.path / _CHECKPOINTS, ignore_errors=True)
+            runs = fit_many(
+                linear,
+                train.features,
+                train.labels,
+                self.configurations(),
+                val_features=None if val is None else val.features,
+                val_labels=None if val is None else val.labels,
+                split=self.split(train),
+                checkpoint=folder.path / _CHECKPOINTS,
+                progress=self.progress,
+            )
+            for run in runs:
+                if run.error and not run.error.startswith("training diverged"):
+                    raise ValueError(f"gamma {run.config['gamma']:g}: {run.error}; --overwrite starts anew")
+            run = runs[choose(runs, self.select, self.min_all)]
+            assert run.head is not None and run.result is not None
+            result = {
+                "gamma": run.config["gamma"],
+                "chosen_on": None if val is None else "val",
+                "selection": run.result.selection,
+                "epoch": run.result.selected_epoch,
+                "engine": run.result.engine,
+                "before": run.result.metrics_before,
+                "after": run.result.metrics_after,
+                "clamped": run.result.clamped,
+                "candidates": [_candidate(entry) for entry in runs],
+                "few_classes": run.head.few_classes.tolist(),
+                "members": run.head.members.tolist(),
+                "alphas": run.head.alphas().tolist(),
+                "history": run.result.history,
+            }
+            folder.clear()
+            _save(run.head, folder.path)
+            shared.write_results(folder.path, "fit", self, result, started)
+            shutil.rmtree(folder.path / _CHECKPOINTS, ignore_errors=True)
+        _print(console, self, result, self.output)
         return result
 
     def configurations(self) -> list[dict[str, Any]]:
@@ -185,9 +194,12 @@ def _print(console: Console, options: Fit, result: dict[str, Any], folder: Path)
             (f"Alpha Net, gamma {result['gamma']:g}", result["after"]),
         ]
         for name, metrics in rows:
-            table.add_row(name, *(percent(metrics[split]) for split in ("few", "medium", "many", "all")))
+            table.add_row(Text(name), *(percent(metrics[split]) for split in ("few", "medium", "many", "all")))
         console.print(table)
         if len(result["candidates"]) > 1:
             gammas = ", ".join(f"{candidate['gamma']:g}" for candidate in result["candidates"])
             console.print(f"gamma {result['gamma']:g} chosen of {gammas} by {result['selection']}", highlight=False)
+    for candidate in result["candidates"]:
+        if "error" in candidate:
+            console.print(f"gamma {candidate['gamma']:g}: {candidate['error']}", markup=False, highlight=False)
     console.print(f"Classifier: {folder / shared.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,8 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .._files import read_json, write_json
+from .._files import folder_lock, read_json, write_json
 from ..classes import ClassSplit, split_classes
 from ..config import Options, option
 from ..doctor import check_classifier_order
@@ -87,8 +88,10 @@ class DataOptions(SplitOptions):
         None, help="cut the training images to a long tail: the largest class has X times the images of the smallest"
     )
 
-    def images(self, part: str, *, num_classes: int | None = None) -> LabelledImages | None:
-        """The images of a part, or None where the options name none."""
+    def images(
+        self, part: str, *, num_classes: int | None = None, class_names: Sequence[str] | None = None
+    ) -> LabelledImages | None:
+        """The images of a part, or None where the options name none; ``class_names`` order the folders of classes."""
         from ..data import open_images
         from ..long_tailed import make_long_tailed
 
@@ -97,19 +100,29 @@ class DataOptions(SplitOptions):
             return None
         classes = self.num_classes if self.num_classes is not None else num_classes
         try:
-            images = open_images(os.fspath(source), root=self.root, num_classes=classes)
+            names = class_names if source.is_dir() else None
+            root = None if source.is_dir() or source.suffix == ".npz" else self.root
+            images = open_images(os.fspath(source), root=root, num_classes=classes, class_names=names)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{part}: {error}") from error
         if part == "train" and self.imbalance_factor is not None:
             images = make_long_tailed(images, self.imbalance_factor)  # no other part is cut
         return images
 
-    def need(self, part: str, *, num_classes: int | None = None) -> LabelledImages:
+    def need(self, part: str, *, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> LabelledImages:
         """The same, but an error where the options name none."""
-        images = self.images(part, num_classes=num_classes)
+        images = self.images(part, num_classes=num_classes, class_names=class_names)
         if images is None:
             raise ValueError(f"--{part} must be given, or {part} in [data] of the configuration: the {part} images")
         return images
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions(Options):
+    """Which layer of a checkpoint is the classifier."""
+
+    section: ClassVar[str] = "model"
+    classifier_layer: str | None = option(None, metavar="NAME", help="the last linear layer's name; without, it is found")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +161,7 @@ class TransformOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(TransformOptions):
+class ModelOptions(TransformOptions, LayerOptions):
     """The network and its trained weights."""
 
     section: ClassVar[str] = "model"
@@ -158,18 +171,17 @@ class ModelOptions(TransformOptions):
         help="a torchvision classification model (resnext50_32x4d, resnet152, ...), timm:NAME, small, or module:function",
     )
     checkpoint: Path | None = option(None, help="trained weights: .pth of any known layout, or .safetensors")
-    classifier_layer: str | None = option(None, metavar="NAME", help="the last linear layer's name; without, it is found")
     pretrained: bool = option(False, help="start from weights that torchvision or timm publishes")
 
-    def model(self, num_classes: int) -> nn.Module:
-        """The network, its weights random or published."""
+    def model(self, num_classes: int, seed: int = 0) -> nn.Module:
+        """The network, its weights random (from ``seed``) or published."""
         from ..backbones import make_model
 
         if self.backbone is None:
             raise ValueError("--backbone must be given, or backbone in [model] of the configuration: the network's name")
         if ":" in self.backbone and not self.backbone.startswith("timm:"):
-            return _own_model(self.backbone, num_classes)
-        return make_model(self.backbone, num_classes, in_channels=self.channels, pretrained=self.pretrained)
+            return _own_model(self.backbone, num_classes, seed)
+        return make_model(self.backbone, num_classes, in_channels=self.channels, pretrained=self.pretrained, seed=seed)
 
     def read_checkpoint(self, num_classes: int | None = None) -> Checkpoint:
         from ..checkpoints import read_checkpoint
@@ -200,7 +212,7 @@ class ModelOptions(TransformOptions):
         return torch.randn(2, self.channels, self.image_size, self.image_size, generator=generator, device="cpu")
 
 
-def _own_model(name: str, num_classes: int) -> nn.Module:
+def _own_model(name: str, num_classes: int, seed: int) -> nn.Module:
     """A network made by a function of the user's own, found as Python finds modules, the working directory first."""
     module_name, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -209,7 +221,9 @@ def _own_model(name: str, num_classes: int) -> nn.Module:
         make = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"backbone {name!r} cannot be imported: {error}") from error
-    model = make(num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make(num_classes)
     if not isinstance(model, nn.Module):
         raise TypeError(f"backbone {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -223,6 +237,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {name!r}') from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {name!r}')
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that is there, got {name!r}: torch sees no GPU")
     return device
@@ -242,16 +258,37 @@ def read_part(folder: Path, part: str) -> Features:
     return read_features(folder / part)
 
 
+def read_train_and(folder: Path, part: str, *, optional: bool = False) -> tuple[Features, Features | None]:
+    """The training features and those of another part, which must be of the same network and classes."""
+    train = read_part(folder, "train")
+    if optional and not (folder / part).is_dir():
+        return train, None
+    other = train if part == "train" else read_part(folder, part)
+    found = {
+        "the network (its fingerprint)": (train.metadata.get("model"), other.metadata.get("model")),
+        "their width": (train.features.shape[1], other.features.shape[1]),
+        "the number of classes": (train.num_classes, other.num_classes),
+        "the names of the classes": (train.class_names, other.class_names),
+    }
+    for what, (of_train, of_other) in found.items():
+        if of_train is not None and of_other is not None and of_train != of_other:
+            shown = "" if isinstance(of_train, tuple) else f": {of_train} and {of_other}"
+            raise ValueError(f"features of train and {part} in {str(folder)!r} do not belong together: {what} differs{shown}")
+    return train, other
+
+
 def read_classifier(path: Path, num_classes: int | None = None, layer: str | None = None) -> nn.Linear:
     """A classifier from a checkpoint of any layout, or from the folder that 'baseline', 'fit' or 'train' wrote."""
     from ..checkpoints import read_checkpoint
 
     if path.is_dir():
+        if not (path / RESULT).is_file():
+            raise FileNotFoundError(
+                f"classifier must be a checkpoint or a folder of finished results, there is no {RESULT} in {str(path)!r}"
+            )
         inside = [path / name for name in (CLASSIFIER, "model.pth") if (path / name).is_file()]
         if not inside:
-            raise FileNotFoundError(
-                f"classifier must be a checkpoint or a folder of results, there is no {CLASSIFIER} in {str(path)!r}"
-            )
+            raise FileNotFoundError(f"classifier must be a folder with {CLASSIFIER} or model.pth, {str(path)!r} has neither")
         path = inside[0]
     checkpoint = read_checkpoint(path, classifier=layer, num_classes=num_classes)
     if checkpoint.feature_normalization != "none":
@@ -271,19 +308,49 @@ def warn_of_other_features(linear: nn.Linear, features: Features, name: str) -> 
 
 def classifier_name(path: Path) -> str:
     """How a classifier is called in tables: its folder's name, or its file's without the ending."""
-    return path.name if path.is_dir() else path.stem
+    return path.resolve().name if path.is_dir() else path.stem
 
 
-def start_output(folder: Path, *, overwrite: bool) -> Path:
-    """Make a command's folder of results; results that are there already stay unless ``overwrite``."""
+class OutputFolder:
+    """A command's folder of results, held against other processes; :func:`output_folder` opens one.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def clear(self) -> None:
+        """Remove what an earlier command left, right before new results are written: no reader may take old for new."""
+        tables = []
+        if (self.path / RESULT).is_file():
+            tables = [str(name) for name in read_result(self.path).get("tables", [])]
+        for name in (RESULT, RUN, CLASSIFIER, HEAD, *tables):
+            if Path(name).name == name:
+                (self.path / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(folder: Path, *files: str, overwrite: bool, lock: bool = True) -> Iterator[OutputFolder]:
+    """Make a command's folder of results and hold it; files that are there already stay unless ``overwrite``.
+
+    Args:
+        folder: made if need be; until then nothing is touched.
+        files: what the command will write beside its result.
+        overwrite: whether files of these names may be replaced, which happens when new ones are written and not before.
+        lock: hold the folder; not for commands whose work does so itself.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder, got the file {str(folder)!r}")
-    if (folder / RESULT).exists():
-        if not overwrite:
-            raise ValueError(f"output holds results already: {str(folder)!r}; give another folder, or --overwrite")
-        (folder / RESULT).unlink(missing_ok=True)
+    there = [name for name in (RESULT, RUN, *files) if (folder / name).exists()]
+    if there and not overwrite:
+        raise ValueError(
+            f"output holds results already: there is {there[0]} in {str(folder)!r}; give another folder, or --overwrite"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    with folder_lock(folder, "results") if lock else nullcontext():
+        yield OutputFolder(folder)
 
 
 def versions() -> dict[str, str | None]:
@@ -349,4 +416,9 @@ def classifier_names(paths: Sequence[Path]) -> list[str]:
 
 def is_main_process() -> bool:
     """Whether this is the one of torchrun's processes that writes files and talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
+    return not started_by_torchrun() or os.environ.get("RANK", "0") == "0"
+
+
+def started_by_torchrun() -> bool:
+    """Whether there are several processes."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")

@@ -14,6 +14,9 @@ from ..tables import metrics_table
 from . import shared
 from .shared import CommonOptions, DataOptions, ModelOptions
 
+# What train_model writes, and goes on from.
+_OF_THE_TRAINING = ("training.pt", "model.pth", "history.json")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train(CommonOptions, DataOptions, ModelOptions):
@@ -29,7 +32,7 @@ class Train(CommonOptions, DataOptions, ModelOptions):
 
     section: ClassVar[str] = "train"
     output: Path = option(metavar="FOLDER", help="where results go")
-    overwrite: bool = option(False, help="replace results that are there")
+    overwrite: bool = option(False, help="start anew and replace what is there; without, an interrupted training goes on")
     epochs: int = option(90, help="of training")
     batch_size: int = option(512, help="images a step, over all processes")
     lr: float = option(0.2, help="learning rate; some 1e-3 for adamw")
@@ -58,8 +61,8 @@ class Train(CommonOptions, DataOptions, ModelOptions):
 
         console, started = shared.console_or_quiet(console), time.monotonic()
         images = self.need("train")
-        val = self.images("val", num_classes=images.num_classes)
-        model = self.model(images.num_classes)
+        val = self.images("val", num_classes=images.num_classes, class_names=images.class_names)
+        model = self.model(images.num_classes, self.seed)
         if self.checkpoint is not None:
             from ..backbones import find_classifier
 
@@ -78,29 +81,33 @@ class Train(CommonOptions, DataOptions, ModelOptions):
             "lr_factor",
         )
         more = ("optimizer", "sampling", "label_smoothing", "amp", "sync_batch_norm", "select", "workers", "seed", "progress")
-        folder = shared.start_output(self.output, overwrite=self.overwrite)
-        result = train_model(
-            model,
-            images,
-            folder,
-            transform=self.train_transform(),
-            val_images=val,
-            val_transform=None if val is None else self.test_transform(),
-            few_below=self.few_below,
-            many_above=self.many_above,
-            device=self.device,
-            **{name: getattr(self, name) for name in (*names, *more)},
-        )
-        found = {
-            "model": str(result.model_path),
-            "epoch": result.selected_epoch,
-            "selection": result.selection,
-            "metrics": result.metrics,
-            "history": result.history,
-            "images_per_second": result.images_per_second,
-        }
-        if shared.is_main_process():
-            shared.write_results(folder, "train", self, found, started)
+        with shared.output_folder(self.output, overwrite=self.overwrite, lock=False) as folder:
+            if self.overwrite and shared.is_main_process():
+                for name in _OF_THE_TRAINING:
+                    (folder.path / name).unlink(missing_ok=True)
+            result = train_model(
+                model,
+                images,
+                folder.path,
+                transform=self.train_transform(),
+                val_images=val,
+                val_transform=None if val is None else self.test_transform(),
+                few_below=self.few_below,
+                many_above=self.many_above,
+                device=self.device,
+                **{name: getattr(self, name) for name in (*names, *more)},
+            )
+            found = {
+                "model": str(result.model_path),
+                "epoch": result.selected_epoch,
+                "selection": result.selection,
+                "metrics": result.metrics,
+                "history": result.history,
+                "images_per_second": result.images_per_second,
+            }
+            if shared.is_main_process():
+                folder.clear()
+                shared.write_results(folder.path, "train", self, found, started)
         if result.metrics is not None:
             console.print(
                 metrics_table({f"epoch {result.selected_epoch}": result.metrics}, title="Accuracy on validation images, %")
