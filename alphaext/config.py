@@ -30,7 +30,8 @@ __all__ = ["Options", "add_flags", "from_flags", "option", "read_config"]
 
 OptionsType = TypeVar("OptionsType", bound="Options")
 
-# "cifar100:train" stands where a path may stand, and is not one.
+# "cifar100:train" stands where the path of a data set may stand, and is not one.
+_MAY_BE_NAMES = ("train", "val", "test")
 _NAME = re.compile(r"[\w.-]+:[\w.-]+")
 
 
@@ -103,7 +104,8 @@ class Kind:
         wanted = self.type
         if wanted is Path and isinstance(value, (str, os.PathLike)):
             path = Path(value).expanduser()
-            return folder / path if folder is not None and not _NAME.fullmatch(os.fspath(value)) else path
+            is_name = self.name in _MAY_BE_NAMES and _NAME.fullmatch(os.fspath(value))
+            return path if folder is None or is_name else folder / path
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):

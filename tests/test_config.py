@@ -80,10 +80,15 @@ def test_one_file_serves_all_commands(tmp_path):
     assert given.guests == (Path("eve"),) and given.main is None
 
 
-@pytest.mark.parametrize("name", ["cifar100:train", "timm:resnet50", "package.module:make"])
-def test_names_that_stand_where_paths_may_stand_are_no_paths(tmp_path, name):
-    config = read_config(write(tmp_path, f'[cook]\nrecipe = "{name}"'), [Cook])
-    assert config["cook"]["recipe"] == Path(name)
+def test_names_that_stand_where_data_sets_may_stand_are_no_paths(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Data(Options):
+        section: ClassVar[str] = "data"
+        train: Path = option(help="a data set")
+
+    text = '[data]\ntrain = "cifar100:train"\n[cook]\nrecipe = "run:1"'
+    config = read_config(write(tmp_path, text), [Cook, Data])
+    assert config["data"]["train"] == Path("cifar100:train") and config["cook"]["recipe"] == tmp_path / "run:1"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from .._checks import check_integer
 from .._files import folder_lock, read_json, write_json
 from ..classes import ClassSplit, split_classes
 from ..config import Options, option
@@ -208,6 +209,8 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def example(self) -> torch.Tensor:
         """A batch of two images of noise."""
+        check_integer(self.image_size, "image_size", minimum=1)
+        check_integer(self.channels, "channels", minimum=1)
         generator = torch.Generator("cpu").manual_seed(0)
         return torch.randn(2, self.channels, self.image_size, self.image_size, generator=generator, device="cpu")
 
