@@ -135,7 +135,7 @@ def _refuse(path: Path, error: pickle.UnpicklingError) -> NoReturn:
     raise ValueError(
         f"{path} holds {found.group(1)}: reading it would run code that the file names, so it is not opened. Tensors, numbers, "
         "texts and their containers are read. If you trust where the file comes from, save its tensors alone, once: what "
-        f"torch.load({os.fspath(path)!r}, weights_only=False) gives, less what is no tensor (a model's state_dict()), by torch.save"
+        f"torch.load({os.fspath(path)!r}, weights_only=False) gives, without what is no tensor, by torch.save"
     ) from error
 
 
