@@ -32,7 +32,7 @@ def whole_file(path: PathLike) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:
             # A full disk does not say which file it had no room for.
             error.filename = os.fspath(target)
         raise

@@ -32,6 +32,8 @@ def test_what_was_there_stays_when_the_block_fails(tmp_path, error):
         file.write(b"half of the new")
         raise error
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.bin"]
+    if isinstance(error, OSError):
+        assert str(error) == f"[Errno {errno.ENOSPC}] No space left on device: '{path}'"
 
 
 def test_json_goes_there_and_back_and_has_no_nan(tmp_path):
