@@ -7,7 +7,9 @@ import json
 import comparison
 import pytest
 import quickdraw
+import sklearn_digits
 import torch
+from sklearn.linear_model import LogisticRegression
 from test_bench_quickdraw import made_up_problem
 
 
@@ -50,3 +52,10 @@ def test_results_are_a_file_of_rows_and_a_table(rows, tmp_path):
 def test_missing_features_are_an_error(tmp_path, capsys):
     assert comparison.main(["--results", "x", "--cache", str(tmp_path)]) == 1
     assert "comparison:" in capsys.readouterr().err
+
+
+def test_linear_classifiers_of_digits_are_measured_in_every_way():
+    found = sklearn_digits.measure(LogisticRegression(max_iter=5000), 0)
+    assert set(found) == {"plain", "scale", *sklearn_digits.OPTIONS} and found["auto"][0] > found["plain"][0]
+    text = sklearn_digits.as_markdown({"LogisticRegression()": [found]}, 1)
+    assert f"{found['auto'][0]:.1f} / {found['auto'][1]:.1f}" in text
