@@ -25,6 +25,7 @@ __all__ = ["Columns", "Samples", "TrainingLogits", "ValidationLogits"]
 
 # Elements of a block of logits: it stays in the processor's cache between the product and what is kept of it.
 _BLOCK_ELEMENTS = 1 << 20
+_WIDTH_MULTIPLE = 16  # of features, in a product
 BLOCK_SAMPLES = 64  # of validation samples, as in csrc/training.h
 TOP_CLASSES = 5
 
@@ -165,6 +166,9 @@ def _available_bytes() -> float:
 def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The original logits of the samples, block by block, with the slice of ``indices`` and the labels they belong to."""
     weight, bias = columns.weight, columns.own_bias
+    # Matrix libraries round a row by its place in the product where rows begin at odd addresses. Zeros change no sum.
+    surplus = -weight.shape[1] % _WIDTH_MULTIPLE
+    weight = nn.functional.pad(weight, (0, surplus))
     rows = max(1, _BLOCK_ELEMENTS // len(weight) // BLOCK_SAMPLES) * BLOCK_SAMPLES
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         for start in range(0, len(indices), rows):
@@ -177,7 +181,7 @@ def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor)
                 wanted = torch.cat([wanted, wanted[-1:].expand(missing)])
             contiguous = int(wanted[-1]) - int(wanted[0]) == len(wanted) - 1 and bool((wanted.diff() == 1).all())
             block = samples.features[int(wanted[0]) : int(wanted[-1]) + 1] if contiguous else samples.features[wanted]
-            block = block.to(device=weight.device, dtype=weight.dtype)
+            block = nn.functional.pad(block.to(device=weight.device, dtype=weight.dtype), (0, surplus))
             yield part, labels[part], nn.functional.linear(block, weight, bias)[: part.stop - part.start]
 
 

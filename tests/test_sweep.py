@@ -225,3 +225,19 @@ def test_best_few_without_few_validation_samples_is_refused_before_training(line
 def test_many_above_is_that_of_the_metrics(linear):
     (run,) = fit_many(linear, FEATURES, LABELS, [dict(pool="many", epochs=1)], many_above=25, **VALIDATION)
     assert run.result.after["many"] == run.result.after["many"] and run.result.after["medium"] != run.result.after["medium"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [5, 6, 9, 30])
+def test_odd_widths_give_the_bits_of_training_alone(width, dtype):
+    """Matrix libraries may round a row by its place in the product, which depends on the other configurations' samples."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(8).repeat_interleave(torch.tensor([120, 110, 60, 50, 40, 30, 8, 6]))
+    features = torch.randn(len(labels), width, generator=generator, dtype=dtype)
+    linear = torch.nn.Linear(width, 8, dtype=dtype)
+    configs = [dict(gamma=0.7, top_k=2, epochs=5, seed=seed, negative_ratio=ratio) for seed in (0, 1) for ratio in (0.0, 1.0)]
+    together = fit_many(linear, features, labels, configs, progress=False)
+    for config, run in zip(configs, together, strict=True):
+        (alone,) = fit_many(linear, features, labels, [config], progress=False)
+        assert torch.equal(alone.head.w2, run.head.w2) and torch.equal(alone.head.b2, run.head.b2)
+        assert [entry["loss"] for entry in alone.result.history[1:]] == [entry["loss"] for entry in run.result.history[1:]]
