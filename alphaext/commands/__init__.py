@@ -19,6 +19,7 @@ from .export import Export
 from .extract import Extract
 from .fit import Fit
 from .shared import CommonOptions
+from .study import Study
 from .train import Train
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Extract",
     "Fit",
     "Info",
+    "Study",
     "Train",
 ]
 
@@ -45,6 +47,7 @@ COMMANDS: dict[str, type[Options]] = {
     "fit": Fit,
     "evaluate": Evaluate,
     "export": Export,
+    "study": Study,
     "info": Info,
 }
 """Each command's options, by its name, in the order of a first use."""
