@@ -36,10 +36,14 @@ from .neighbors import (
     neighbor_distances,
     pool_classes,
     reduce_classifiers,
+    residual_directions,
     submodule_inputs,
 )
 from .ops import build_info
 from .predictions import Predictions, predict, predict_logits
+from .presets import PRESETS, preset_options
+from .repair import Repair, repair
+from .report import ReportFiles, write_report
 from .splitting import SplitModel, find_classifier, split_model
 from .sweep import SweepRun, fit_many
 from .training import FitResult, fit
@@ -48,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BASELINES",
+    "PRESETS",
     "AlphaNet",
     "BaselineResult",
     "Checkpoint",
@@ -58,6 +63,8 @@ __all__ = [
     "ImageReadError",
     "LabelledImages",
     "Predictions",
+    "Repair",
+    "ReportFiles",
     "SplitModel",
     "SweepRun",
     "TrainResult",
@@ -86,10 +93,13 @@ __all__ = [
     "pool_classes",
     "predict",
     "predict_logits",
+    "preset_options",
     "read_checkpoint",
     "read_features",
     "reduce_classifiers",
     "reference",
+    "repair",
+    "residual_directions",
     "run_baseline",
     "save_linear",
     "split_accuracy",
@@ -101,4 +111,5 @@ __all__ = [
     "write_class_table",
     "write_features",
     "write_repaired",
+    "write_report",
 ]

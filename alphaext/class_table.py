@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from .comparison import check_same_samples
 from .evaluation import PARTS, Predictions, check_split, part_of_class, per_class
 from .modules import AlphaNet
 
-__all__ = ["ClassRow", "class_table", "write_class_table"]
+__all__ = ["ClassRow", "class_table", "read_class_table", "write_class_table"]
 
 SORT_KEYS = (
     "class_id",
@@ -122,7 +123,7 @@ def class_table(
     check_split(after, split, "after")
     num_classes = parts.num_classes
     check_same_samples(before, after)
-    names = _check_names(class_names, num_classes)
+    names = check_class_names(class_names, num_classes)
     trained = _check_counts(counts, num_classes)
     if sort_by not in SORT_KEYS:
         raise ValueError(f"sort_by must be one of {', '.join(SORT_KEYS)}, got {sort_by!r}")
@@ -186,7 +187,78 @@ def write_class_table(rows: Sequence[ClassRow], path: PathLike, *, overwrite: bo
         raise ValueError(f"path must end in .csv or .json, got {str(target)!r}")
 
 
-def _check_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+def read_class_table(path: PathLike) -> list[ClassRow]:
+    """Read the CSV file that :func:`write_class_table` wrote, each value as it was.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The rows, in the file's order; an accuracy that is not known is NaN.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, or has a value that its column cannot have; the message names the line.
+
+    Example:
+        >>> import tempfile
+        >>> row = ClassRow(2, "fjord", "few", 5, 50, 0.25, 0.5, 0.25, (0,), ("sea",), (0.3,), 0.7, 1.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_class_table([row], f"{folder}/classes.csv")
+        ...     read_class_table(f"{folder}/classes.csv") == [row]
+        True
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        rows = []
+        try:
+            header = next(lines, [])
+            more = header[len(_PLAIN) :]
+            most = len(more) // len(_OF_NEIGHBOR)
+            if header != [*_PLAIN, *_neighbor_columns(most)]:
+                raise ValueError(f"its columns must be {', '.join([*_PLAIN, *_neighbor_columns(1)])} and so on")
+            for line in lines:
+                if len(line) != len(header):
+                    raise ValueError(f"there must be {len(header)} fields, got {len(line)}")
+                rows.append(_row_of(line))
+        except (UnicodeDecodeError, csv.Error, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is not a table of classes: line {lines.line_num}: {error}") from error
+    return rows
+
+
+def _row_of(line: list[str]) -> ClassRow:
+    values: dict[str, Any] = {name: _value(name, cell) for name, cell in zip(_PLAIN, line, strict=False)}
+    if values["split"] not in PARTS:
+        raise ValueError(f"split must be one of {', '.join(PARTS)}, got {values['split']!r}")
+    cells = line[len(_PLAIN) :]
+    neighbors = [cells[k : k + 3] for k in range(0, len(cells), 3) if cells[k] != ""]
+    return ClassRow(
+        **values,
+        neighbors=tuple(int(_number("neighbor", class_id, int)) for class_id, _, _ in neighbors),
+        neighbor_names=tuple(name for _, name, _ in neighbors),
+        alphas=tuple(_number("neighbor_alpha", alpha, float) for _, _, alpha in neighbors),
+    )
+
+
+def _value(name: str, cell: str) -> Any:
+    if name in ("name", "split"):
+        return cell
+    if name in ("class_id", "training_images", "test_samples"):
+        return _number(name, cell, int)
+    if cell == "":
+        return None if name in ("own_alpha", "distance") else math.nan
+    return _number(name, cell, float)
+
+
+def _number(name: str, cell: str, kind: type[int] | type[float]) -> float:
+    try:
+        return kind(cell)
+    except ValueError:
+        raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {cell!r}") from None
+
+
+def check_class_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+    """A name for each class: those given, after a check, or else the ids as text."""
     if class_names is None:
         return [str(c) for c in range(num_classes)]
     names = list(class_names)
@@ -258,16 +330,20 @@ def _sorted(rows: list[ClassRow], sort_by: str, descending: bool) -> list[ClassR
     return sorted(filter(known, rows), key=key, reverse=descending) + [row for row in rows if not known(row)]
 
 
+_PLAIN = [name for name in ClassRow.__dataclass_fields__ if name not in ("neighbors", "neighbor_names", "alphas")]
+_OF_NEIGHBOR = ("neighbor_{}", "neighbor_{}_name", "neighbor_{}_alpha")
+
+
+def _neighbor_columns(most: int) -> list[str]:
+    return [name.format(k) for k in range(1, most + 1) for name in _OF_NEIGHBOR]
+
+
 def _cells(rows: list[ClassRow]) -> list[list[Any]]:
     """A header and the rows of the CSV file; None becomes an empty field."""
-    lists = ("neighbors", "neighbor_names", "alphas")
-    plain = [name for name in ClassRow.__dataclass_fields__ if name not in lists]
-    most = max((len(row.neighbors) for row in rows), default=0)
-    of_neighbor = ("neighbor_{}", "neighbor_{}_name", "neighbor_{}_alpha")
-    header = [*plain, *(name.format(k) for k in range(1, most + 1) for name in of_neighbor)]
+    header = [*_PLAIN, *_neighbor_columns(max((len(row.neighbors) for row in rows), default=0))]
     cells: list[list[Any]] = [list(header)]
     for row in rows:
-        values = [getattr(row, name) for name in plain]
+        values = [getattr(row, name) for name in _PLAIN]
         for neighbor in zip(row.neighbors, row.neighbor_names, row.alphas, strict=True):
             values += neighbor
         values += [None] * (len(header) - len(values))

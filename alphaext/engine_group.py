@@ -13,12 +13,14 @@ from .engines import NativeEngine, TrainingDiverged
 __all__ = ["EngineGroup", "group_key"]
 
 _STACKED = ("_state", "_b2", "_b2_momentum", "_raw", "_alpha")
+_OPTIONAL = ("_penalty", "_few_offset")
 
 
 def group_key(engine: NativeEngine) -> tuple[object, ...]:
     """What engines must have in common to be trained together."""
     shapes = tuple(tuple(getattr(engine, name).shape) for name in _STACKED)
-    return (*shapes, engine._scale.dim(), engine.options.batch_size, engine._state.dtype, id(engine.logits))
+    given = tuple(getattr(engine, name) is None for name in _OPTIONAL)
+    return (*shapes, *given, engine._scale.dim(), engine.options.batch_size, engine._state.dtype, id(engine.logits))
 
 
 class EngineGroup:
@@ -36,6 +38,11 @@ class EngineGroup:
                 setattr(engine, name, part)
         self._columns = torch.stack([engine.columns for engine in self.engines])
         self._scale = torch.stack([engine._scale for engine in self.engines])
+        # Those of one group all have it or none has.
+        self._optional = [
+            None if getattr(self.engines[0], name) is None else torch.stack([getattr(e, name) for e in self.engines])
+            for name in _OPTIONAL
+        ]
 
     def train(self, epoch: int, multipliers: Sequence[float]) -> list[float | TrainingDiverged]:
         """Train one epoch of each, at its multiple of its learning rate: the mean losses, or what went wrong."""
@@ -52,7 +59,7 @@ class EngineGroup:
         results = torch.ops.alphaext.train_epoch_many(
             *self._stacked.values(), order, cached.logits, cached.base_logsumexp, cached.label_logit,
             cached.few_of_label, self._columns, self._scale, first.options.batch_size,
-            torch.tensor(settings, dtype=torch.float64, device=first.device),
+            torch.tensor(settings, dtype=torch.float64, device=first.device), *self._optional,
         )  # fmt: skip
         losses: list[float | TrainingDiverged] = []
         for engine, (loss, step, failed) in zip(self.engines, results.tolist(), strict=True):

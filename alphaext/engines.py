@@ -80,6 +80,7 @@ class TrainingData:
     samples: Samples
     sampler: EpochSampler
     validation: Samples | None
+    num_real: int | None = None  # samples before those that were drawn; None where none were
 
 
 def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> str | None:
@@ -137,21 +138,34 @@ class NativeEngine:
         self.sampler = data.sampler
         self.steps_per_epoch = -(-len(self.sampler) // options.batch_size)
         epochs = range(first_epoch, options.epochs + 1)
-        self.logits = SharedLogits([head], data, epochs, [self.sampler]) if logits is None else logits
+        if logits is None:
+            logits = SharedLogits([head], data, epochs, [self.sampler], options.prior_correction)
+        self.logits = logits
         self.columns = self.logits.columns.of(head).to(self.device)
         self.steps = 0
         self.known_hits: Tensor | None = None  # of a group, counted for all of it at once
-        num_few, members, hidden = head.num_few, head.top_k + 1, head.w2.shape[2]
+        num_few, hidden = head.num_few, head.w2.shape[2]
+        members = head.top_k + 1 + head.num_directions  # to training, a direction is a member like any other
         dtype = head.weight.dtype
         self._hidden, self._tiles = hidden, -(-hidden // _TILE)
         with torch.no_grad():
             start = _preactivations(head)
             self._scale = _gradient_scale(head).to(device=self.device, dtype=dtype).contiguous()
-            self._state = self._packed(start.to(device=self.device, dtype=dtype), head.w2.detach().to(self.device))
-            self._b2 = head.b2.detach().to(self.device, copy=True)
+            w2, b2 = head.w2.detach().to(self.device), head.b2.detach().to(self.device, copy=True)
+            if head.residual is not None:
+                w2 = w2.new_zeros(len(w2), members, 0)
+                b2 = torch.cat([b2, head.residual.detach().to(self.device)], dim=1)
+            self._state = self._packed(start.to(device=self.device, dtype=dtype), w2)
+            self._b2 = b2
             self._b2_momentum = torch.zeros_like(self._b2)
             self._raw = torch.empty(num_few, members, dtype=dtype, device=self.device)
             self._alpha = torch.empty(num_few, members, dtype=dtype, device=self.device)
+            self._penalty = self._few_offset = None
+            if options.regularize:
+                identity = head.identity_outputs().to(self.device)
+                self._penalty = torch.stack([torch.full_like(identity, options.regularize), identity])
+            if options.prior_correction:
+                self._few_offset = self.sampler.log_prior[head.few_classes.cpu()].to(device=self.device, dtype=dtype)
             # The dense first layer's change is told by how far its output has moved.
             self._start = start.to(device=self.device, dtype=torch.float64) if head.first_layer == "dense" else None
         self._call(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
@@ -159,7 +173,7 @@ class NativeEngine:
     @property
     def _rows(self) -> tuple[int, int]:
         """Rows of pre-activations and of w2 in a tile: those of one network."""
-        return (self.head.num_few if self._scale.dim() == 2 else 1), self.head.top_k + 1
+        return (self.head.num_few if self._scale.dim() == 2 else 1), self.head.top_k + 1 + self.head.num_directions
 
     def _packed(self, preactivation: Tensor, w2: Tensor) -> Tensor:
         """The state as the extension wants it: tile by tile, each with zeros for the momentum."""
@@ -188,7 +202,7 @@ class NativeEngine:
             self._state, self._b2, self._b2_momentum, self._raw, self._alpha,
             rows, cached.logits, cached.base_logsumexp, cached.label_logit, cached.few_of_label, self.columns, self._scale,
             self.options.batch_size, head.gamma, ops.rule_number(head.rule), head.projected_gradient,
-            lr, sgd.momentum, sgd.dampening, sgd.weight_decay, sgd.nesterov, self.steps == 0,
+            lr, sgd.momentum, sgd.dampening, sgd.weight_decay, sgd.nesterov, self.steps == 0, self._penalty, self._few_offset,
         )  # fmt: skip
         loss, failed_step, failed_class = result.tolist()
         return loss, int(failed_step), int(failed_class)
@@ -227,7 +241,7 @@ class NativeEngine:
         return self.logits.validation.hits(own, self.columns)
 
     def clamped(self) -> int:
-        return int(clamped_outputs(self._raw, self.head.rule, self.head.gamma).sum())
+        return int(clamped_outputs(self._raw[:, : self.head.top_k + 1], self.head.rule, self.head.gamma).sum())
 
     def snapshot(self) -> list[Tensor]:
         preactivation, w2 = self._unpacked(self._state)
@@ -237,8 +251,13 @@ class NativeEngine:
     def restore(self, snapshot: list[Tensor], decay: float) -> None:
         head = self.head
         preactivation, w2, b2 = snapshot
-        head.w2.copy_(w2)
-        head.b2.copy_(b2)
+        if head.residual is None:
+            head.w2.copy_(w2)
+            head.b2.copy_(b2)
+        else:
+            own = head.top_k + 1
+            head.b2.copy_(b2[:, :own])
+            head.residual.copy_(b2[:, own:])
         if head.first_layer == "factored":
             head.preactivation.copy_(preactivation)
             return
@@ -261,8 +280,15 @@ class NativeEngine:
 class SharedLogits:
     """The cached logits of a training, or of many on the same samples with the same few classes."""
 
-    def __init__(self, heads: list[AlphaNet], data: TrainingData, epochs: range, samplers: list[EpochSampler]) -> None:
-        """For training ``heads`` in ``epochs`` on what ``samplers`` draw."""
+    def __init__(
+        self,
+        heads: list[AlphaNet],
+        data: TrainingData,
+        epochs: range,
+        samplers: list[EpochSampler],
+        prior_correction: bool = False,
+    ) -> None:
+        """For training ``heads`` in ``epochs`` on what ``samplers`` draw, which have one prior if it is corrected for."""
         self.columns = Columns(heads)
         self.samples = data.samples
         count = len(data.samples.labels)
@@ -276,10 +302,11 @@ class SharedLogits:
         if not self.all_at_once:
             # Few samples take part in every epoch. Base ones get rows after them, anew each epoch.
             used = samplers[0].indices[: samplers[0].num_few]
-        rows = len(used) if self.all_at_once else max(len(sampler) for sampler in samplers)
+        rows = len(used) if self.all_at_once else len(used) + max(sampler.negatives for sampler in samplers)
         self.num_kept = len(used)
         self.device = native_device(heads[0])
-        self.training = TrainingLogits(self.columns, rows, self.device)
+        prior = samplers[0].log_prior if prior_correction else None
+        self.training = TrainingLogits(self.columns, rows, self.device, prior)
         self.training.fill(0, data.samples, used)
         self._row_of[used] = torch.arange(len(used), device="cpu")
         self.validation = None if data.validation is None else ValidationLogits(self.columns, data.validation, self.device)
@@ -317,7 +344,13 @@ class AutogradEngine:
         self.steps_per_epoch = -(-len(self.sampler) // options.batch_size)
         self.parameters = [p for p in head.parameters() if p.requires_grad]
         self._lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        self.mixes_logits = not any(p is not None and p.requires_grad for p in (head.weight, head.bias))
+        frozen = not any(p is not None and p.requires_grad for p in (head.weight, head.bias))
+        self.mixes_logits = frozen and head.residual is None
+        self._offset = self._identity = None
+        if options.prior_correction:
+            self._offset = self.sampler.log_prior.to(device=head.weight.device)
+        if options.regularize:
+            self._identity = head.identity_outputs()
         self._few_inputs = self._inputs(data.samples, self.sampler.indices[: self.sampler.num_few])
         self._validation_logits: Tensor | None = None
         if data.validation is not None:
@@ -372,9 +405,15 @@ class AutogradEngine:
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             scores = self._scores(batch)
-            loss = nn.functional.cross_entropy(scores if scores.dtype == torch.float64 else scores.float(), targets)
-            loss.backward()
+            scores = scores if scores.dtype == torch.float64 else scores.float()
+            if self._offset is not None:
+                scores = scores + self._offset.to(scores.dtype)
+            loss = nn.functional.cross_entropy(scores, targets)
             losses.append(loss.detach())
+            if self._identity is not None:
+                pulled = (self.head.outputs() - self._identity).to(scores.dtype).square().sum()
+                loss = loss + self.options.regularize / 2 * pulled
+            loss.backward()
             return loss
 
         self.optimizer.step(closure)  # type: ignore[arg-type]  # closures may return tensors, as torch's own examples do
@@ -393,9 +432,10 @@ class AutogradEngine:
         if self._validation_logits is None or self.data.validation is None:
             return None
         logits = self._validation_logits
-        if not self.mixes_logits:
-            logits = self._logits(self.data.validation, torch.arange(len(logits), device="cpu"))
-        return self._count(self.head.mix_logits(logits))
+        if self.mixes_logits:
+            return self._count(self.head.mix_logits(logits))
+        blocks = torch.arange(len(logits), device="cpu").split(8192)
+        return self._count(torch.cat([self.head(self._features(self.data.validation, block)) for block in blocks]))
 
     def _count(self, scores: Tensor) -> Tensor:
         assert self.data.validation is not None
@@ -424,6 +464,19 @@ class AutogradEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.restore(state["parameters"], 1.0)
+
+
+@torch.no_grad()
+def hits_of(linear: nn.Linear, samples: Samples) -> Tensor:
+    """``[2, N]``: of each class, the samples that ``linear`` ranks first, and those among its first five."""
+    weight, bias = linear.weight, linear.bias
+    ranks = []
+    for block in torch.arange(len(samples.labels), device="cpu").split(8192):
+        features = samples.features[int(block[0]) : int(block[-1]) + 1].to(device=weight.device, dtype=weight.dtype)
+        scores = nn.functional.linear(features, weight, bias)
+        ranks.append(label_ranks(scores, samples.labels[block].to(scores.device)).cpu())
+    found = torch.cat(ranks)
+    return torch.stack([torch.bincount(samples.labels[found < k], minlength=len(weight)) for k in (1, 5)])
 
 
 class SplitMetrics:

@@ -6,6 +6,7 @@ are touched again, and no ``[samples, num_classes]`` matrix is ever held: logits
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from . import _C  # noqa: F401  (registers the operators)
-from ._checks import check_finite
+from ._checks import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from .drawn_features import DrawnFeatures
 
 if TYPE_CHECKING:
     from .modules import AlphaNet
 
-__all__ = ["Columns", "Samples", "TrainingLogits", "ValidationLogits"]
+__all__ = ["Columns", "Samples", "TrainingLogits", "ValidationLogits", "check_samples"]
 
 # Elements of a block of logits: it stays in the processor's cache between the product and what is kept of it.
 _BLOCK_ELEMENTS = 1 << 20
@@ -34,21 +36,44 @@ TOP_CLASSES = 5
 class Samples:
     """Features ``[n, D]``, any floating dtype, in memory or memory-mapped, and their labels ``[n]`` int64 on the CPU."""
 
-    features: Tensor
+    features: Tensor | DrawnFeatures
     labels: Tensor
     name: str = "features"
+
+    def real(self) -> Tensor:
+        """The features, where none are drawn."""
+        assert isinstance(self.features, Tensor)
+        return self.features
+
+
+def check_samples(
+    weight: Tensor, features: TensorLike, labels: TensorLike, features_name: str = "features", labels_name: str = "labels"
+) -> Samples:
+    """Features and labels for a classifier ``weight`` ``[N, D]``, checked for all but their values."""
+    data = as_tensor(features, features_name).detach()
+    check_floating(data, features_name)
+    check_shape(data, features_name, ("n", weight.shape[1]))
+    targets = check_labels(labels, len(weight), labels_name).cpu()
+    if len(targets) != len(data):
+        raise ValueError(f"{features_name} and {labels_name} must have one entry a sample, got {len(data)} and {len(targets)}")
+    if len(data) == 0:
+        raise ValueError(f"{features_name} must not be empty")
+    return Samples(data, targets, features_name)
 
 
 class Columns:
     """The distinct columns of logits that the members of some heads need.
 
     A column is a class's logits, or under the rule ``"l1"``, where neighbours come without their bias, its logits less its
-    bias. Heads of one classifier share columns and everything computed from them.
+    bias. Heads of one classifier share columns and everything computed from them. Directions of a residual are rows behind
+    the classifier's, numbered from N on: to training they are members like any other.
 
     Attributes:
-        class_ids: ``[U]`` int64.
+        weight: ``[N + R, D]``, the classifier's rows and the directions.
+        own_bias: ``[N + R]``, or None.
+        class_ids: ``[U]`` int64, rows of ``weight``.
         bias: ``[U]``, what is subtracted.
-        few_penalty: ``[N]``, 0 for base classes and minus infinity for few ones.
+        few_penalty: ``[N + R]``, 0 for base classes and minus infinity for all others.
         few_of_class: ``[N]`` int32, which few class a class is, or -1.
         few_classes: ``[F]`` int32.
     """
@@ -56,7 +81,15 @@ class Columns:
     def __init__(self, heads: list[AlphaNet]) -> None:
         first = heads[0]
         self.weight, self.own_bias = first.weight.detach(), None if first.bias is None else first.bias.detach()
-        num_classes, dtype = first.out_features, first.weight.dtype
+        self.num_classes = first.out_features
+        # The directions of one residual begin with those of a smaller one.
+        most = max(heads, key=lambda head: head.num_directions)
+        if most.directions is not None:
+            self.weight = torch.cat([self.weight, most.directions])
+            if self.own_bias is not None and most.direction_bias is not None:
+                self.own_bias = torch.cat([self.own_bias, most.direction_bias])
+        num_classes, dtype = len(self.weight), first.weight.dtype
+        self._width = num_classes
         biases = torch.zeros(num_classes, dtype=dtype, device="cpu") if self.own_bias is None else self.own_bias.cpu()
         keys = torch.cat([self._keys(head).flatten() for head in heads]).unique()
         self._known = keys
@@ -66,29 +99,44 @@ class Columns:
         self.few_classes = few.to(torch.int32)
         self.few_penalty = torch.zeros(num_classes, dtype=dtype, device="cpu")
         self.few_penalty[few] = -torch.inf
-        self.few_of_class = torch.full((num_classes,), -1, dtype=torch.int32, device="cpu")
+        self.few_penalty[self.num_classes :] = -torch.inf
+        self.few_of_class = torch.full((self.num_classes,), -1, dtype=torch.int32, device="cpu")
         self.few_of_class[few] = torch.arange(len(few), dtype=torch.int32, device="cpu")
 
-    @staticmethod
-    def _keys(head: AlphaNet) -> Tensor:
+    def _keys(self, head: AlphaNet) -> Tensor:
         keys = head.members.cpu().clone()
         if head.rule == "l1" and head.bias is not None:
-            keys[:, 1:] += head.out_features
+            keys[:, 1:] += self._width
+        if head.num_directions:
+            directions = self.num_classes + torch.arange(head.num_directions, device="cpu")
+            keys = torch.cat([keys, directions.expand(len(keys), -1)], dim=1)
         return keys
+
+    def with_log_prior(self, log_prior: Tensor) -> Columns:
+        """The same with ``log_prior`` ``[N]`` added to the base classes' logits where their log-sum-exp is taken."""
+        columns = copy.copy(self)
+        columns.few_penalty = self.few_penalty.clone()
+        columns.few_penalty[: self.num_classes] += log_prior.to(columns.few_penalty.dtype).masked_fill(log_prior.isnan(), 0)
+        columns.few_penalty[self.few_classes.long()] = -torch.inf
+        return columns
 
     def __len__(self) -> int:
         return len(self.class_ids)
 
     def of(self, head: AlphaNet) -> Tensor:
-        """Where ``head`` finds its members: ``[F, K+1]`` int32 positions among the columns."""
+        """Where ``head`` finds its members, and directions: ``[F, K+1 (+ R)]`` int32 positions among the columns."""
         return torch.searchsorted(self._known, self._keys(head)).to(torch.int32)
 
 
 class TrainingLogits:
     """A row for each of some samples: ``logits`` ``[rows, U]``, and ``[rows]`` of the other three."""
 
-    def __init__(self, columns: Columns, rows: int, device: torch.device | str = "cpu") -> None:
-        self.columns = columns
+    def __init__(
+        self, columns: Columns, rows: int, device: torch.device | str = "cpu", log_prior: Tensor | None = None
+    ) -> None:
+        """``log_prior`` ``[N]`` is added to the base classes' logits; few ones get theirs in training, with their scores."""
+        self.columns = columns if log_prior is None else columns.with_log_prior(log_prior)
+        self._log_prior = None if log_prior is None else log_prior.masked_fill(log_prior.isinf(), 0)
         dtype = columns.few_penalty.dtype
         self.logits = _allocate((rows, len(columns)), dtype, device, f"the member logits of {rows} training samples")
         self.base_logsumexp = torch.empty(rows, dtype=dtype, device=device)
@@ -104,6 +152,8 @@ class TrainingLogits:
             here = slice(first_row + part.start, first_row + part.stop)
             _keep(self.columns, logits, block_labels, self.logits[here], self.base_logsumexp[here], self.label_logit[here])
             _check_block(self.base_logsumexp[here], samples, indices[part])
+            if self._log_prior is not None:
+                self.label_logit[here] += self._log_prior[block_labels].to(self.label_logit)
 
 
 class ValidationLogits:
@@ -139,7 +189,7 @@ class ValidationLogits:
         validate = torch.ops.alphaext.validate if alphas.dim() == 2 else torch.ops.alphaext.validate_many
         result: Tensor = validate(
             alphas, member_columns, self._few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
-            self.labels, self.few_of_label, len(self.columns.few_penalty),
+            self.labels, self.few_of_label, self.columns.num_classes,
         )  # fmt: skip
         return result.cpu()
 

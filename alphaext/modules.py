@@ -23,10 +23,18 @@ from ._checks import (
     check_shape,
 )
 from .classes import ClassSplit, split_classes
-from .neighbors import build_members, check_members, pool_classes, reduce_classifiers, submodule_inputs
+from .neighbors import (
+    build_members,
+    check_members,
+    pool_classes,
+    reduce_classifiers,
+    residual_directions,
+    submodule_inputs,
+)
 
 INITS = ("identity", "default")
 FIRST_LAYERS = ("dense", "factored")
+COEFFICIENTS = ("mlp", "direct")
 
 # Where softmax saturates its gradient vanishes, so "identity" starts no closer to 1 than this.
 _LARGEST_SOFTMAX_START = 0.99
@@ -44,7 +52,14 @@ class AlphaNet(nn.Module):
         weight: ``[N, D]``, the trained classifier.
         bias: ``[N]``, or None for a classifier without bias.
         members: ``[F, K+1]`` int64 class ids: column 0 the few class, then its neighbours, nearest first.
-        z: ``[F, (K+1) P]``, each sub-module's fixed input (:func:`alphaext.submodule_inputs`).
+        z: ``[F, (K+1) P]``, each sub-module's fixed input (:func:`alphaext.submodule_inputs`); None with
+            ``coefficients="direct"``, which needs none.
+        coefficients: ``"mlp"`` (default), as in the paper: a sub-module's outputs. ``"direct"``: the outputs are themselves the
+            parameters, without a network, which is the same function with far fewer numbers to learn.
+        directions: ``[R, D]``, with ``coefficients="direct"`` and ``rule="clamp"``: directions along which each few row may
+            move besides, by learned amounts that start at 0, so that ``U_f = sum_k alpha_fk V_fk + sum_r rho_fr directions_r``
+            (:func:`alphaext.residual_directions`).
+        direction_bias: ``[R]``, what each direction adds to the bias; with ``bias``, and only then.
         hidden_dim: hidden units ``H`` of a sub-module; default ``P``, as in the paper (500 on ImageNet-LT).
         gamma: ``alpha_0`` is kept in ``(0, gamma]``; in ``(0, 1]``. Default 1, with which the start is the original classifier
             and which did best in trials (docs/defaults.md); the paper takes 0.7 on ImageNet-LT.
@@ -80,8 +95,11 @@ class AlphaNet(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         members: Tensor,
-        z: Tensor,
+        z: Tensor | None,
         *,
+        coefficients: str = "mlp",
+        directions: Tensor | None = None,
+        direction_bias: Tensor | None = None,
         hidden_dim: int | None = None,
         gamma: float = 1.0,
         rule: str = "clamp",
@@ -96,23 +114,37 @@ class AlphaNet(nn.Module):
         ops.rule_number(rule)
         check_choice(init, "init", INITS)
         check_choice(first_layer, "first_layer", FIRST_LAYERS)
+        check_choice(coefficients, "coefficients", COEFFICIENTS)
+        if coefficients == "direct":
+            surplus = {"z": z is not None, "hidden_dim": hidden_dim not in (None, 0), "shared": bool(shared)}
+            surplus |= {"init": init != "identity", "first_layer": first_layer != "factored"}
+            given = [name for name, differs in surplus.items() if differs]
+            if given:
+                raise ValueError(f"coefficients='direct' has no sub-modules, to which {given[0]} could apply")
+            if isinstance(weight, Tensor) and isinstance(members, Tensor):
+                z = weight.new_zeros(len(members), 0)
         for name, value in (("weight", weight), ("members", members), ("z", z)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        assert z is not None
         check_same_device(weight=weight, bias=bias, members=members, z=z)
         _check_classifier(weight, bias)
         members = check_members(members, weight.shape[0])
         num_few, num_members = members.shape
         if num_few == weight.shape[0]:
             raise ValueError(f"members makes all {num_few} classes few; at least one must be a base class")
-        check_shape(z, "z", (num_few, "(K+1)*P"))
-        if z.shape[1] == 0 or z.shape[1] % num_members:
-            raise ValueError(f"z must have a multiple of K+1 = {num_members} columns, got {z.shape[1]}")
-        _check_dtype(z, "z", weight)
-        check_finite(z, "z")
-        if hidden_dim is None:
-            hidden_dim = z.shape[1] // num_members
-        hidden_dim = check_integer(hidden_dim, "hidden_dim", minimum=1)
+        if coefficients == "mlp":
+            check_shape(z, "z", (num_few, "(K+1)*P"))
+            if z.shape[1] == 0 or z.shape[1] % num_members:
+                raise ValueError(f"z must have a multiple of K+1 = {num_members} columns, got {z.shape[1]}")
+            _check_dtype(z, "z", weight)
+            check_finite(z, "z")
+            if hidden_dim is None:
+                hidden_dim = z.shape[1] // num_members
+            hidden_dim = check_integer(hidden_dim, "hidden_dim", minimum=1)
+        else:
+            hidden_dim = 0
+        _check_directions(directions, direction_bias, weight, bias, coefficients, rule)
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         seed = check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
@@ -125,8 +157,15 @@ class AlphaNet(nn.Module):
         self.register_buffer("z", z.detach().clone())
         self.gamma = gamma
         self.rule = rule
+        self.coefficients = coefficients
         self.first_layer = first_layer
         self.projected_gradient = bool(projected_gradient)
+        self.few_bias = 0.0
+        self.directions: Tensor | None
+        self.direction_bias: Tensor | None
+        self.register_buffer("directions", None if directions is None else directions.detach().clone())
+        self.register_buffer("direction_bias", None if direction_bias is None else direction_bias.detach().clone())
+        self.residual = None if directions is None else nn.Parameter(weight.new_zeros(num_few, len(directions)))
 
         networks = 1 if shared else num_few
         self.seed: int | None = seed
@@ -150,6 +189,7 @@ class AlphaNet(nn.Module):
         few_below: int = 20,
         many_above: int = 100,
         pca_dim: int | None = 500,
+        residual: int = 0,
         **options: Any,
     ) -> AlphaNet:
         """Make the head for a trained linear layer.
@@ -173,8 +213,10 @@ class AlphaNet(nn.Module):
             many_above: a class with more training samples is many; the paper uses 100.
             pca_dim: the sub-modules read classifiers reduced by PCA to ``min(pca_dim, N, D)``; the paper uses 500 on
                 ImageNet-LT and 300 on Places-LT. None feeds the full rows.
-            options: ``hidden_dim``, ``gamma``, ``rule``, ``init``, ``shared``, ``first_layer``, ``projected_gradient``,
-                ``seed``; see :class:`AlphaNet`.
+            residual: along how many principal directions of the class means each few row may move besides; 0, as in the
+                paper. Needs ``class_means`` and ``coefficients="direct"``.
+            options: ``coefficients``, ``hidden_dim``, ``gamma``, ``rule``, ``init``, ``shared``, ``first_layer``,
+                ``projected_gradient``, ``seed``; see :class:`AlphaNet`.
 
         Returns:
             The head, with the dtype and on the device of ``linear``.
@@ -193,7 +235,9 @@ class AlphaNet(nn.Module):
         weight, bias = linear_parameters(linear)
         num_classes = weight.shape[0]
         if members is not None:
-            surplus = {"class_counts": class_counts, "class_means": class_means, "few_classes": few_classes}
+            surplus = {"class_counts": class_counts, "few_classes": few_classes}
+            if not residual:
+                surplus["class_means"] = class_means
             given = [name for name, value in surplus.items() if value is not None]
             if given:
                 raise ValueError(f"members already names classes and neighbours; do not give {', '.join(given)} as well")
@@ -206,8 +250,19 @@ class AlphaNet(nn.Module):
             check_shape(means, "class_means", (num_classes, "D"))
             neighbor_seed = check_integer(neighbor_seed, "neighbor_seed", minimum=0)
             members = build_members(means.cpu(), split.few, pool_classes(split, pool), top_k, metric=metric, seed=neighbor_seed)
-        reduced = reduce_classifiers(weight, pca_dim)
         members = members.to(weight.device)
+        residual = check_integer(residual, "residual", minimum=0)
+        if residual:
+            if class_means is None:
+                raise ValueError("class_means must be given for a residual")
+            directions, direction_bias = residual_directions(weight, class_means, residual)
+            # The first is the constant, of no use without a bias.
+            options |= {"directions": directions, "direction_bias": direction_bias}
+            if bias is None:
+                options |= {"directions": directions[1:], "direction_bias": None}
+        if options.get("coefficients") == "direct":
+            return cls(weight, bias, members, None, **options)
+        reduced = reduce_classifiers(weight, pca_dim)
         return cls(weight, bias, members, submodule_inputs(reduced, members), **options)
 
     @classmethod
@@ -230,8 +285,12 @@ class AlphaNet(nn.Module):
             options = json.loads(bytes(state["_extra_state"].cpu().tolist()).decode())
             networks, _, hidden_dim = state["w2"].shape
             weight, bias, members, z = state["weight"], state.get("bias"), state["members"], state["z"]
-            shared, first_layer = networks == 1 and len(members) > 1, options["first_layer"]
-            head = cls(weight, bias, members, z, hidden_dim=hidden_dim, shared=shared, first_layer=first_layer, seed=0)
+            layout: dict[str, Any] = {"first_layer": options["first_layer"], "hidden_dim": hidden_dim}
+            layout["shared"] = networks == 1 and len(members) > 1
+            if options.get("coefficients", "mlp") == "direct":
+                layout = {"coefficients": "direct", "directions": state.get("directions")}
+                layout["direction_bias"], z = state.get("direction_bias"), None
+            head = cls(weight, bias, members, z, seed=0, **layout)
             head.load_state_dict(state)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise ValueError(f"state must be the state_dict of an AlphaNet: {type(error).__name__}: {error}") from error
@@ -239,6 +298,10 @@ class AlphaNet(nn.Module):
 
     def _init_first_layer(self, networks: int, hidden_dim: int, seed: int) -> None:
         z = self.z.detach().to(device="cpu", dtype=_wide(self.z.dtype)).contiguous()
+        if hidden_dim == 0:
+            self.preactivation = nn.Parameter(self.z.new_zeros(len(self.z), 0))
+            self.register_buffer("gradient_scale", first_layer_scale(self.z, networks))
+            return
         if self.first_layer == "dense":
             w1, b1 = _initial_first_layer(networks, hidden_dim, z, seed)
             self.w1 = nn.Parameter(w1.to(self.z))
@@ -299,6 +362,11 @@ class AlphaNet(nn.Module):
         return self.members[:, 0]
 
     @property
+    def num_directions(self) -> int:
+        """Number ``R`` of directions of the residual; 0 without one."""
+        return 0 if self.directions is None else len(self.directions)
+
+    @property
     def shared(self) -> bool:
         """Whether one network serves all few classes."""
         return self.w2.shape[0] == 1 and self.num_few != 1
@@ -307,7 +375,37 @@ class AlphaNet(nn.Module):
         """Scores of all classes, ``[..., N]`` in class order, from ``features`` ``[..., D]`` (equations 3 and 4)."""
         self._check_input(features, "features", self.in_features)
         flat = features.reshape(-1, features.shape[-1])
-        return self._head(flat, self.weight).view(*features.shape[:-1], self.out_features)
+        scores = self._head(flat, self.weight)
+        if self.residual is not None or self.few_bias:
+            scores = scores.index_add(1, self.few_classes, self._besides(flat, scores))
+        return scores.view(*features.shape[:-1], self.out_features)
+
+    def _besides(self, flat: Tensor, scores: Tensor) -> Tensor:
+        """What residual and constant add to the few scores, ``[batch, F]``."""
+        added = scores.new_full((len(flat), self.num_few), self.few_bias)
+        if self.residual is None or self.directions is None:
+            return added
+        bias = None if self.direction_bias is None else self.residual @ self.direction_bias
+        return added + nn.functional.linear(flat, self.residual @ self.directions, bias).to(added.dtype)
+
+    def identity_outputs(self) -> Tensor:
+        """The outputs ``[K+1 (+ R)]`` that make every few row the original one, or with ``gamma`` below 1 the nearest to it.
+
+        Where ``init="identity"`` starts, and what ``regularize`` of :func:`alphaext.fit` draws the outputs to.
+        """
+        outputs = _identity_outputs(self.rule, self.gamma, self.top_k, self.z.dtype)
+        return torch.cat([outputs, outputs.new_zeros(self.num_directions)]).to(self.z.device)
+
+    def outputs(self) -> Tensor:
+        """What a few row's coefficients are made of, ``[F, K+1 (+ R)]``, with gradient: outputs, then the residual."""
+        if self.coefficients == "direct":
+            return self.b2 if self.residual is None else torch.cat([self.b2, self.residual], dim=1)
+        z, w1, b1 = self._first_layer_arguments()
+        if w1 is None or z is None:  # its gradient is that of the weights behind it, as in the scores
+            preactivation = ops.scale_gradient(b1, self.gradient_scale)
+        else:
+            preactivation = reference.preactivations(z, w1, b1)
+        return reference.raw_outputs(preactivation, self.w2, self.b2)
 
     def mix_logits(self, logits: Tensor) -> Tensor:
         """The same scores from the original classifier's ``logits`` ``[..., N]``, computed once and kept.
@@ -323,7 +421,13 @@ class AlphaNet(nn.Module):
             True
         """
         self._check_input(logits, "logits", self.out_features)
-        return self._head(logits.reshape(-1, logits.shape[-1]), None).view(logits.shape)
+        if self.residual is not None:
+            raise ValueError("a head with a residual needs features: its scores are no mix of the original logits alone")
+        flat = logits.reshape(-1, logits.shape[-1])
+        scores = self._head(flat, None)
+        if self.few_bias:
+            scores = scores.index_add(1, self.few_classes, self._besides(flat, scores))
+        return scores.view(logits.shape)
 
     def alphas(self) -> Tensor:
         """The coefficients alpha, ``[F, K+1]`` in float32 (float64 for a float64 head): column 0 the few class's own."""
@@ -355,6 +459,8 @@ class AlphaNet(nn.Module):
             >>> torch.allclose(factored.materialize_first_layer()[0], dense.w1)
             True
         """
+        if self.coefficients == "direct":
+            raise ValueError("a head with coefficients='direct' has no first layer")
         if self.first_layer == "dense":
             return self.w1.detach().clone(), self.b1.detach().clone()
         if self.seed is None:
@@ -379,20 +485,29 @@ class AlphaNet(nn.Module):
 
     @torch.no_grad()
     def composed(self) -> tuple[Tensor, Tensor | None]:
-        """The composed few rows: weight ``[F, D]`` and bias ``[F]``, or None without bias (equations 1 and 2)."""
+        """The composed few rows: weight ``[F, D]`` and bias ``[F]``, or None without (equations 1 and 2)."""
         alpha = self.alphas()
         wide = self.weight.to(alpha.dtype)
         # embedding_bag sums alpha-weighted rows without first gathering all F (K+1) of them.
         weight = nn.functional.embedding_bag(self.members, wide, per_sample_weights=alpha, mode="sum")
-        if self.bias is None:
+        residual = None if self.residual is None else self.residual.to(alpha.dtype)
+        if residual is not None and self.directions is not None:
+            weight = weight + residual @ self.directions.to(alpha.dtype)
+        if self.bias is None and not self.few_bias:
             return weight.to(self.weight.dtype), None
-        bias = self.bias.to(alpha.dtype)[self.members]
-        composed_bias = bias[:, 0] if self.rule == "l1" else (alpha * bias).sum(dim=1)
+        composed_bias = alpha.new_full((self.num_few,), self.few_bias)
+        if self.bias is not None:
+            bias = self.bias.to(alpha.dtype)[self.members]
+            composed_bias += bias[:, 0] if self.rule == "l1" else (alpha * bias).sum(dim=1)
+        if residual is not None and self.direction_bias is not None:
+            composed_bias += residual @ self.direction_bias.to(alpha.dtype)
         return weight.to(self.weight.dtype), composed_bias.to(self.weight.dtype)
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the same scores: the original layer, its few rows replaced by the composed ones.
+
+        It has a bias if the original layer has one, or if there is a constant ``few_bias`` on the few scores.
 
         Example:
             >>> head = AlphaNet.from_linear(nn.Linear(8, 4), members=[[3, 0, 1]], seed=0)
@@ -402,11 +517,12 @@ class AlphaNet(nn.Module):
         """
         weight, bias = self.composed()
         # On "meta", because initial values that nobody reads would be drawn from the caller's random numbers.
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight.detach().clone())
         linear.weight[self.few_classes] = weight
-        if self.bias is not None and bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+        if bias is not None:
+            old = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
+            linear.bias = nn.Parameter(old.detach().clone())
             linear.bias[self.few_classes] = bias
         linear.requires_grad_(self.weight.requires_grad)
         return linear.train(self.training)
@@ -414,8 +530,13 @@ class AlphaNet(nn.Module):
     def extra_repr(self) -> str:
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, num_few={self.num_few}, "
-            f"top_k={self.top_k}, gamma={self.gamma:g}, rule={self.rule!r}, hidden_dim={self.w2.shape[2]}"
+            f"top_k={self.top_k}, gamma={self.gamma:g}, rule={self.rule!r}, "
         )
+        text += "coefficients='direct'" if self.coefficients == "direct" else f"hidden_dim={self.w2.shape[2]}"
+        if self.num_directions:
+            text += f", num_directions={self.num_directions}"
+        if self.few_bias:
+            text += f", few_bias={self.few_bias:g}"
         if self.bias is None:
             text += ", bias=False"
         if self.shared:
@@ -435,6 +556,8 @@ class AlphaNet(nn.Module):
             "projected_gradient": self.projected_gradient,
             "seed": self.seed,
             "first_layer_decay": self.first_layer_decay,
+            "coefficients": self.coefficients,
+            "few_bias": self.few_bias,
         }
         return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8, device="cpu")
 
@@ -446,11 +569,15 @@ class AlphaNet(nn.Module):
             raise ValueError(
                 f"the state is of a head with first_layer={options['first_layer']!r}, this one has {self.first_layer!r}"
             )
+        coefficients = options.get("coefficients", "mlp")
+        if coefficients != self.coefficients:
+            raise ValueError(f"the state is of a head with coefficients={coefficients!r}, this one has {self.coefficients!r}")
         self.gamma = check_gamma(options["gamma"])
         self.rule = options["rule"]
         self.projected_gradient = bool(options["projected_gradient"])
         self.seed = options.get("seed")
         self.first_layer_decay = float(options.get("first_layer_decay", 1.0))
+        self.few_bias = float(options.get("few_bias", 0.0))
 
     def _first_layer_arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
         if self.first_layer == "dense":
@@ -570,6 +697,30 @@ def _move_first_layer(w1: Tensor, b1: Tensor, z: Tensor, moved: Tensor, decay: f
     u = moved / scale.unsqueeze(1)
     b1.mul_(decay).add_(u.to(b1.dtype))
     w1.baddbmm_(u.to(w1.dtype).unsqueeze(2), z.to(w1.dtype).unsqueeze(1), beta=decay)
+
+
+def _check_directions(
+    directions: Tensor | None, direction_bias: Tensor | None, weight: Tensor, bias: Tensor | None, coefficients: str, rule: str
+) -> None:
+    if directions is None:
+        if direction_bias is not None:
+            raise ValueError("direction_bias goes with directions")
+        return
+    if coefficients != "direct" or rule != "clamp":
+        raise ValueError(f"a residual needs coefficients='direct' and rule='clamp', got {coefficients!r} and {rule!r}")
+    if (bias is None) != (direction_bias is None):
+        raise ValueError("direction_bias must be given where the classifier has a bias, and only there")
+    for name, value, shape in (
+        ("directions", directions, ("R", weight.shape[1])),
+        ("direction_bias", direction_bias, (len(directions),)),
+    ):
+        if value is not None:
+            check_same_device(weight=weight, **{name: value})
+            check_shape(value, name, shape)
+            _check_dtype(value, name, weight)
+            check_finite(value, name)
+    if len(directions) == 0:
+        raise ValueError("directions must have at least one row")
 
 
 def _check_classifier(weight: Tensor, bias: Tensor | None) -> None:

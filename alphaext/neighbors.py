@@ -41,6 +41,7 @@ __all__ = [
     "neighbor_distances",
     "pool_classes",
     "reduce_classifiers",
+    "residual_directions",
     "submodule_inputs",
 ]
 
@@ -449,3 +450,49 @@ def submodule_inputs(reduced: TensorLike, members: TensorLike) -> Tensor:
     check_finite(rows, "reduced")
     ids = check_members(members, rows.shape[0]).to(rows.device)
     return rows[ids].flatten(start_dim=1)
+
+
+def residual_directions(weight: TensorLike, class_means: TensorLike, count: int) -> tuple[Tensor, Tensor]:
+    """Return directions along which a classifier's rows may move, beside what they are composed of.
+
+    They are principal directions of the class means, in which classes differ, most important first, and before them the
+    constant alone. Along the principal ones the bias moves too, so that a mean feature's score does not. All have the length
+    of the classifier's average row: a learned amount of 1 is as large as a whole row.
+
+    Args:
+        weight: floating point [N, D], the classifier.
+        class_means: floating point [N, D], as ``class_means`` returns them.
+        count: principal directions, at least 1; at most min(N - 1, D) there are.
+
+    Returns:
+        The directions [R, D] and what each adds to the bias [R], with R up to count + 1, in the dtype and on the device of
+        ``weight``. Without a bias leave out the second.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit, values that are not finite, ``count`` below 1.
+
+    Example:
+        >>> directions, bias = residual_directions(torch.eye(2), torch.tensor([[0.0, 2.0], [0.0, 4.0]]), count=1)
+        >>> directions.abs(), bias.abs()
+        (tensor([[0., 0.],
+                [0., 1.]]), tensor([1., 3.]))
+    """
+    rows = as_tensor(weight, "weight").detach()
+    means = as_tensor(class_means, "class_means").detach()
+    for name, value in (("weight", rows), ("class_means", means)):
+        check_shape(value, name, ("N", "D"))
+        check_floating(value, name)
+        check_finite(value, name)
+    if rows.shape != means.shape:
+        raise ValueError(f"class_means must have the shape of weight, {list(rows.shape)}, got {list(means.shape)}")
+    count = min(check_integer(count, "count", minimum=1), len(means) - 1, means.shape[1])
+    wide = means.cpu().double()
+    center = wide.mean(dim=0)
+    axes = np.linalg.svd((wide - center).numpy(), full_matrices=False)[2][:count]
+    # Of the two signs the one whose largest entry is positive, so that it does not depend on the library.
+    signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1))
+    length = float(rows.cpu().double().norm(dim=1).mean())
+    principal = length * torch.from_numpy(axes * signs)
+    directions = torch.cat([principal.new_zeros(1, means.shape[1]), principal])
+    bias = torch.cat([principal.new_full((1,), length), -(principal @ center)])
+    return directions.to(rows), bias.to(rows)

@@ -104,6 +104,12 @@ def rule_number(rule: str) -> int:
     return RULE_NUMBERS[rule]
 
 
+def scale_gradient(value: Tensor, scale: Tensor) -> Tensor:
+    """``value``, whose gradient is multiplied by ``scale`` as that of ``b1`` is by ``b1_scale`` of :func:`alpha_head`."""
+    scaled: Tensor = _ScaleGradient.apply(value, scale)
+    return scaled
+
+
 # ---- Autograd ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,10 @@ from ._checks import check_choice, check_integer, check_number
 SELECTIONS = ("best_all", "best_few", "last")
 SCHEDULES = ("constant", "step", "multistep", "cosine")
 NEGATIVE_SAMPLINGS = ("uniform", "class_balanced")
+AUGMENTATIONS = ("neighbors",)
+_LATER = (
+    *("samples_per_class", "augment", "augment_samples", "augment_neighbors", "prior_correction", "regularize", "few_bias"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,13 @@ class TrainingOptions:
     lr_milestones: Sequence[int] = ()
     negative_ratio: float = 1.0
     negative_sampling: str = "uniform"
+    samples_per_class: int | None = None
+    augment: str | None = None
+    augment_samples: int = 200
+    augment_neighbors: int = 5
+    prior_correction: bool = False
+    regularize: float = 0.0
+    few_bias: bool = False
     select: str | None = None
     min_all: float | None = None
     seed: int = 0
@@ -45,11 +56,12 @@ class TrainingOptions:
             object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum, maximum=maximum))
         for name in ("lr", "lr_factor"):
             object.__setattr__(self, name, check_number(getattr(self, name), name, above=0))
-        for name in ("momentum", "dampening", "weight_decay", "negative_ratio"):
+        for name in ("momentum", "dampening", "weight_decay", "negative_ratio", "regularize"):
             object.__setattr__(self, name, check_number(getattr(self, name), name, minimum=0))
         if self.negative_ratio > 1e6:
             raise ValueError(f"negative_ratio must be at most 1e6, got {self.negative_ratio!r}")
-        object.__setattr__(self, "nesterov", bool(self.nesterov))
+        for name in ("nesterov", "prior_correction", "few_bias"):
+            object.__setattr__(self, name, bool(getattr(self, name)))
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError(
                 f"nesterov needs a momentum above 0 and no dampening, got momentum={self.momentum:g} and "
@@ -57,6 +69,7 @@ class TrainingOptions:
             )
         check_choice(self.lr_schedule, "lr_schedule", SCHEDULES)
         check_choice(self.negative_sampling, "negative_sampling", NEGATIVE_SAMPLINGS)
+        self._check_samples()
         self._check_milestones()
         self._check_last_lr()
         if self.select is not None:
@@ -68,6 +81,25 @@ class TrainingOptions:
             if self.select != "best_few" or not 0 <= self.min_all <= 1:
                 raise ValueError(message)
             object.__setattr__(self, "min_all", float(self.min_all))
+
+    def _check_samples(self) -> None:
+        for name in ("augment_samples", "augment_neighbors"):
+            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=1))
+        if self.augment is not None:
+            check_choice(self.augment, "augment", AUGMENTATIONS)
+        if self.samples_per_class is None:
+            if self.augment is not None:
+                raise ValueError(
+                    f"augment={self.augment!r} needs samples_per_class: an epoch cannot have all samples that could be drawn"
+                )
+            return
+        each = check_integer(self.samples_per_class, "samples_per_class", minimum=1, maximum=2**31)
+        object.__setattr__(self, "samples_per_class", each)
+        if self.negative_ratio != 1 or self.negative_sampling != "uniform":
+            raise ValueError(
+                "samples_per_class already says how many samples an epoch has of every class; got negative_ratio="
+                f"{self.negative_ratio:g} and negative_sampling={self.negative_sampling!r} as well"
+            )
 
     def _check_last_lr(self) -> None:
         try:
@@ -102,8 +134,20 @@ class TrainingOptions:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for one training to go on from another's checkpoint."""
-        names = [f.name for f in fields(self) if f.name != "epochs" or self.lr_schedule == "cosine"]
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in self.told().items() if name != "epochs" or self.lr_schedule == "cosine"}
+
+    def told(self) -> dict[str, Any]:
+        """All options, but for those that came later and are not used: checkpoints from before stay of use."""
+        unused = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) == f.default}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unused}
+
+
+def selection_score(select: str, metrics: dict[str, float], min_all: float | None) -> float:
+    """How good ``metrics`` on validation data are by the policy ``"best_all"`` or ``"best_few"``: the largest is chosen."""
+    if select == "best_all":
+        return metrics["all"]
+    # What is below the bound comes after all others, the least bad first.
+    return metrics["few"] if min_all is None or metrics["all"] >= min_all else metrics["all"] - 2
 
 
 @dataclass(frozen=True)

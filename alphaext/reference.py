@@ -120,6 +120,28 @@ def compose(
     return composed_weight, composed_bias
 
 
+def add_residual(
+    composed_weight: Tensor,
+    composed_bias: Tensor | None,
+    residual: Tensor,
+    directions: Tensor,
+    direction_bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Composed classifiers moved along given directions: ``U_f + sum_r rho_fr d_r``, which the paper does not have.
+
+    Args:
+        composed_weight: ``[F, D]``.
+        composed_bias: ``[F]``, or None.
+        residual: ``[F, R]``, the amounts rho.
+        directions: ``[R, D]``.
+        direction_bias: ``[R]``, what each direction adds to the bias; None without a bias.
+    """
+    moved = composed_weight + residual @ directions
+    if composed_bias is None or direction_bias is None:
+        return moved, composed_bias
+    return moved, composed_bias + residual @ direction_bias
+
+
 def scores(
     features: Tensor,
     weight: Tensor,

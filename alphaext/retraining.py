@@ -19,12 +19,11 @@ from ._checks import TensorLike, as_tensor, check_finite, check_floating, check_
 from .balanced_sampling import ClassBalancedSampler
 from .balanced_training import BalancedTraining, check_checkpoint, fingerprint
 from .classes import ClassSplit, split_classes
-from .member_logits import Samples
+from .member_logits import Samples, check_samples
 from .modules import linear_parameters
 from .neighbors import seeded_generator
 from .options import TrainingOptions
 from .selection import BaselineResult, Policy, Rescaling, Validation, make_linear, wide
-from .training import check_samples
 
 __all__ = ["RETRAINING_PRESETS", "crt", "lws"]
 
@@ -258,7 +257,7 @@ class _Classifier:
 
     def step(self, indices: Tensor, lr: float) -> Tensor:
         weight, options = self.parameters[0], self.options
-        rows = _take(self.samples.features, indices).to(weight.device).to(weight.dtype)
+        rows = _take(self.samples.real(), indices).to(weight.device).to(weight.dtype)
         labels = self.samples.labels.index_select(0, indices).to(weight.device)
         scores = rows @ weight.t() if len(self.parameters) == 1 else torch.addmm(self.parameters[1], rows, weight.t())
         loss, gradient = _loss_and_gradient(scores, labels)
@@ -308,7 +307,7 @@ class _Scales:
         self._logits = logits
 
     def _compute(self, indices: Tensor) -> Tensor:
-        rows = _take(self.samples.features, indices).to(self.weight.device).to(self.weight.dtype)
+        rows = _take(self.samples.real(), indices).to(self.weight.device).to(self.weight.dtype)
         return rows @ self.weight.t() if self.bias is None else torch.addmm(self.bias, rows, self.weight.t())
 
     def step(self, indices: Tensor, lr: float) -> Tensor:

@@ -1,7 +1,8 @@
-"""Which samples an epoch trains on: all of the few classes, and base samples drawn anew each epoch."""
+"""Which samples an epoch trains on: all of the few classes and base samples drawn anew, or equally many of every class."""
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -19,18 +20,24 @@ class EpochSampler:
 
     Every epoch has all samples of the few classes and ``negative_ratio`` times as many base samples (1 in the paper, 0 in its
     appendix E): uniform over images, or the same number from each base class. They are drawn without replacement; where more
-    are asked for than there are, with replacement, and a warning says so.
+    are asked for than there are, with replacement, and a warning says so. Or, with ``samples_per_class``, an epoch has so many
+    of every class, few classes too, with replacement where a class has fewer.
 
     Samples are numbered: first the few ones, then the base ones, grouped by class where that matters. ``indices[number]`` is
     the sample's place in the data.
 
     Attributes:
-        num_few: samples of few classes.
+        num_few: samples of few classes that there are.
         negatives: base samples of an epoch.
         indices: ``[n]`` int64.
+        log_prior: ``[N]`` float64, the log of how many samples of each class an epoch has on average, less a constant, which
+            is such that base classes have the same numbers whatever the ``negative_ratio``.
     """
 
-    def __init__(self, labels: Tensor, few_classes: Tensor, num_classes: int, options: TrainingOptions) -> None:
+    def __init__(
+        self, labels: Tensor, few_classes: Tensor, num_classes: int, options: TrainingOptions, first_few: int = 0
+    ) -> None:
+        """Few samples before the place ``first_few`` take no part: drawn ones stand in for them."""
         few_classes = few_classes.cpu()
         counts = torch.bincount(labels, minlength=num_classes)
         missing = few_classes[counts[few_classes] == 0]
@@ -40,7 +47,14 @@ class EpochSampler:
         is_few_class[few_classes] = True
         is_few = is_few_class[labels]
         few, base = is_few.nonzero().flatten(), (~is_few).nonzero().flatten()
-        self.seed = options.seed
+        few = few[few >= first_few]
+        self.seed, self._few_classes = options.seed, few_classes
+        if options.prior_correction and options.negative_ratio == 0 and options.samples_per_class is None:
+            raise ValueError("prior_correction needs base samples to know how often an epoch has them, got negative_ratio=0")
+        self.samples_per_class = options.samples_per_class
+        if self.samples_per_class is not None:
+            self._group_by_class(labels, few, base, num_classes)
+            return
         self.num_few = len(few)
         self.negatives = round(options.negative_ratio * len(few))
         self.balanced = options.negative_sampling == "class_balanced"
@@ -57,6 +71,25 @@ class EpochSampler:
         self._group_offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         self._warn_of_replacement(sizes, options.negative_ratio)
         self.indices = torch.cat([few, base])
+        if self.balanced:
+            shares = torch.where(is_few_class, counts, (counts > 0).to(counts.dtype))
+            self._set_prior(shares, self.negatives / max(len(sizes), 1))
+        else:
+            self._set_prior(counts, self.negatives / max(len(base), 1))
+
+    def _group_by_class(self, labels: Tensor, few: Tensor, base: Tensor, num_classes: int) -> None:
+        if not len(base):
+            raise ValueError("labels has no sample of a base class, but samples_per_class asks for some of every class")
+        assert self.samples_per_class is not None
+        few, base = (part[labels[part].sort(stable=True).indices] for part in (few, base))
+        self.num_few, self.balanced = len(few), True
+        groups = [labels[part].unique_consecutive(return_counts=True) for part in (few, base)]
+        sizes = torch.cat([counts for _, counts in groups])
+        self._classes = torch.cat([classes for classes, _ in groups])
+        self.negatives = self.samples_per_class * len(groups[1][0])
+        self._group_offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        self.indices = torch.cat([few, base])
+        self._set_prior(torch.bincount(self._classes, minlength=num_classes), 1.0)
 
     def _warn_of_replacement(self, sizes: Tensor, ratio: float) -> None:
         if not self.negatives:
@@ -72,11 +105,20 @@ class EpochSampler:
 
     def __len__(self) -> int:
         """Samples of an epoch."""
+        if self.samples_per_class is not None:
+            return self.samples_per_class * len(self._classes)
         return self.num_few + self.negatives
+
+    def _set_prior(self, shares: Tensor, base_rate: float) -> None:
+        self.log_prior = shares.double().log()
+        if base_rate > 0:
+            self.log_prior[self._few_classes] -= math.log(base_rate)
 
     def draw(self, epoch: int) -> Tensor:
         """The numbers of an epoch's samples, ``[len(self)]`` int64, in the order they are trained on."""
-        order: Tensor = torch.ops.alphaext.sample_epoch(self.num_few, self._group_offsets, self.negatives, self.seed, epoch)
+        # Where every class is drawn from, few samples are no different from base ones.
+        whole, drawn = (0, len(self)) if self.samples_per_class is not None else (self.num_few, self.negatives)
+        order: Tensor = torch.ops.alphaext.sample_epoch(whole, self._group_offsets, drawn, self.seed, epoch)
         return order
 
     def used(self, epochs: range) -> Tensor:

@@ -18,8 +18,9 @@ from . import engines
 from ._checks import TensorLike, check_finite
 from ._files import without_nan
 from .classes import ClassSplit
+from .member_logits import check_samples
 from .metrics import label_ranks
-from .training import check_samples, selection_score
+from .options import selection_score
 
 __all__ = ["BaselineResult", "Policy", "Rescaling", "Validation"]
 

@@ -33,7 +33,7 @@ from .study_trials import CHECKPOINTS, Problem, Trainings
 
 __all__ = ["EXPERIMENTS", "POLICIES", "StudyOptions", "choose", "read_rows", "run_study", "summarize"]
 
-RESULTS, ROWS, CLASSES = "results.json", "results.csv", "classes.csv"
+RESULTS, ROWS, CLASSES, CONFUSIONS = "results.json", "results.csv", "classes.csv", "confusions.csv"
 FORMAT = "alphaext study 1"
 _PARTS = ("train", "val", "test")
 
@@ -56,8 +56,8 @@ def run_study(
 
     The folder ``output`` gets ``results.csv``, a row for each head or rival and seed
     (:data:`alphaext.study_rows.COLUMNS`); ``results.json``, what it was made of, and what was chosen of what; and, with the
-    experiment "compare", ``classes.csv``: what became of each class under the chosen Alpha Net of the first seed
-    (:func:`alphaext.class_table`).
+    experiment "compare", ``classes.csv`` and ``confusions.csv``: what became of each class under the chosen Alpha Net of the
+    first seed (:func:`alphaext.class_table`), and which confusions it mends and makes (:mod:`alphaext.confusions`).
 
     An interrupted study goes on where it stopped when it is run again, to the same rows but for ``seconds``, which are then
     those of the last run. More experiments and seeds may be asked for later; the rows that are there stay. Trainings that
@@ -125,7 +125,7 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder, "a study"):
         if earlier is None:
-            for name in (RESULTS, ROWS, CLASSES):
+            for name in (RESULTS, ROWS, CLASSES, CONFUSIONS):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         file = ResultsFile(folder / ROWS)
@@ -153,7 +153,7 @@ def run_study(
             if "compare" in settings.experiments:
                 seeds = (None, *settings.seed_values())
                 of_other_seeds = [choice for choice in results["choices"] if choice["seed"] not in seeds]
-                results["choices"] = compare_rivals(problem, trainings, folder / CLASSES) + of_other_seeds
+                results["choices"] = compare_rivals(problem, trainings, folder / CLASSES, folder / CONFUSIONS) + of_other_seeds
             file.arrange(row_key(trainings.row(trial)) for trial in trainings.trials)
         finally:
             file.write()
@@ -212,7 +212,7 @@ def _check_output(folder: Path, identity: Mapping[str, Any], overwrite: bool) ->
     """What ``results.json`` says where the folder is of the same study and goes on; None where it begins."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder, got the file {str(folder)!r}")
-    there = [name for name in (RESULTS, ROWS, CLASSES) if (folder / name).exists()]
+    there = [name for name in (RESULTS, ROWS, CLASSES, CONFUSIONS) if (folder / name).exists()]
     if overwrite or not there:
         return None
     advice = "give another folder, or overwrite it (--overwrite)"

@@ -14,6 +14,7 @@ from typing import Any
 
 from ._checks import check_choice, check_gamma, check_integer, check_number
 from .options import TrainingOptions
+from .presets import PRESETS
 
 __all__ = ["EXPERIMENTS", "FORMS", "POLICIES", "Configuration", "StudyOptions", "Trial", "choose", "plan"]
 
@@ -27,6 +28,7 @@ EXPERIMENTS = {
     "start": "the start of the training, and whether a clamped coefficient can return",
     "controls": "random and cosine neighbours; coefficients that are equal and not trained",
     "data-size": "few classes with fewer training samples",
+    "beyond": "what lifts it above one constant on the few logits: each means alone, together, and left out of all",
     "compare": "the rivals and the Alpha Net, each with what validation chooses for it (tables 1 and 2)",
 }
 """The experiments of a study."""
@@ -34,17 +36,24 @@ EXPERIMENTS = {
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"init": "default", "projected_gradient": False},
+    "best": {},  # filled below
 }
-"""The package's form of an Alpha Net and the paper's, as options of :class:`alphaext.AlphaNet`."""
+"""Alpha Net as the package's default has it, as the paper has it, and as gains most: what differs between their options."""
 
-METHODS = {"default": "Alpha Net", "paper": "Alpha Net, paper's form"}
-"""What each form is called in results."""
+ROWS = "rows"
+"""A rival that is trained like the best form: one neighbour, and a residual that can make any row of it."""
+
+METHODS = {"default": "Alpha Net", "paper": "Alpha Net, paper's form", "best": "Alpha Net, best", ROWS: "free rows"}
+"""What each form, and that rival, is called in results."""
 
 FROZEN = "frozen uniform alphas"
 """The control without training: gamma for a class's own classifier and ``(1 - gamma) / K`` for each neighbour."""
 
 POLICIES = ("best_all", "best_few", "knee")
 """What a choice on validation samples goes by; see :func:`choose`."""
+
+RETRAINED = ("crt", "lws")
+"""The rivals that train on class-balanced samples, a row of "compare" for each seed."""
 
 CANDIDATES = "candidates"
 """Under this name stand the results of which "compare" shows the chosen ones."""
@@ -61,14 +70,19 @@ class StudyOptions:
         experiments: names out of :data:`EXPERIMENTS`; all by default.
         seeds: trainings of each configuration: of weights, samples, random neighbours, and cuts of the data.
         first_seed: the seeds are this one and those that follow.
-        gammas: tried by gamma, pool, sharing, and compare, which chooses among them. The paper's 0.1 to 0.9, and 1.
+        gammas: tried by gamma, pool, sharing, and compare, which chooses among them (the best form has 1). The paper's 0.1 to
+            0.9, and 1.
         fixed_gammas: those with which the experiments train that do not vary gamma: 0.7, which the paper chose, and 1, the
             package's default. (negatives has 0.5, the paper's.)
         top_ks: of top-k; 2, 5 and 10 in the paper.
         few_samples: of data-size: training samples that each few class keeps at most.
         negative_ratios: of negatives; 0 and 1 in the paper.
         forms: out of :data:`FORMS`: the forms of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size. compare
-            has both.
+            and beyond have their own.
+        sharing_lr: learning rate of the one sub-module that all classes share, which each class's gradient moves: many more
+            than one of its own has, so that it diverges at theirs.
+        retraining_epochs: of cRT and LWS, rivals in compare; 0 leaves them out.
+        retraining_lrs: learning rates of cRT and LWS, among which compare chooses.
         top_k: neighbours; 5 in the paper.
         epochs: 80 in the paper.
         batch_size: 64 in the paper.
@@ -95,6 +109,9 @@ class StudyOptions:
     few_samples: Sequence[int] = (1, 2, 5, 10)
     negative_ratios: Sequence[float] = (0.0, 0.5, 1.0, 2.0, 4.0)
     forms: Sequence[str] = ("default",)
+    sharing_lr: float = 0.01
+    retraining_epochs: int = 10
+    retraining_lrs: Sequence[float] = (0.1, 0.4)
     top_k: int = 5
     epochs: int = 80
     batch_size: int = 64
@@ -112,6 +129,7 @@ class StudyOptions:
             "top_ks": lambda value: check_integer(value, "top_ks", minimum=1),
             "few_samples": lambda value: check_integer(value, "few_samples", minimum=1),
             "negative_ratios": lambda value: check_number(value, "negative_ratios", minimum=0),
+            "retraining_lrs": lambda value: check_number(value, "retraining_lrs", above=0),
         }
         for name, check in checks.items():
             values = getattr(self, name)
@@ -123,14 +141,15 @@ class StudyOptions:
             object.__setattr__(self, name, checked)
         # In one order, whatever order they are asked for in.
         object.__setattr__(self, "experiments", tuple(name for name in EXPERIMENTS if name in self.experiments))
-        for name, minimum in (("seeds", 1), ("first_seed", 0), ("top_k", 1)):
+        for name, minimum in (("seeds", 1), ("first_seed", 0), ("top_k", 1), ("retraining_epochs", 0)):
             object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum))
         if self.pca_dim is not None:
             object.__setattr__(self, "pca_dim", check_integer(self.pca_dim, "pca_dim", minimum=1))
         checked_training = TrainingOptions(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
         for name in ("epochs", "batch_size", "lr"):
             object.__setattr__(self, name, getattr(checked_training, name))
-        object.__setattr__(self, "max_drop", _check_policy(self.policy, self.max_drop))
+        object.__setattr__(self, "sharing_lr", check_number(self.sharing_lr, "sharing_lr", above=0))
+        object.__setattr__(self, "max_drop", check_policy(self.policy, self.max_drop))
 
     def identity(self) -> dict[str, Any]:
         """The options that must be equal for results to stand in one table; the others only say which results there are."""
@@ -157,9 +176,19 @@ class Configuration:
     init: str = "identity"
     projected_gradient: bool = True
     negative_ratio: float = 1.0
+    coefficients: str = "mlp"
+    residual: int = 0
+    regularize: float = 0.0
+    samples_per_class: int | None = None
+    augment: str | None = None
+    augment_neighbors: int = 5
+    prior_correction: bool = False
+    few_bias: bool = False
     few_samples: int | None = None
     epochs: int
+    batch_size: int
     lr: float
+    lr_schedule: str = "step"
 
     def cells(self) -> dict[str, Any]:
         """The columns of results that say which configuration it was."""
@@ -168,6 +197,12 @@ class Configuration:
 
 CONFIGURATION = tuple(entry.name for entry in fields(Configuration))
 """The columns of results that :class:`Configuration` fills."""
+
+FORMS["best"] = {
+    name: value
+    for name, value in PRESETS["best"].items()
+    if name in CONFIGURATION and name != "gamma" and value != PRESETS["default"][name]
+}
 
 
 @dataclass(frozen=True)
@@ -188,11 +223,12 @@ class Trial:
         return self.configuration, self.seed
 
 
-def plan(options: StudyOptions) -> list[Trial]:
+def plan(options: StudyOptions, pool_size: int | None = None) -> list[Trial]:
     """Return what the experiments asked for consist of, in the order of the results.
 
     Args:
         options: the study's.
+        pool_size: base classes that there are: the best form takes at most so many neighbours.
 
     Returns:
         All trials. Those of "compare" stand under "candidates"; the rivals, which are not trained, are not among them.
@@ -212,6 +248,7 @@ def plan(options: StudyOptions) -> list[Trial]:
         "start": _start,
         "controls": _controls,
         "data-size": _data_size,
+        "beyond": _beyond,
         "compare": _compare,
     }
     trials = []
@@ -219,12 +256,21 @@ def plan(options: StudyOptions) -> list[Trial]:
         name = CANDIDATES if experiment == "compare" else experiment
         for (method, configuration), seed in itertools.product(plans[experiment](options), options.seed_values()):
             trials.append(Trial(name, method, configuration, None if method == FROZEN else seed))
+    if pool_size is not None:
+        trials = [_within(trial, pool_size) for trial in trials]
     return list(dict.fromkeys(trials))
 
 
+def _within(trial: Trial, pool_size: int) -> Trial:
+    own = trial.configuration
+    if own.top_k != FORMS["best"]["top_k"]:
+        return trial
+    return replace(trial, configuration=replace(own, top_k=min(own.top_k, pool_size)))
+
+
 def _base(options: StudyOptions, gamma: float, form: str = "default", **changes: Any) -> Configuration:
-    base = Configuration(gamma=gamma, top_k=options.top_k, epochs=options.epochs, lr=options.lr, **FORMS[form])
-    return replace(base, **changes)
+    common = {name: getattr(options, name) for name in ("top_k", "epochs", "batch_size", "lr")}
+    return replace(Configuration(gamma=gamma, **(common | FORMS[form])), **changes)
 
 
 _Plan = Iterator[tuple[str, Configuration]]
@@ -249,7 +295,7 @@ def _pool(options: StudyOptions) -> _Plan:
 
 
 def _sharing(options: StudyOptions) -> _Plan:
-    return _each(options, options.gammas, [{"shared": shared} for shared in (False, True)])
+    return _each(options, options.gammas, [{"shared": False}, {"shared": True, "lr": options.sharing_lr}])
 
 
 def _negatives(options: StudyOptions) -> _Plan:
@@ -288,8 +334,47 @@ def _controls(options: StudyOptions) -> _Plan:
 
 
 def _compare(options: StudyOptions) -> _Plan:
-    for form, gamma in itertools.product(FORMS, options.gammas):
+    for form, gamma in itertools.product(("default", "paper"), options.gammas):
         yield METHODS[form], _base(options, gamma, form)
+    yield METHODS["best"], _base(options, 1.0, "best")
+    yield METHODS[ROWS], _base(options, 1.0, "best", top_k=1)
+
+
+def _beyond(options: StudyOptions) -> _Plan:
+    """Each means alone, on the default form with gamma 1; all together; and all but one, or with another in its place."""
+    best = FORMS["best"]
+    yield METHODS["default"], _base(options, 1.0)
+    alone: dict[str, dict[str, Any]] = {
+        "one constant": {"few_bias": True},
+        "direct coefficients": {"coefficients": "direct"},
+        "direct coefficients, L2": {"coefficients": "direct", "regularize": best["regularize"]},
+        "L2": {"regularize": best["regularize"]},
+        "more neighbours": {"top_k": best["top_k"]},
+        "residual, L2": {name: best[name] for name in ("coefficients", "residual", "regularize")},
+        "balanced classes": {"samples_per_class": best["samples_per_class"]},
+        "prior correction": {"prior_correction": True},
+        "drawn samples": {name: best[name] for name in ("samples_per_class", "augment", "augment_neighbors")},
+    }
+    for name, changes in alone.items():
+        yield f"Alpha Net, {name}", _base(options, 1.0, **changes)
+    yield METHODS["best"], _base(options, 1.0, "best")
+    left_out: dict[str, dict[str, Any]] = {
+        "without the constant": {"few_bias": False},
+        "without residual": {"residual": 0},
+        "without L2": {"regularize": 0.0},
+        "without drawn samples": {"augment": None},
+        "without drawn samples, proportional classes, prior correction": {
+            "augment": None,
+            "samples_per_class": None,
+            "prior_correction": True,
+        },
+        "with sub-modules, without residual": {"coefficients": "mlp", "residual": 0, "top_k": options.top_k},
+        "few neighbours": {"top_k": options.top_k},
+        "random neighbours": {"metric": "random"},
+    }
+    for name, changes in left_out.items():
+        yield f"{METHODS['best']}, {name}", _base(options, 1.0, "best", **changes)
+    yield METHODS[ROWS], _base(options, 1.0, "best", top_k=1)
 
 
 def choose(
@@ -331,7 +416,7 @@ def choose(
             f"part must be 'val', got {part!r}: what is chosen by its accuracy on other samples, test ones above all, has seen "
             "them, and its accuracy on them is no longer that of new samples"
         )
-    drop = _check_policy(policy, max_drop)
+    drop = check_policy(policy, max_drop)
     known = [row for row in rows if _is_number(row.get("val_all"))]
     if not known:
         raise ValueError(f"rows must have at least one with val_all to choose by, got none among {len(rows)}")
@@ -375,8 +460,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _check_policy(policy: str, max_drop: float | None) -> float | None:
-    check_choice(policy, "policy", POLICIES)
+def check_policy(policy: str | None, max_drop: float | None) -> float | None:
+    """``max_drop``, checked together with the policy; None stands for no policy."""
+    if policy is not None:
+        check_choice(policy, "policy", POLICIES)
     if max_drop is None:
         return None
     if policy != "best_few":

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .baselines import run_baseline
 from .class_table import class_table, write_class_table
+from .confusions import confusion_changes, write_confusions
+from .features import Features
 from .ncm import ncm
 from .post_hoc import choose_few_bias, choose_logit_adjustment, choose_tau, few_bias, logit_adjusted, tau_normalized
 from .predictions import predict
 from .selection import BaselineResult
-from .study_plans import CANDIDATES, FORMS, METHODS, Trial, choose
+from .study_plans import CANDIDATES, METHODS, RETRAINED, Trial, choose
 from .study_rows import FRONT, Row, row_key, without_nan
 from .study_trials import Problem, Trainings
 
@@ -29,7 +32,7 @@ _NCM: dict[str, dict[str, Any]] = {
 }
 
 
-def compare_rivals(problem: Problem, trainings: Trainings, classes: Path) -> list[dict[str, Any]]:
+def compare_rivals(problem: Problem, trainings: Trainings, classes: Path, confusions: Path) -> list[dict[str, Any]]:
     """Add the rows of "compare", and of the candidates that are not trained, to the results.
 
     Args:
@@ -37,12 +40,13 @@ def compare_rivals(problem: Problem, trainings: Trainings, classes: Path) -> lis
         trainings: which have run.
         classes: the table of what became of each class under the chosen Alpha Net of the first seed; written if it is not there
             or another head was chosen.
+        confusions: the same of the confusions that it mends and makes.
 
     Returns:
         A dictionary for each choice: ``method``, ``seed``, ``policy``, ``max_drop``, ``chosen_on``, ``chosen``, ``candidates``
         (how many there were), ``table`` (their validation accuracies).
     """
-    return _Comparison(problem, trainings).run(classes)
+    return _Comparison(problem, trainings).run(classes, confusions)
 
 
 class _Comparison:
@@ -52,7 +56,7 @@ class _Comparison:
         self.earlier = {key: row for key, row in rows if row["experiment"] == "compare"}
         self.choices: list[dict[str, Any]] = []
 
-    def run(self, classes: Path) -> list[dict[str, Any]]:
+    def run(self, classes: Path, confusions: Path) -> list[dict[str, Any]]:
         # What an earlier run chose is chosen again, not measured again.
         problem = self.problem
         problem.file.remove("compare")
@@ -63,12 +67,15 @@ class _Comparison:
                 self._add_rival(method, choose_it)
                 advance()
             self._add_front(advance)
-        for form in FORMS:
+        for method in RETRAINED if self.options.retraining_epochs else ():
+            for seed in self.options.seed_values():
+                self._choose(method, self._retrained(method, seed), seed)
+        for form in METHODS:
             for seed in self.options.seed_values():
                 trials = self.trainings.candidates(form, seed)
                 chosen = self._choose(METHODS[form], [problem.found(self.trainings.row(trial)) for trial in trials], seed)
                 if chosen is not None and form == "default" and seed == self.options.first_seed:
-                    self._write_classes(trials[chosen], classes)
+                    self._write_classes(trials[chosen], classes, confusions)
         for row in self.earlier.values():
             if row["seed"] not in (None, *self.options.seed_values()):
                 problem.file.add(row)
@@ -84,7 +91,7 @@ class _Comparison:
         chosen = choose(rows, self.options.policy, self.options.max_drop, original=self.problem.original)
         number = next(number for number, row in enumerate(rows) if row is chosen)
         add({**chosen, "experiment": "compare", **policy})
-        names = ("gamma", "metric") if method in METHODS.values() else ("metric",)
+        names = ("gamma", "metric") if method in METHODS.values() else ("lr",) if method in RETRAINED else ("metric",)
         table = [{name: row[name] for name in (*names, "val_few", "val_all", "error")} for row in rows]
         self._note(method, seed, {name: chosen[name] for name in names}, table, len(rows))
         return number
@@ -111,6 +118,45 @@ class _Comparison:
             self.problem.file.add(row)
         advance()
         return row
+
+    def _retrained(self, method: str, seed: int) -> list[Row]:
+        """The rows of cRT or LWS, one for each learning rate, the smallest first."""
+        problem, options = self.problem, self.options
+        train, val = problem.parts["train"], problem.parts["val"]
+        found = []
+        with problem.measuring(len(options.retraining_lrs)) as advance:
+            for lr in sorted(options.retraining_lrs):
+                row = problem.row(CANDIDATES, method, seed=seed, lr=lr, epochs=options.retraining_epochs)
+                row = problem.found(row)
+                if row["val_all"] is None and row["error"] is None:
+                    row = row | self._retrain(method, seed, lr, train, val)
+                    problem.file.add(row)
+                found.append(row)
+                advance()
+        return found
+
+    def _retrain(self, method: str, seed: int, lr: float, train: Features, val: Features) -> dict[str, Any]:
+        started, problem = time.monotonic(), self.problem
+        try:
+            made = run_baseline(
+                method,
+                train.features,
+                train.labels,
+                linear=problem.linear,
+                val_features=val.features,
+                val_labels=val.labels,
+                split=problem.split,
+                seed=seed,
+                lr=lr,
+                epochs=self.options.retraining_epochs,
+                progress=False,
+                **problem.selection(),
+            )
+        except (ValueError, FloatingPointError) as error:
+            return {"error": str(error)}
+        seconds = time.monotonic() - started
+        epoch = made.chosen.get("epoch")
+        return {"seconds": seconds, "epoch": epoch, **problem.measured(made.linear)}
 
     def _rivals(self) -> Iterator[tuple[str, Callable[[], BaselineResult]]]:
         problem = self.problem
@@ -165,9 +211,10 @@ class _Comparison:
                 problem.file.add(row)
             advance()
 
-    def _write_classes(self, trial: Trial, path: Path) -> None:
+    def _write_classes(self, trial: Trial, classes: Path, confusions: Path) -> None:
         """Write what became of each class under the head that validation chose, if it is not there yet."""
-        if path.exists() and row_key({**self.trainings.row(trial), "experiment": "compare"}) in self.earlier:
+        there = classes.exists() and confusions.exists()
+        if there and row_key({**self.trainings.row(trial), "experiment": "compare"}) in self.earlier:
             return
         problem, head = self.problem, self.trainings.head(trial)
         train, test = problem.parts["train"], problem.parts["test"]
@@ -181,4 +228,6 @@ class _Comparison:
             head=head,
             class_means=problem.class_means(),
         )
-        write_class_table(rows, path, overwrite=True)
+        write_class_table(rows, classes, overwrite=True)
+        changes = confusion_changes(before, after, problem.split, class_names=train.class_names)
+        write_confusions(changes, confusions, overwrite=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import PathLike, whole_file
-from .study_plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, METHODS
+from .study_plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, METHODS, RETRAINED
 
 __all__ = ["COLUMNS", "FRONT", "METRICS", "ORIGINAL", "ResultsFile", "Row", "make_row", "read_rows", "summarize", "write_rows"]
 
@@ -38,9 +38,15 @@ COLUMNS = (
 )
 """The columns of the results."""
 
-_TEXT = ("experiment", "method", "classifier", "pool", "metric", "rule", "init", "policy", "chosen_on", "error")
-_INTEGER = ("seed", "top_k", "few_samples", "epochs", "epoch", "clamped", "parameter_bytes", "dense_parameter_bytes")
-_TRUTH = ("shared", "projected_gradient")
+_TEXT = (
+    *("experiment", "method", "classifier", "pool", "metric", "rule", "init", "coefficients", "augment", "lr_schedule"),
+    *("policy", "chosen_on", "error"),
+)
+_INTEGER = (
+    *("seed", "top_k", "residual", "samples_per_class", "augment_neighbors", "few_samples", "epochs", "batch_size"),
+    *("epoch", "clamped", "parameter_bytes", "dense_parameter_bytes"),
+)
+_TRUTH = ("shared", "projected_gradient", "prior_correction", "few_bias")
 _TRUTHS = {True: "true", False: "false"}
 
 # What tells rows of one experiment apart: no two rows have all of these in common.
@@ -48,7 +54,10 @@ _KEY = ("experiment", "method", "seed", *CONFIGURATION, "tau", "offset")
 # What is chosen, and may differ from seed to seed.
 _CHOSEN = (*CONFIGURATION, "tau", "offset")
 # Said by the method, but where they are what an experiment is about.
-_SAID_BY_METHOD = ("init", "projected_gradient", "epochs")
+_SAID_BY_METHOD = (
+    *("init", "projected_gradient", "epochs", "batch_size", "lr", "lr_schedule", "coefficients", "residual", "regularize"),
+    *("samples_per_class", "augment", "augment_neighbors", "prior_correction", "few_bias"),
+)
 _SECONDS_BETWEEN_WRITES = 5.0
 
 
@@ -210,6 +219,8 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for experiment in ROW_EXPERIMENTS:
         own = [row for row in rows if row["experiment"] == experiment]
         told = () if experiment == "start" else _SAID_BY_METHOD
+        if experiment == "beyond":
+            told = (*told, "top_k", "metric")
         varied = [name for name in _CHOSEN if name not in told and len({row[name] for row in own}) > 1]
         groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
         for row in own:
@@ -252,6 +263,8 @@ def _summary(
 def _chosen_of(method: str) -> tuple[str, ...]:
     if method in METHODS.values():
         return ("gamma",)
+    if method in RETRAINED:
+        return ("lr",)
     return ("metric", "tau", "offset")
 
 

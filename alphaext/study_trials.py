@@ -160,7 +160,7 @@ class Trainings:
     def __init__(self, problem: Problem, folder: Path, jobs: int | None) -> None:
         self.problem, self.options, self.split = problem, problem.options, problem.split
         self.folder, self.jobs = folder, jobs
-        self.trials = plan(problem.options)
+        self.trials = plan(problem.options, len(problem.split.base))
         self._heads: dict[_Training, AlphaNet] = {}
         # One of them may be the chosen one, whose classes are shown.
         self._kept = {trial.training for trial in self.candidates("default", self.options.first_seed)}
@@ -287,6 +287,8 @@ class Trainings:
 
     def _head_bytes(self, configuration: Configuration) -> int:
         weight, members = self.problem.linear.weight, configuration.top_k + 1
+        if configuration.coefficients == "direct":
+            return len(self.split.few) * 3 * (members + configuration.residual) * weight.element_size()
         reduced = min(self.options.pca_dim or weight.shape[1], *weight.shape)
         # The fixed input; then both layers' parameters, their momentum, and the best epoch's.
         numbers = members * reduced + 3 * (members + 1) * reduced
@@ -299,8 +301,10 @@ class Trainings:
         options = configuration.cells()
         del options["few_samples"]
         options |= {"seed": self._seed_of(seed), "neighbor_seed": self._seed_of(seed)}
-        options |= {"pca_dim": self.options.pca_dim, "batch_size": self.options.batch_size}
-        return options | self.problem.selection()
+        options |= {"pca_dim": self.options.pca_dim}
+        selection = self.problem.selection()
+        # Epochs are measured without the constant that is yet to come: fit then takes the last.
+        return options if configuration.few_bias and selection["select"] == "best_all" else options | selection
 
     def _result_of(self, training: _Training, run: SweepRun) -> dict[str, Any]:
         if run.error.startswith("training diverged"):
@@ -328,4 +332,6 @@ def _trained(run: SweepRun) -> tuple[AlphaNet, FitResult]:
 def _dense_bytes(head: AlphaNet) -> int:
     """What the sub-modules' two layers hold as the paper has them, weights and biases (a factored head holds less)."""
     networks, members, hidden = head.w2.shape
+    if head.coefficients == "direct":
+        return (head.b2.numel() + (0 if head.residual is None else head.residual.numel())) * head.w2.element_size()
     return int(networks * ((head.z.shape[1] + 1) * hidden + members * (hidden + 1)) * head.w2.element_size())

@@ -11,27 +11,35 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from ._checks import TensorLike, check_integer
+from ._checks import TensorLike, as_tensor, check_integer
 from ._progress import progress_bar
 from .classes import ClassSplit, class_counts, split_classes
 from .engine_group import EngineGroup, group_key
 from .engines import NativeEngine, SharedLogits, TrainingData, why_not_native
-from .member_logits import Samples
+from .member_logits import Samples, check_samples
 from .modules import AlphaNet, linear_parameters
-from .neighbors import METRICS, POOLS, build_members, class_means, pool_classes, reduce_classifiers, submodule_inputs
+from .neighbors import (
+    METRICS,
+    POOLS,
+    build_members,
+    class_means,
+    pool_classes,
+    reduce_classifiers,
+    residual_directions,
+    submodule_inputs,
+)
 from .options import TrainingOptions
-from .sampling import EpochSampler
-from .training import FitResult, Run, check_samples, check_selection
+from .training import FitResult, Run, check_selection, sampled
 
-_HEAD_OPTIONS = ("hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
-_NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "metric": "euclidean", "neighbor_seed": 0, "pca_dim": 500}
+_HEAD_OPTIONS = ("coefficients", "hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
+_NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "metric": "euclidean", "neighbor_seed": 0, "pca_dim": 500, "residual": 0}
 
 
 @dataclass
@@ -116,16 +124,30 @@ def fit_many(
         try:
             head, options = builder.make(config)
             check_selection(options, validation, head.few_classes)
-            sampler = EpochSampler(builder.samples.labels, head.few_classes, head.out_features, options)
+            data = builder.sampled(head, options, validation)
         except (ValueError, TypeError) as error:
             raise type(error)(f"configs[{number}]: {error}") from error
-        data = TrainingData(builder.samples, sampler, validation)
         path = _path(directory, head, options, config, {training.path for training in trainings})
         trainings.append(_Training(dict(config), Run(head, options, data, many_above, split), path))
     if not trainings:
         return []
+    groups: dict[object, list[_Training]] = {}
+    for training in trainings:
+        groups.setdefault(_logits_key(training), []).append(training)
+    found: dict[int, SweepRun] = {}
     with _progress_bar(progress, sum(t.run.options.epochs for t in trainings)) as advance:
-        return _train_all(trainings, workers, advance)
+        for group in groups.values():
+            for training, run in zip(group, _train_all(group, workers, advance), strict=True):
+                found[id(training)] = run
+    return [found[id(training)] for training in trainings]
+
+
+def _logits_key(training: _Training) -> object:
+    """What trainings must have in common to share their logits."""
+    options = training.run.options
+    drawn = (options.augment, options.augment_samples, options.augment_neighbors, options.seed) if options.augment else None
+    balanced = options.samples_per_class is not None or options.negative_sampling == "class_balanced"
+    return drawn, balanced if options.prior_correction else None, training.run.head.num_directions
 
 
 @dataclass
@@ -143,7 +165,8 @@ def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[S
     heads = [training.run.head for training in trainings]
     samplers = [training.run.data.sampler for training in trainings]
     most_epochs = max(training.run.options.epochs for training in trainings)
-    logits = SharedLogits(heads, trainings[0].run.data, range(1, most_epochs + 1), samplers)
+    first = trainings[0].run
+    logits = SharedLogits(heads, first.data, range(1, most_epochs + 1), samplers, first.options.prior_correction)
     if logits.device.type == "cuda" and logits.all_at_once:
         return _train_side_by_side(trainings, logits, advance)
     if not logits.all_at_once:
@@ -264,6 +287,8 @@ class _Builder:
         self._means = means
         self._members: dict[tuple[str, int, str, int], Tensor] = {}
         self._reduced: dict[int | None, Tensor] = {}
+        self._directions: tuple[Tensor, Tensor] | None = None
+        self._drawn: dict[tuple[object, ...], TrainingData] = {}
         self._first: AlphaNet | None = None
 
     def make(self, config: Mapping[str, Any]) -> tuple[AlphaNet, TrainingOptions]:
@@ -274,10 +299,12 @@ class _Builder:
             raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
         neighbor = {name: config.get(name, default) for name, default in _NEIGHBOR_OPTIONS.items()}
         members = self._members_of(*(neighbor[name] for name in ("pool", "top_k", "metric", "neighbor_seed")))
-        reduced = self._reduced_to(neighbor["pca_dim"])
         options = {"seed": 0} | {name: config[name] for name in _HEAD_OPTIONS if name in config}
         members = members.to(self.weight.device)
-        z = submodule_inputs(reduced, members)
+        z = None
+        if options.get("coefficients") != "direct":
+            z = submodule_inputs(self._reduced_to(neighbor["pca_dim"]), members)
+        options |= self._directions_of(neighbor["residual"])
         head = AlphaNet(self.weight, self.bias, members, z, first_layer="factored", **options)
         # One copy of the frozen classifier's numbers for all heads, but a parameter each, which can go its own way.
         if self._first is None:
@@ -298,11 +325,35 @@ class _Builder:
         seed = check_integer(seed, "neighbor_seed", minimum=0)
         key = (pool, top_k, metric, seed)
         if key not in self._members:
-            if self._means is None:
-                self._means = class_means(self.samples.features, self.samples.labels, len(self.weight))
             candidates = pool_classes(self.split, pool)
-            self._members[key] = build_members(self._means, self.split.few, candidates, top_k, metric=metric, seed=seed).cpu()
+            self._members[key] = build_members(self.means(), self.split.few, candidates, top_k, metric=metric, seed=seed).cpu()
         return self._members[key]
+
+    def sampled(self, head: AlphaNet, options: TrainingOptions, validation: Samples | None) -> TrainingData:
+        """The data of a training; what is drawn with equal options is drawn once."""
+        means = self.means() if options.augment is not None else None
+        data = sampled(self.samples, validation, head, options, means)
+        if options.augment is None:
+            return data
+        key = (options.augment_samples, options.augment_neighbors, options.seed)
+        known = self._drawn.setdefault(key, data)
+        return replace(data, samples=known.samples)
+
+    def means(self) -> Tensor:
+        if self._means is None:
+            self._means = class_means(self.samples.real(), self.samples.labels, len(self.weight))
+        return as_tensor(self._means, "means")
+
+    def _directions_of(self, count: int) -> dict[str, Tensor | None]:
+        count = check_integer(count, "residual", minimum=0)
+        if count == 0:
+            return {}
+        if self._directions is None or len(self._directions[0]) < count + 1:
+            self._directions = residual_directions(self.weight, self.means(), count)
+        directions, bias = (part[: count + 1] for part in self._directions)
+        if self.bias is None:
+            return {"directions": directions[1:], "direction_bias": None}
+        return {"directions": directions, "direction_bias": bias}
 
     def _reduced_to(self, pca_dim: int | None) -> Tensor:
         if pca_dim not in self._reduced:
@@ -321,10 +372,12 @@ def _path(
     seed = int(chosen.pop("neighbor_seed"))
     if chosen["metric"] == "random":
         chosen["neighbor_seed"] = seed
+    if not chosen["residual"]:
+        del chosen["residual"]
     if chosen["metric"] == "euclidean":
         del chosen["metric"]
     chosen |= {"init": config.get("init"), "seed of the head": head.seed, "head": repr(head)}
-    text = json.dumps(chosen | vars(options), sort_keys=True, default=str)
+    text = json.dumps(chosen | options.told(), sort_keys=True, default=str)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     paths = (directory / f"{name}{'' if number == 0 else f'-{number}'}.pt" for number in itertools.count())
     return next(path for path in paths if path not in taken)

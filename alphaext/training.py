@@ -17,9 +17,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from ._checks import TensorLike, as_tensor, check_floating, check_integer, check_labels, check_shape
+from ._checks import TensorLike, check_integer
 from ._progress import progress_bar
 from .classes import ClassSplit
+from .drawn_features import draw_features
 from .engines import (
     ENGINES,
     AutogradEngine,
@@ -29,11 +30,14 @@ from .engines import (
     SplitMetrics,
     TrainingData,
     TrainingDiverged,
+    hits_of,
     why_not_native,
 )
-from .member_logits import Samples
+from .member_logits import Samples, check_samples
 from .modules import AlphaNet
-from .options import DecayOfStart, Sgd, TrainingOptions
+from .neighbors import class_means
+from .options import DecayOfStart, Sgd, TrainingOptions, selection_score
+from .post_hoc import choose_few_bias
 from .sampling import EpochSampler
 
 # The native engine's epochs are short: writing a checkpoint after each would take longer than they do.
@@ -71,6 +75,8 @@ class FitResult:
         engine: what ran the training, ``"native"`` or ``"autograd"``.
         engine_reason: why it was not the native engine; empty if it was, or if ``"autograd"`` was asked for.
         seconds: wall-clock time.
+        few_bias: the constant on the few scores that validation samples chose, in ``metrics_after`` but not in ``history``; 0
+            where none was asked for.
     """
 
     history: list[dict[str, float]] = field(repr=False)
@@ -82,6 +88,7 @@ class FitResult:
     engine: str
     engine_reason: str
     seconds: float
+    few_bias: float = 0.0
 
     @property
     def before(self) -> dict[str, float] | None:
@@ -92,6 +99,17 @@ class FitResult:
     def after(self) -> dict[str, float] | None:
         """The same of the head as it is now."""
         return _top1(self.metrics_after)
+
+    def plot(self) -> Any:
+        """Loss and accuracies by epoch, as a matplotlib ``Figure`` (``pip install 'alphaext[report]'``)."""
+        from .plots import plot_history
+
+        return plot_history(self)
+
+    def _repr_html_(self) -> str:
+        from .plots import history_html
+
+        return history_html(self)
 
 
 def _top1(metrics: dict[str, float] | None) -> dict[str, float] | None:
@@ -120,6 +138,13 @@ def fit(
     engine: str = "auto",
     negative_ratio: float = 1.0,
     negative_sampling: str = "uniform",
+    samples_per_class: int | None = None,
+    augment: str | None = None,
+    augment_samples: int = 200,
+    augment_neighbors: int = 5,
+    prior_correction: bool = False,
+    regularize: float = 0.0,
+    few_bias: bool = False,
     select: str | None = None,
     min_all: float | None = None,
     many_above: int = 100,
@@ -156,9 +181,24 @@ def fit(
             to rounding. ``"autograd"``, torch's. ``"auto"``, the default: native wherever it is exact; the result says which.
         negative_ratio: base samples for each few sample; 1 in the paper, 0 in its appendix E.
         negative_sampling: ``"uniform"`` over base images, or ``"class_balanced"``: as many from each base class.
+        samples_per_class: so many samples of every class, few and base, in each epoch, instead of all few ones and
+            ``negative_ratio`` times as many base ones; None, as in the paper, for the latter. With replacement where a class
+            has fewer.
+        augment: ``"neighbors"``: few classes are trained on drawn samples instead of their own, each the class's mean moved
+            the way a sample of a near base class lies around its own mean (:mod:`alphaext.drawn_features`); with
+            ``samples_per_class``.
+        augment_samples: drawn samples that there are of each few class.
+        augment_neighbors: nearest base classes whose samples are borrowed.
+        prior_correction: train with the log of how often an epoch has each class added to its score, so that the scores
+            themselves do not take up how often classes are drawn (which ``samples_per_class`` makes equal anyway).
+        regularize: half of this times the squared distance of the outputs (coefficients before ``rule``, and amounts of the
+            residual) from those of the original classifier is added to the loss of a step; not to the ``loss`` told.
+        few_bias: after training, add to all few scores the constant that is best on validation samples by ``select`` (under
+            ``"last"``, by ``"best_all"``). It is in the head and its ``fold()``, and in ``metrics_after``.
         select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data);
             ``"best_few"``, the best few accuracy among those whose accuracy over all is not below ``min_all``;
-            ``"last"`` (default without). Epoch 0, before training, takes part; of equal epochs the first wins.
+            ``"last"`` (default without, and with ``few_bias``, which epochs are measured without). Epoch 0, before training,
+            takes part; of equal epochs the first wins.
         min_all: for ``"best_few"``, a fraction of 1; None takes the original classifier's own.
         many_above: in the metrics, a base class with more training samples is many; 100 in the paper.
         seed: of the samples drawn and their order.
@@ -202,6 +242,13 @@ def fit(
         lr_milestones=lr_milestones,
         negative_ratio=negative_ratio,
         negative_sampling=negative_sampling,
+        samples_per_class=samples_per_class,
+        augment=augment,
+        augment_samples=augment_samples,
+        augment_neighbors=augment_neighbors,
+        prior_correction=prior_correction,
+        regularize=regularize,
+        few_bias=few_bias,
         select=select,
         min_all=min_all,
         seed=seed,
@@ -236,12 +283,14 @@ class Run:
         split: ClassSplit | None = None,
     ) -> None:
         self.head, self.options, self.data = head, options, data
-        self.select = options.select or ("last" if data.validation is None else "best_all")
+        # Without the constant that is yet to come, an epoch's accuracy does not say which is best with it.
+        self.select = options.select or ("last" if data.validation is None or options.few_bias else "best_all")
         self.min_all = options.min_all
         self.metrics: SplitMetrics | None = None
         if data.validation is not None:
             counts = torch.bincount(data.validation.labels, minlength=head.out_features)
-            self.metrics = SplitMetrics(split or _split_of(head, data.samples.labels, many_above), counts)
+            self.split = split or _split_of(head, data.samples.labels[: data.num_real], many_above)
+            self.metrics = SplitMetrics(self.split, counts)
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float] | None = None
         self.selected_epoch = 0
@@ -261,6 +310,7 @@ class Run:
     ) -> None:
         """Make the engine; go on from the checkpoint at ``path``, if it exists, or evaluate epoch 0."""
         options, data, head = self.options, self.data, self.head
+        head.few_bias = 0.0  # of a training before
         sgd = Sgd(options.lr, options.momentum, options.dampening, options.weight_decay, options.nesterov)
         if optimizer is None and not native:
             parameters = [p for p in head.parameters() if p.requires_grad]
@@ -344,6 +394,8 @@ class Run:
     def result(self, engine_reason: str, seconds: float) -> FitResult:
         chosen = self.history[self.selected_epoch]
         after = None if self.before is None else {name: chosen[name] for name in self.before}
+        if self.options.few_bias:
+            after = self._choose_few_bias()
         return FitResult(
             history=self.history,
             selected_epoch=self.selected_epoch,
@@ -354,7 +406,25 @@ class Run:
             engine=self.engine.name,
             engine_reason=engine_reason,
             seconds=seconds,
+            few_bias=self.head.few_bias,
         )
+
+    def _choose_few_bias(self) -> dict[str, float]:
+        """Give the head the constant on its few scores that validation samples choose, and measure it again."""
+        head, validation = self.head, self.data.validation
+        assert validation is not None and self.metrics is not None
+        head.few_bias = 0.0
+        policy = "best_all" if self.select == "last" else self.select
+        found = choose_few_bias(
+            head.fold(),
+            validation.real(),
+            validation.labels,
+            self.split,
+            select=policy,
+            min_all=self.min_all if policy == "best_few" else None,
+        )
+        head.few_bias = float(found.chosen["offset"])
+        return self.metrics.of(hits_of(head.fold(), validation))
 
     def _record(self, epoch: int, loss: float, lr: float) -> None:
         """Add an epoch to the history, and keep its parameters if it is the one to select so far."""
@@ -419,18 +489,12 @@ class Run:
         self.selected_decay, self.selected = state["selected_decay"], state["selected"]
 
 
-def selection_score(select: str, metrics: dict[str, float], min_all: float | None) -> float:
-    """How good ``metrics`` on validation data are by the policy ``"best_all"`` or ``"best_few"``: the largest is chosen."""
-    if select == "best_all":
-        return metrics["all"]
-    # What is below the bound comes after all others, the least bad first.
-    return metrics["few"] if min_all is None or metrics["all"] >= min_all else metrics["all"] - 2
-
-
 def check_selection(options: TrainingOptions, validation: Samples | None, few_classes: Tensor) -> None:
     """Check that a policy which needs validation data has some."""
     if options.select not in (None, "last") and validation is None:
         raise ValueError(f"select={options.select!r} needs val_features and val_labels")
+    if options.few_bias and validation is None:
+        raise ValueError("few_bias is chosen on validation samples: it needs val_features and val_labels")
     if options.select != "best_few" or validation is None:
         return
     if not bool(torch.isin(validation.labels, few_classes.cpu()).any()):
@@ -453,7 +517,25 @@ def training_data(
     if val_features is not None and val_labels is not None:
         validation = check_samples(head.weight, val_features, val_labels, "val_features", "val_labels")
     check_selection(options, validation, head.few_classes)
-    return TrainingData(samples, EpochSampler(samples.labels, head.few_classes, head.out_features, options), validation)
+    return sampled(samples, validation, head, options)
+
+
+def sampled(
+    samples: Samples, validation: Samples | None, head: AlphaNet, options: TrainingOptions, means: Tensor | None = None
+) -> TrainingData:
+    """The data of a training with what its epochs are drawn from; ``means`` ``[N, D]`` of the classes, if at hand."""
+    first_few = 0
+    if options.augment is not None:
+        if means is None:
+            means = class_means(samples.real(), samples.labels, head.out_features)
+        first_few = len(samples.labels)
+        features, labels = draw_features(
+            samples.real(), samples.labels, means, head.few_classes, options.augment_samples, options.seed,
+            options.augment_neighbors,
+        )  # fmt: skip
+        samples = Samples(features, labels, samples.name)
+    sampler = EpochSampler(samples.labels, head.few_classes, head.out_features, options, first_few)
+    return TrainingData(samples, sampler, validation, first_few or None)
 
 
 def _check_head(head: object) -> None:
@@ -474,7 +556,7 @@ def _fingerprint(head: AlphaNet, data: TrainingData) -> str:
     for name, parameter in head.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.requires_grad}".encode())
     frozen = [p for p in (head.weight, head.bias) if p is not None and not p.requires_grad]
-    tensors = [head.members, head.z, *frozen]
+    tensors = [head.members, head.z, *frozen, *(t for t in (head.directions, head.direction_bias) if t is not None)]
     for samples in (data.samples, data.validation):
         if samples is not None:
             tensors += [samples.labels, samples.features[:: max(1, len(samples.features) // 1000)]]
@@ -491,21 +573,6 @@ def _split_of(head: AlphaNet, labels: Tensor, many_above: int) -> ClassSplit:
     many = (counts > many_above) & ~few
     ids = torch.arange(head.out_features, device="cpu")
     return ClassSplit(few=ids[few], medium=ids[~few & ~many], many=ids[many])
-
-
-def check_samples(
-    weight: Tensor, features: TensorLike, labels: TensorLike, features_name: str = "features", labels_name: str = "labels"
-) -> Samples:
-    """Features and labels for a classifier ``weight`` ``[N, D]``, checked for all but their values."""
-    data = as_tensor(features, features_name).detach()
-    check_floating(data, features_name)
-    check_shape(data, features_name, ("n", weight.shape[1]))
-    targets = check_labels(labels, len(weight), labels_name).cpu()
-    if len(targets) != len(data):
-        raise ValueError(f"{features_name} and {labels_name} must have one entry a sample, got {len(data)} and {len(targets)}")
-    if len(data) == 0:
-        raise ValueError(f"{features_name} must not be empty")
-    return Samples(data, targets, features_name)
 
 
 def _check_optimizer(head: AlphaNet, optimizer: torch.optim.Optimizer) -> None:

@@ -75,6 +75,9 @@ struct TrainParams {
   const int32_t* few_of_label;    // [rows]: which few class the label is, or -1
   const int32_t* member_columns;  // [F, M]
   const void* gradient_scale;     // T [F], |z|^2 + 1; shared: T [F, F], Z Z^T + 1
+  // Half of strength times (output - center)^2, over all outputs, is added to the loss of a step; not to the one reported.
+  const void* penalty;     // T [2, M]: strengths, then centers; or null
+  const void* few_offset;  // T [F], added to the few scores of training samples; or null
   // Tile by tile, since all of a tile is visited at once: per network (F of them, or 1 of C = F classes, else C = 1)
   // T [tiles, 2 C + 2 M, kTileWidth]: C rows of pre-activations, C of their momentum, M rows of w2, M of their momentum.
   void* state;

@@ -209,6 +209,7 @@ void* stream_of(const Tensor& tensor) {
 struct TrainTensors {
   const Tensor &state, &b2, &b2_momentum, &raw, &alpha, &order, &member_logits, &base_logsumexp, &label_logit, &few_of_label,
       &member_columns, &gradient_scale;
+  const std::optional<Tensor>&penalty, &few_offset;
 };
 
 // The parameters of all runs, but for rules and SGD. `stacked`: tensors have a leading run dimension, logits may have it.
@@ -238,6 +239,8 @@ cuda::TrainRunsParams train_runs(const TrainTensors& t, int64_t batch, bool stac
   run_check(t.state, "state", type, {networks, p.tiles, 2 * (p.shared ? p.num_few : 1) + 2 * p.members, kTileWidth});
   run_check(t.gradient_scale, "gradient_scale", type,
             p.shared ? std::vector<int64_t>{p.num_few, p.num_few} : std::vector<int64_t>{p.num_few});
+  if (t.penalty) run_check(*t.penalty, "penalty", type, {2, p.members});
+  if (t.few_offset) run_check(*t.few_offset, "few_offset", type, {p.num_few});
   run_check(t.b2, "b2", type, {networks, p.members});
   run_check(t.b2_momentum, "b2_momentum", type, {networks, p.members});
   run_check(t.raw, "raw", type, {p.num_few, p.members});
@@ -269,6 +272,8 @@ cuda::TrainRunsParams train_runs(const TrainTensors& t, int64_t batch, bool stac
   p.few_of_label = data<int32_t>(t.few_of_label);
   p.member_columns = data<int32_t>(t.member_columns);
   p.gradient_scale = t.gradient_scale.const_data_ptr();
+  p.penalty = t.penalty ? t.penalty->const_data_ptr() : nullptr;
+  p.few_offset = t.few_offset ? t.few_offset->const_data_ptr() : nullptr;
   p.state = t.state.mutable_data_ptr();
   p.b2 = t.b2.mutable_data_ptr();
   p.b2_momentum = t.b2_momentum.mutable_data_ptr();
@@ -310,11 +315,11 @@ Tensor train_epoch(
     const Tensor& order, const Tensor& member_logits, const Tensor& base_logsumexp, const Tensor& label_logit,
     const Tensor& few_of_label, const Tensor& member_columns, const Tensor& gradient_scale, int64_t batch, double gamma,
     int64_t rule, bool projected_gradient, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
-    bool first_step) {
+    bool first_step, const std::optional<Tensor>& penalty, const std::optional<Tensor>& few_offset) {
   STD_TORCH_CHECK(gamma > 0 && gamma <= 1, "alphaext: gamma must be in (0, 1], got ", gamma);
   STD_TORCH_CHECK(rule >= 0 && rule <= 2, "alphaext: rule must be 0 (softmax), 1 (clamp) or 2 (l1), got ", rule);
   cuda::TrainRunsParams all = train_runs({state, b2, b2_momentum, raw, alpha, order, member_logits, base_logsumexp, label_logit,
-                                          few_of_label, member_columns, gradient_scale},
+                                          few_of_label, member_columns, gradient_scale, penalty, few_offset},
                                          batch, false);
   all.first.rule = RuleParams{static_cast<Rule>(rule), gamma, projected_gradient};
   all.first.sgd = SgdParams{lr, momentum, dampening, weight_decay, nesterov, first_step};
@@ -351,9 +356,9 @@ Tensor train_epoch_many(
     const Tensor& state, const Tensor& b2, const Tensor& b2_momentum, const Tensor& raw, const Tensor& alpha,
     const Tensor& order, const Tensor& member_logits, const Tensor& base_logsumexp, const Tensor& label_logit,
     const Tensor& few_of_label, const Tensor& member_columns, const Tensor& gradient_scale, int64_t batch,
-    const Tensor& settings) {
+    const Tensor& settings, const std::optional<Tensor>& penalty, const std::optional<Tensor>& few_offset) {
   cuda::TrainRunsParams all = train_runs({state, b2, b2_momentum, raw, alpha, order, member_logits, base_logsumexp, label_logit,
-                                          few_of_label, member_columns, gradient_scale},
+                                          few_of_label, member_columns, gradient_scale, penalty, few_offset},
                                          batch, true);
   check_on(state, settings, "settings", TorchType::Double, {all.runs, cuda::kRunSettings});
   all.settings = data<double>(settings);
@@ -384,6 +389,8 @@ Tensor train_epoch_many(
     p.few_of_label += row;
     p.member_columns += r * coefficients;
     p.gradient_scale = at(p.gradient_scale, r * of_scale);
+    if (p.penalty) p.penalty = at(p.penalty, r * 2 * p.members);
+    if (p.few_offset) p.few_offset = at(p.few_offset, r * p.num_few);
     p.state = at(p.state, r * of_state);
     p.b2 = at(p.b2, r * of_networks);
     p.b2_momentum = at(p.b2_momentum, r * of_networks);
@@ -518,14 +525,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(alphaext, m) {
       "train_epoch(Tensor(a!) state, Tensor(b!) b2, Tensor(c!) b2_momentum, Tensor(d!) raw, Tensor(e!) alpha, Tensor order, "
       "Tensor member_logits, Tensor base_logsumexp, Tensor label_logit, Tensor few_of_label, Tensor member_columns, Tensor "
       "gradient_scale, int batch, float gamma, int rule, bool projected_gradient, float lr, float momentum, float dampening, "
-      "float weight_decay, bool nesterov, bool first_step) -> Tensor");
+      "float weight_decay, bool nesterov, bool first_step, Tensor? penalty=None, Tensor? few_offset=None) -> Tensor");
   m.def(
       "validate(Tensor alpha, Tensor member_columns, Tensor few_classes, Tensor member_logits, Tensor label_logit, Tensor "
       "top_logits, Tensor top_ids, Tensor labels, Tensor few_of_label, int num_classes) -> Tensor");
   m.def(
       "train_epoch_many(Tensor(a!) state, Tensor(b!) b2, Tensor(c!) b2_momentum, Tensor(d!) raw, Tensor(e!) alpha, Tensor "
       "order, Tensor member_logits, Tensor base_logsumexp, Tensor label_logit, Tensor few_of_label, Tensor member_columns, "
-      "Tensor gradient_scale, int batch, Tensor settings) -> Tensor");
+      "Tensor gradient_scale, int batch, Tensor settings, Tensor? penalty=None, Tensor? few_offset=None) -> Tensor");
   m.def(
       "validate_many(Tensor alpha, Tensor member_columns, Tensor few_classes, Tensor member_logits, Tensor label_logit, Tensor "
       "top_logits, Tensor top_ids, Tensor labels, Tensor few_of_label, int num_classes) -> Tensor");

@@ -21,9 +21,10 @@ import torchvision
 from digit_images import TRAIN_COUNTS, write_digits
 from PIL import Image
 
-from alphaext import cli, commands, sweep
+from alphaext import AlphaNet, cli, commands, sweep
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
 from alphaext.config import read_config
+from alphaext.study import choose
 
 CONFIG = """
 features = "features"
@@ -58,6 +59,10 @@ epochs = 10
 """
 
 FEW = [digit for digit, count in enumerate(TRAIN_COUNTS) if count < 12]
+
+
+def read_result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
 
 
 def run(folder: Path, *arguments: object, code: int = 0) -> str:
@@ -155,6 +160,52 @@ def test_python_says_the_same_as_the_command_line(digits, tmp_path, capsys):
     run(digits, "fit", "--classifier", digits / "joint", "--output", tmp_path / "line", code=2)
     assert "output holds results already" in capsys.readouterr().err
     run(digits, "fit", "--classifier", digits / "joint", "--output", tmp_path / "line", "--overwrite")
+
+
+def test_presets_of_fit(digits, tmp_path):
+    common = ["--classifier", digits / "joint", "--epochs", "2"]
+    run(digits, "fit", *common, "--preset", "best", "--output", tmp_path / "best")
+    best = read_result(tmp_path / "best")
+    assert best["preset"] == "best" and best["options"]["coefficients"] == "direct" and best["options"]["epochs"] == 2
+    assert best["top_k"] == 3 and best["selection"] == "last"  # there are three base classes
+    state = torch.load(tmp_path / "best" / "head.pt", weights_only=True)
+    head = AlphaNet.from_state_dict(state)
+    assert head.few_bias == best["few_bias"] and head.num_directions == 9 + 1
+    classifier = torch.load(tmp_path / "best" / "classifier.pth", weights_only=True)
+    assert torch.equal(classifier["weight"], head.fold().weight) and torch.equal(classifier["bias"], head.fold().bias)
+    run(digits, "fit", *common, "--preset", "paper", "--output", tmp_path / "paper")
+    paper = read_result(tmp_path / "paper")
+    assert (paper["gamma"], paper["options"]["init"], paper["options"]["projected_gradient"]) == (0.7, "default", False)
+    run(digits, "fit", *common, "--preset", "paper", "--init", "identity", "--output", tmp_path / "other")
+    assert read_result(tmp_path / "other")["options"]["init"] == "identity"
+
+
+@pytest.mark.parametrize(("policy", "max_drop"), [("best_all", None), ("best_few", 1.0), ("knee", None)])
+def test_policies_of_fit(digits, tmp_path, policy, max_drop):
+    arguments = ["--gamma", "0.3", "0.7", "1", "--top-k", "2", "5", "--rule", "clamp", "l1", "--epochs", "2"]
+    drop = [] if max_drop is None else ["--max-drop", str(max_drop)]
+    run(digits, "fit", "--classifier", digits / "joint", *arguments, "--policy", policy, *drop, "--output", tmp_path / "out")
+    result = read_result(tmp_path / "out")
+    assert len(result["candidates"]) == 12 and result["policy"] == policy
+    rows = [{**each, "val_few": each["after"]["few"], "val_all": each["after"]["all"]} for each in result["candidates"]]
+    rows.sort(key=lambda row: -row["gamma"])
+    found = choose(rows, policy, max_drop, original={"val_all": result["before"]["all"]})
+    assert all(result[name] == found[name] for name in ("gamma", "top_k", "rule"))
+    if policy == "best_few":
+        assert result["after"]["all"] >= result["before"]["all"] - 0.01 - 1e-9
+        assert result["selection"].startswith("best_few with all >= ")
+
+
+def test_policies_that_cannot_be_followed(digits, tmp_path, capsys):
+    common = ["fit", "--classifier", digits / "joint", "--output", tmp_path / "out"]
+    for options, message in (
+        (["--policy", "knee", "--select", "last"], "policy says how epochs are chosen too"),
+        (["--policy", "knee", "--max-drop", "1"], "max_drop goes with policy 'best_few'"),
+        (["--max-drop", "-1", "--policy", "best_few"], "max_drop"),
+    ):
+        run(digits, *common, *options, code=2)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 def test_an_interrupted_fit_goes_on(digits, tmp_path, monkeypatch, capsys):

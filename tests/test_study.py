@@ -45,6 +45,8 @@ OPTIONS = StudyOptions(
     top_k=2,
     epochs=3,
     pca_dim=4,
+    retraining_epochs=2,
+    retraining_lrs=[0.1],
 )
 GAMMAS, SEEDS, FIXED = 3, 2, 2
 
@@ -102,8 +104,9 @@ def values_of(rows: list[dict], name: str) -> set:
         ("start", 4 * FIXED * SEEDS, {"init": {"identity", "default"}, "projected_gradient": {True, False}}),
         ("controls", 3 * FIXED * SEEDS + GAMMAS, {"metric": {"euclidean", "random", "cosine"}, "epochs": {0, 3}}),
         ("data-size", 3 * FIXED * SEEDS, {"few_samples": {1, 5, None}}),
-        ("candidates", 2 * GAMMAS * SEEDS + 3, {"gamma": {0.5, 0.7, 1.0, None}}),
-        ("compare", 5 + 2 * SEEDS, {"chosen_on": {None, "val"}}),
+        ("beyond", 20 * SEEDS, {"few_bias": {True, False}, "prior_correction": {True, False}, "top_k": {1, 2, 5}}),
+        ("candidates", (2 * GAMMAS + 2 + 2) * SEEDS + 3, {"gamma": {0.5, 0.7, 1.0, None}}),
+        ("compare", 5 + 6 * SEEDS, {"chosen_on": {None, "val"}}),
     ],
 )
 def test_every_experiment_has_its_rows(study, experiment, number, varied):
@@ -120,9 +123,10 @@ def test_every_experiment_has_its_rows(study, experiment, number, varied):
 def test_rivals_and_seeds(study):
     folder, _ = study
     compared = rows_of(folder, "compare")
-    names = ["original", "ncm", "tau", "logit-adjustment", "few-bias", *["Alpha Net"] * 2, *["Alpha Net, paper's form"] * 2]
+    of_seeds = ["crt", "lws", "Alpha Net", "Alpha Net, paper's form", "Alpha Net, best", "free rows"]
+    names = ["original", "ncm", "tau", "logit-adjustment", "few-bias", *(name for name in of_seeds for _ in range(2))]
     assert [row["method"] for row in compared] == names
-    assert [row["seed"] for row in compared] == [None] * 5 + [0, 1, 0, 1]
+    assert [row["seed"] for row in compared] == [None] * 5 + [0, 1] * 6
     # A chosen one is one of the candidates, to the last digit.
     candidates = {(row["method"], row["gamma"], row["seed"]): row["test_all"] for row in rows_of(folder, "candidates")}
     for row in compared[5:]:
@@ -272,7 +276,7 @@ def test_interrupted_studies_end_with_the_same_rows(problem, some, tmp_path, mon
     assert (tmp_path / CLASSES).read_bytes() == (some / CLASSES).read_bytes()
     # Nothing is measured twice, and no epoch trained twice (but those of the one that was interrupted).
     trainings = {trial.training for trial in plan(SOME)}
-    rivals = 1 + 3 + 3 + len(rows_of(some, "few-bias-front"))
+    rivals = 1 + 3 + 3 + 2 + len(rows_of(some, "few-bias-front"))
     assert calls["measured"] - (where == "measured") == len(trainings) + rivals
     assert calls["end_epoch"] - (where == "end_epoch") == sum(each.epochs for each, _ in trainings)
     results = [json.loads((folder / RESULTS).read_text()) for folder in (some, tmp_path)]
@@ -304,7 +308,7 @@ def test_a_later_comparison_with_fewer_or_more_seeds_loses_none(problem, tmp_pat
     run(problem, tmp_path, one)
     whole = run(problem, tmp_path, two)
     rows = rows_of(tmp_path, "compare")
-    assert [row["seed"] for row in rows] == [None] * 5 + [0, 1, 0, 1]
+    assert [row["seed"] for row in rows] == [None] * 5 + [0, 1] * 6
     again = run(problem, tmp_path, one)
     assert sorted(map(str, rows_of(tmp_path, "compare"))) == sorted(map(str, rows))
     assert sorted(map(str, again["choices"])) == sorted(map(str, whole["choices"]))
@@ -431,12 +435,12 @@ def test_other_policies(problem, tmp_path, policy, max_drop):
     options = replace(OPTIONS, experiments=["compare"], seeds=1, policy=policy, max_drop=max_drop)
     run(problem, tmp_path, options)
     original, *compared = rows_of(tmp_path, "compare")
-    assert values_of(compared, "policy") == {policy} and len(compared) == 6
+    assert values_of(compared, "policy") == {policy} and len(compared) == 10
     if policy == "best_few":
         assert all(
             row["val_all"] >= original["val_all"] - 0.05 - 1e-9
             for row in compared
-            if row["method"] != "Alpha Net, paper's form"
+            if row["method"] in ("tau", "logit-adjustment", "few-bias", "Alpha Net")  # the others have few candidates
         )
     ncm = [row for row in rows_of(tmp_path, "candidates") if row["method"] == "ncm"]
     assert compared[0]["metric"] == choose(ncm, policy, max_drop, original=original)["metric"]
@@ -527,7 +531,7 @@ def test_csv_round_trip(tmp_path_factory, values):
 def test_csv_errors(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("a,b\n")
-    with pytest.raises(ValueError, match="is not a study's results: its columns differ in a, b"):
+    with pytest.raises(ValueError, match="is not a study's results: its columns differ in a, augment, "):
         read_rows(path)
     write_rows([make_row(experiment="gamma", gamma=0.5)], path)
     path.write_text(path.read_text().replace("0.5", "half"))

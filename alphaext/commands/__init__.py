@@ -18,6 +18,7 @@ from .evaluate import Evaluate
 from .export import Export
 from .extract import Extract
 from .fit import Fit
+from .report import Report
 from .shared import CommonOptions
 from .study import Study
 from .train import Train
@@ -34,6 +35,7 @@ __all__ = [
     "Extract",
     "Fit",
     "Info",
+    "Report",
     "Study",
     "Train",
 ]
@@ -48,6 +50,7 @@ COMMANDS: dict[str, type[Options]] = {
     "evaluate": Evaluate,
     "export": Export,
     "study": Study,
+    "report": Report,
     "info": Info,
 }
 """Each command's options, by its name, in the order of a first use."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,21 +18,35 @@ from rich.text import Text
 
 from .._checks import check_gamma
 from .._files import whole_file
+from ..classes import ClassSplit
 from ..config import option
-from ..modules import AlphaNet
-from ..options import NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS
+from ..evaluation import split_metrics
+from ..modules import COEFFICIENTS, INITS, AlphaNet
+from ..neighbors import METRICS, POOLS, pool_classes
+from ..options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
+from ..predictions import predict
+from ..presets import PRESETS, preset_options
+from ..reference import RULES
+from ..study_plans import POLICIES, check_policy
+from ..study_plans import choose as choose_row
 from ..sweep import SweepRun, fit_many
 from ..tables import percent
-from ..training import selection_score
 from . import shared
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 _CHECKPOINTS = ".alphaext-fit"  # nobody else's
-_OF_THE_HEAD = ("top_k", "pool", "metric", "pca_dim", "hidden_dim", "rule", "init", "shared", "projected_gradient", "seed")
-_OF_THE_TRAINING = (
-    *("epochs", "batch_size", "lr", "momentum", "weight_decay", "nesterov", "lr_schedule", "lr_step", "lr_factor"),
-    *("lr_milestones", "negative_ratio", "negative_sampling", "select", "min_all"),
-)
+_TRIED = ("gamma", "top_k", "rule")
+
+
+def of_preset(name: str, help: str, choices: Sequence[str] | None = None) -> Any:
+    """An option that the preset says where it is not given, which its help tells."""
+    values: dict[str, list[str]] = {}
+    for preset, options in PRESETS.items():
+        value = options[name]
+        text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        values.setdefault(text, []).append(preset)
+    told = "; ".join(f"{', '.join(presets)}: {value}" for value, presets in values.items())
+    return option(None, choices=choices, help=f"{help} ({told if len(values) > 1 else f'default: {next(iter(values))}'})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,60 +57,98 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     head.pt (the Alpha Net's state), result.json and run.json into the output folder.
 
     Example:
-        alphaext fit --features features --classifier crt --gamma 0.5 0.7 0.9 1 --output alpha-crt
+        alphaext fit --features features --classifier crt --preset best --output alpha-crt
     """
 
     section: ClassVar[str] = "fit"
     classifier: Path = option(help="the trained classifier: a checkpoint of any known layout, or a folder that a command wrote")
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="replace results that are there")
-    gamma: tuple[float, ...] = option((1.0,), help="the own coefficient's bound, in (0, 1]; of several, validation chooses")
-    top_k: int = option(5, help="neighbours of each few class")
-    pool: str = option("base", choices=("base", "many", "all"), help="classes that neighbours are chosen from")
-    metric: str = option("euclidean", choices=("euclidean", "cosine", "random"), help="what makes a neighbour near")
-    pca_dim: int | None = option(
-        500, help="width to which classifiers are reduced for the sub-modules; the paper: 500, Places-LT 300"
+    preset: str = option(
+        "default",
+        choices=tuple(PRESETS),
+        help="what all options below are where they are not given: the package's default, exactly the paper's form, or what "
+        "gains most",
+    )
+    gamma: tuple[float, ...] | None = of_preset("gamma", "the own coefficient's bound, up to 1; of several, validation chooses")
+    coefficients: str | None = of_preset("coefficients", "a sub-module's outputs, or learned directly", COEFFICIENTS)
+    top_k: tuple[int, ...] | None = of_preset("top_k", "neighbours of each few class; of several, validation chooses")
+    pool: str | None = of_preset("pool", "classes that neighbours are chosen from", POOLS)
+    metric: str | None = of_preset("metric", "what makes a neighbour near", METRICS)
+    pca_dim: int | None = of_preset(
+        "pca_dim", "width to which classifiers are reduced for the sub-modules; the paper: 500, Places-LT 300"
     )
     hidden_dim: int | None = option(None, help="hidden units of a sub-module; without, as wide as a reduced classifier")
-    rule: str = option("clamp", choices=("clamp", "softmax", "l1"), help="how a sub-module's outputs become coefficients")
-    init: str = option("identity", choices=("identity", "default"), help="start at the original classifier, or PyTorch's start")
-    shared: bool = option(False, help="one sub-module for all few classes")
-    projected_gradient: bool = option(True, help="let a clamped coefficient return; the paper does not")
-    epochs: int = option(80, help="of training")
-    batch_size: int = option(64, help="samples a step")
-    lr: float = option(0.1, help="learning rate")
-    momentum: float = option(0.9, help="of SGD")
-    weight_decay: float = option(0.0, help="L2 penalty")
-    nesterov: bool = option(False, help="Nesterov momentum")
-    lr_schedule: str = option("step", choices=SCHEDULES, help="how the learning rate falls")
-    lr_step: int = option(20, help="epochs between falls, under step")
-    lr_factor: float = option(0.1, help="what a fall multiplies by")
+    rule: tuple[str, ...] | None = of_preset("rule", "how outputs become coefficients; of several, validation chooses", RULES)
+    init: str | None = of_preset("init", "start at the original classifier, or PyTorch's start", INITS)
+    shared: bool | None = of_preset("shared", "one sub-module for all few classes")
+    projected_gradient: bool | None = of_preset("projected_gradient", "let a clamped coefficient return; the paper does not")
+    residual: int | None = of_preset("residual", "directions along which a few row may move besides, under direct coefficients")
+    epochs: int | None = of_preset("epochs", "of training")
+    batch_size: int | None = of_preset("batch_size", "samples a step")
+    lr: float | None = of_preset("lr", "learning rate")
+    momentum: float | None = of_preset("momentum", "of SGD")
+    weight_decay: float | None = of_preset("weight_decay", "L2 penalty toward 0")
+    regularize: float | None = of_preset("regularize", "L2 penalty toward the original classifier")
+    nesterov: bool | None = of_preset("nesterov", "Nesterov momentum")
+    lr_schedule: str | None = of_preset("lr_schedule", "how the learning rate falls", SCHEDULES)
+    lr_step: int | None = of_preset("lr_step", "epochs between falls, under step")
+    lr_factor: float | None = of_preset("lr_factor", "what a fall multiplies by")
     lr_milestones: tuple[int, ...] | None = option(None, help="epochs of the falls, under multistep")
-    negative_ratio: float = option(1.0, help="base samples for each few sample")
-    negative_sampling: str = option("uniform", choices=NEGATIVE_SAMPLINGS, help="how base samples are drawn")
+    negative_ratio: float | None = of_preset("negative_ratio", "base samples for each few sample")
+    negative_sampling: str | None = of_preset("negative_sampling", "how base samples are drawn", NEGATIVE_SAMPLINGS)
+    samples_per_class: int | None = of_preset("samples_per_class", "of every class in an epoch, instead of the two above")
+    augment: str | None = of_preset("augment", "train few classes on samples drawn from near base classes", AUGMENTATIONS)
+    augment_samples: int | None = of_preset("augment_samples", "drawn samples of each few class")
+    augment_neighbors: int | None = of_preset("augment_neighbors", "base classes whose samples are borrowed")
+    prior_correction: bool | None = of_preset("prior_correction", "train with the log of how often classes are drawn added")
+    few_bias: bool | None = of_preset("few_bias", "add the constant to the few scores that validation features choose")
     select: str | None = option(
         None,
         choices=SELECTIONS,
         help="which epoch, and which gamma; without, best_all where there are validation features, else last",
     )
     min_all: float | None = option(None, help="under best_few: the least accuracy over all; without, the classifier's own")
+    policy: str | None = option(
+        None,
+        choices=POLICIES,
+        help="how validation features choose among several gammas, top_ks and rules: accuracy over all, accuracy of few with "
+        "--max-drop, or the knee of the front of both; without, as epochs are chosen (--select)",
+    )
+    max_drop: float | None = option(None, metavar="POINTS", help="under policy best_few: what accuracy over all may lose; 0")
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Train, choose, write; returns what result.json holds."""
         console, started = shared.console_or_quiet(console), time.monotonic()
-        if not self.gamma:
-            raise ValueError("gamma must be given at least one value, got none")
+        tried = {name: self.tried(name) for name in _TRIED}
+        for name, values in tried.items():
+            if not values:
+                raise ValueError(f"{name} must be given at least one value, got none")
+        check_policy(self.policy, self.max_drop)
+        if self.policy is not None and self.select is not None:
+            raise ValueError(f"policy says how epochs are chosen too; got select={self.select!r} as well")
         train, val = shared.read_train_and(self.features, "val", optional=True)
-        if val is None and len(self.gamma) > 1:
-            raise ValueError(
-                f"gamma must be one value where there are no validation features to choose by, got {len(self.gamma)}; "
-                f"there is no {str(self.features / 'val')!r}"
-            )
+        several = [name for name, values in tried.items() if len(values) > 1]
+        if val is None and (several or self.policy is not None):
+            where = f"where there are no validation features to choose by; there is no {str(self.features / 'val')!r}"
+            if not several:
+                raise ValueError(f"policy must not be given {where}")
+            raise ValueError(f"{several[0]} must be one value {where.replace(';', f', got {len(tried[several[0]])};', 1)}")
         linear = shared.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
         shared.warn_of_other_features(linear, train if val is None else val, str(self.classifier))
         linear = linear.to(shared.choose_device(self.device))
-        for gamma in self.gamma:
+        for gamma in tried["gamma"]:
             check_gamma(gamma)
+        split = self.split(train)
+        configurations = self.configurations(split, val is not None)
+        if val is not None and self.policy is not None:
+            selection: dict[str, Any] = {"select": "best_all"}
+            if self.policy == "best_few":
+                own = split_metrics(predict(linear, val.features, val.labels, progress=False), split)["all"]
+                selection = {"select": "best_few", "min_all": max(0.0, own - (self.max_drop or 0.0) / 100)}
+            for configuration in configurations:
+                # Epochs are measured without a constant that is yet to come: then the last is taken.
+                configuration |= {} if configuration["few_bias"] and self.policy != "best_few" else selection
         with shared.output_folder(self.output, shared.CLASSIFIER, shared.HEAD, overwrite=self.overwrite) as folder:
             if self.overwrite:
                 shutil.rmtree(folder.path / _CHECKPOINTS, ignore_errors=True)
@@ -102,21 +156,25 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
                 linear,
                 train.features,
                 train.labels,
-                self.configurations(),
+                configurations,
                 val_features=None if val is None else val.features,
                 val_labels=None if val is None else val.labels,
-                split=self.split(train),
+                split=split,
                 checkpoint=folder.path / _CHECKPOINTS,
                 progress=self.progress,
             )
             for run in runs:
                 if run.error and not run.error.startswith("training diverged"):
-                    raise ValueError(f"gamma {run.config['gamma']:g}: {run.error}; --overwrite starts anew")
-            run = runs[choose(runs, self.select, self.min_all)]
+                    raise ValueError(f"{_told(run.config)}: {run.error}; --overwrite starts anew")
+            run = runs[choose(runs, self.select, self.min_all, self.policy, self.max_drop)]
             assert run.head is not None and run.result is not None
             result = {
-                "gamma": run.config["gamma"],
+                "preset": self.preset,
+                "options": run.config,
+                **{name: run.config[name] for name in _TRIED},
+                "few_bias": run.result.few_bias,
                 "chosen_on": None if val is None else "val",
+                "policy": self.policy,
                 "selection": run.result.selection,
                 "epoch": run.result.selected_epoch,
                 "engine": run.result.engine,
@@ -136,19 +194,31 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         _print(console, self, result, self.output)
         return result
 
-    def configurations(self) -> list[dict[str, Any]]:
-        """A configuration of :func:`alphaext.fit_many` for each gamma."""
-        common = {name: getattr(self, name) for name in (*_OF_THE_HEAD, *_OF_THE_TRAINING)}
-        common["lr_milestones"] = self.lr_milestones or ()
-        return [{**common, "gamma": gamma} for gamma in dict.fromkeys(self.gamma)]
+    def configurations(self, split: ClassSplit, validation: bool) -> list[dict[str, Any]]:
+        """A configuration of :func:`alphaext.fit_many` for each gamma, number of neighbours and rule to try."""
+        pool_size = len(pool_classes(split, self.pool or PRESETS[self.preset]["pool"]))
+        common = preset_options(self.preset, pool_size=pool_size, validation=validation)
+        names = (*(name for name in common if name not in _TRIED), *("hidden_dim", "lr_milestones", "select", "min_all"))
+        common |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        tried = [[common[name]] if getattr(self, name) is None else self.tried(name) for name in _TRIED]
+        return [{**common, "seed": self.seed, **dict(zip(_TRIED, each, strict=True))} for each in itertools.product(*tried)]
+
+    def tried(self, name: str) -> list[Any]:
+        """The values to try of ``gamma``, ``top_k`` or ``rule``."""
+        given = getattr(self, name)
+        return list(dict.fromkeys((PRESETS[self.preset][name],) if given is None else given))
 
 
-def choose(runs: list[SweepRun], select: str | None, min_all: float | None) -> int:
-    """Which of several trainings is best by the policy that chose their epochs; of equal ones the largest gamma.
+def choose(
+    runs: list[SweepRun], select: str | None, min_all: float | None, policy: str | None = None, max_drop: float | None = None
+) -> int:
+    """Which of several trainings is best by the policy, or by what chose their epochs; of equal ones the largest gamma.
 
     Raises:
         FloatingPointError: all of them diverged.
     """
+    if policy is not None and any(run.result is not None for run in runs):
+        return _choose_by_policy(runs, policy, max_drop)
 
     def score(run: SweepRun) -> tuple[float, float]:
         if run.result is None:
@@ -165,15 +235,35 @@ def choose(runs: list[SweepRun], select: str | None, min_all: float | None) -> i
     return best
 
 
+def _choose_by_policy(runs: list[SweepRun], policy: str, max_drop: float | None) -> int:
+    numbers = sorted(range(len(runs)), key=lambda number: -runs[number].config["gamma"])  # nearest to no change first
+    rows = []
+    for number in numbers:
+        result = runs[number].result
+        if result is not None and result.after is not None:
+            rows.append({"number": number, "val_few": result.after["few"], "val_all": result.after["all"]})
+    before = next(run.result.before for run in runs if run.result is not None and run.result.before is not None)
+    return int(choose_row(rows, policy, max_drop, original={"val_all": before["all"]})["number"])
+
+
+def _told(config: Mapping[str, Any]) -> str:
+    return f"gamma {config['gamma']:g}, top_k {config['top_k']}, rule {config['rule']}"
+
+
 def _candidate(run: SweepRun) -> dict[str, Any]:
+    tried = {name: run.config[name] for name in _TRIED}
     if run.result is None:
-        return {"gamma": run.config["gamma"], "error": run.error}
+        return {**tried, "error": run.error}
     return {
-        "gamma": run.config["gamma"],
+        **tried,
         "epoch": run.result.selected_epoch,
         "after": run.result.after,
         "clamped": run.result.clamped,
     }
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _save(head: AlphaNet, folder: Path) -> None:
@@ -197,9 +287,12 @@ def _print(console: Console, options: Fit, result: dict[str, Any], folder: Path)
             table.add_row(Text(name), *(percent(metrics[split]) for split in ("few", "medium", "many", "all")))
         console.print(table)
         if len(result["candidates"]) > 1:
-            gammas = ", ".join(f"{candidate['gamma']:g}" for candidate in result["candidates"])
-            console.print(f"gamma {result['gamma']:g} chosen of {gammas} by {result['selection']}", highlight=False)
+            several = [name for name in _TRIED if len({candidate[name] for candidate in result["candidates"]}) > 1]
+            for name in several:
+                values = ", ".join(dict.fromkeys(_value(candidate[name]) for candidate in result["candidates"]))
+                by = result["policy"] or result["selection"]
+                console.print(f"{name} {_value(result[name])} chosen of {values} by {by}", highlight=False)
     for candidate in result["candidates"]:
         if "error" in candidate:
-            console.print(f"gamma {candidate['gamma']:g}: {candidate['error']}", markup=False, highlight=False)
+            console.print(f"{_told(candidate)}: {candidate['error']}", markup=False, highlight=False)
     console.print(f"Classifier: {folder / shared.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)

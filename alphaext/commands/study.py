@@ -21,6 +21,7 @@ from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 _DEFAULTS = StudyOptions()
 _OF_THE_STUDY = (
     *("experiments", "seeds", "gammas", "fixed_gammas", "top_ks", "few_samples", "negative_ratios", "forms"),
+    *("sharing_lr", "retraining_epochs", "retraining_lrs"),
     *("top_k", "epochs", "batch_size", "lr", "pca_dim", "policy", "max_drop"),
 )
 
@@ -58,8 +59,11 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     forms: tuple[str, ...] = option(
         _DEFAULTS.forms,
         choices=tuple(FORMS),
-        help="of Alpha Net, of gamma, top-k, pool, sharing, negatives and data-size; compare has both",
+        help="of Alpha Net, of gamma, top-k, pool, sharing, negatives and data-size; compare has all",
     )
+    sharing_lr: float = option(_DEFAULTS.sharing_lr, help="learning rate of a shared sub-module, of sharing")
+    retraining_epochs: int = option(_DEFAULTS.retraining_epochs, help="of cRT and LWS in compare; 0 leaves them out")
+    retraining_lrs: tuple[float, ...] = option(_DEFAULTS.retraining_lrs, help="learning rates of cRT and LWS to choose from")
     top_k: int = option(_DEFAULTS.top_k, help="neighbours of each few class, of all but top-k")
     epochs: int = option(_DEFAULTS.epochs, help="of training")
     batch_size: int = option(_DEFAULTS.batch_size, help="samples a step")

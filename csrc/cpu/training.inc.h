@@ -221,20 +221,22 @@ static inline double loss_and_gradient(const Epoch<Acc>& e, int64_t count) {
   using V = Vector<Acc>;
   const TrainParams& p = e.p;
   const Acc* const alpha = static_cast<const Acc*>(p.alpha);
+  const Acc* const offsets = static_cast<const Acc*>(p.few_offset);
   const int64_t width = e.width, members = p.members;
   for (int64_t b = 0; b < width; ++b) e.largest[b] = e.base[b];
   for (int64_t f = 0; f < p.num_few; ++f) {
     const int32_t* const columns = p.member_columns + f * members;
     Acc* const row = e.scores + f * width;
+    const Acc offset = offsets ? offsets[f] : Acc(0);
     for (int64_t b = 0; b < width; b += kTileWidth) {
       constexpr int kWidth = static_cast<int>(kTileWidth);
       V sums[kWidth / kLanes<Acc>];
       mix_columns<Acc, kWidth>(e.tile + b, width, columns, alpha + f * members, members, sums);
       for (int v = 0; v < kWidth / kLanes<Acc>; ++v) {
         const int64_t at = b + v * kLanes<Acc>;
-        const V before = load(e.largest + at);
-        store(row + at, sums[v]);
-        store(e.largest + at, sums[v] > before ? sums[v] : before);
+        const V before = load(e.largest + at), score = sums[v] + offset;
+        store(row + at, score);
+        store(e.largest + at, score > before ? score : before);
       }
     }
   }
@@ -273,6 +275,7 @@ template <typename Acc>
 static inline void coefficient_gradients(const Epoch<Acc>& e) {
   using V = Vector<Acc>;
   const TrainParams& p = e.p;
+  const Acc* const penalty = static_cast<const Acc*>(p.penalty);
   const int64_t width = e.width, members = p.members;
   for (int64_t f = 0; f < p.num_few; ++f) {
     const int32_t* const columns = p.member_columns + f * members;
@@ -284,7 +287,9 @@ static inline void coefficient_gradients(const Epoch<Acc>& e) {
       for (int64_t b = 0; b < width; b += kLanes<Acc>) sum += load(row + b) * load(logits + b);
       gradients[k] = lane_sum<Acc>(sum);
     }
-    rule_backward<Acc>(p.rule, members, static_cast<const Acc*>(p.raw) + f * members, gradients, gradients);
+    const Acc* const outputs = static_cast<const Acc*>(p.raw) + f * members;
+    rule_backward<Acc>(p.rule, members, outputs, gradients, gradients);
+    for (int64_t k = 0; penalty && k < members; ++k) gradients[k] += penalty[k] * (outputs[k] - penalty[members + k]);
   }
 }
 

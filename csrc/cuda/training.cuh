@@ -252,6 +252,7 @@ struct TrainRun {
   // The run's arrays.
   const int64_t* order;
   const T *member_logits, *base_logsumexp, *label_logit, *scale;
+  const T *penalty, *few_offset;  // or null
   const int32_t* few_of_label;
   T* state;  // in global memory
   // What its blocks tell each other.
@@ -355,7 +356,7 @@ struct TrainBlock {
       const int j = item / chunks, b = (item - j * chunks) * kWarp + lane_index();
       if (b >= count) continue;
       const T* const alpha = here(run.at.alpha) + j * members();
-      T score = 0;
+      T score = run.few_offset == nullptr ? T(0) : run.few_offset[class_of(j)];
       for (int k = 0; k < members(); ++k) score = fused(alpha[k], member_logit(step, j, k, b), score);
       scores[j * width() + b] = score;
       all[class_of(j) * width() + b] = score;
@@ -448,7 +449,11 @@ struct TrainBlock {
     __syncthreads();
     for (int j = thread(); j < run.classes; j += threads()) {
       T* const of_class = gradient + j * members();
-      rule_backward<T>(run.rule, p.members, here(run.at.raw) + j * members(), of_class, of_class);
+      const T* const outputs = here(run.at.raw) + j * members();
+      rule_backward<T>(run.rule, p.members, outputs, of_class, of_class);
+      for (int k = 0; run.penalty != nullptr && k < members(); ++k) {
+        of_class[k] += run.penalty[k] * (outputs[k] - run.penalty[members() + k]);
+      }
       if constexpr (kShared) {
         for (int k = 0; k < members(); ++k) run.all_gradients[class_of(j) * members() + k] = of_class[k];
       }
@@ -871,6 +876,8 @@ __global__ void __launch_bounds__(kTrainThreads<T>, 1) train_kernel(const TrainR
       run.label_logit = static_cast<const T*>(p.label_logit) + of_logits;
       run.few_of_label = p.few_of_label + of_logits;
       run.scale = static_cast<const T*>(p.gradient_scale) + r * p.num_few * (kShared ? p.num_few : 1);
+      run.penalty = p.penalty == nullptr ? nullptr : static_cast<const T*>(p.penalty) + r * 2 * p.members;
+      run.few_offset = p.few_offset == nullptr ? nullptr : static_cast<const T*>(p.few_offset) + r * p.num_few;
       run.state = static_cast<T*>(p.state) +
                   r * networks * p.tiles * (2 * (kShared ? p.num_few : 1) + 2 * p.members) * kTileWidth;
     }

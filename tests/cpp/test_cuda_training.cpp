@@ -21,6 +21,7 @@ struct Sizes {
   int64_t num_few, members, tiles, batch, samples, rows, columns;
   bool shared = false;
   bool separate_logits = false;
+  bool penalized = false;  // with penalty and few_offset
 };
 
 // Memory of the exact size, so that the sanitizers see every step beyond it.
@@ -63,6 +64,10 @@ struct Problem {
     base_logsumexp = draw(rows, 1);
     label_logit = draw(rows, 1);
     scale = draw(count * few * (sizes.shared ? few : 1), 0.1);
+    if (sizes.penalized) {
+      penalty = draw(count * 2 * sizes.members, 0.3);
+      few_offset = draw(count * few, 1);
+    }
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t f = 0; f < few; ++f) {
         const int64_t own = r * few + f;
@@ -118,6 +123,8 @@ struct Problem {
     p.few_of_label = few_of_label.data() + rows;
     p.member_columns = columns.data() + r * few * sizes.members;
     p.gradient_scale = scale.data() + r * few * (sizes.shared ? few : 1);
+    p.penalty = sizes.penalized ? penalty.data() + r * 2 * sizes.members : nullptr;
+    p.few_offset = sizes.penalized ? few_offset.data() + r * few : nullptr;
     p.state = state.data() + r * state_size();
     p.b2 = b2.data() + r * networks * sizes.members;
     p.b2_momentum = b2_momentum.data() + r * networks * sizes.members;
@@ -162,7 +169,7 @@ struct Problem {
 
   Sizes sizes;
   std::vector<Run> runs;
-  std::vector<T> state, b2, b2_momentum, alpha, raw, member_logits, base_logsumexp, label_logit, scale;
+  std::vector<T> state, b2, b2_momentum, alpha, raw, member_logits, base_logsumexp, label_logit, scale, penalty, few_offset;
   std::vector<int64_t> order;
   std::vector<int32_t> columns, few_of_label;
   std::vector<double> settings, results;
@@ -262,6 +269,12 @@ void test_options() {
                {{true, 3, 1, 32}, {false, 2, 2, 32}});
   test_cuts<T>("options, shared network", {4, 3, 3, 6, 8, 23, 11, true}, {runs[0], runs[3], runs[4], runs[6], runs[8]},
                {{true, 4, 1, 32}, {false, 1, 2, 32}});
+  for (const bool shared : {false, true}) {
+    test_cuts<T>("options, penalty and offset", {4, 3, 2, 6, 8, 23, 11, shared, false, true}, {runs[1], runs[3], runs[6], runs[9]},
+                 {{true, 2, 2, 32}, {false, 1, 4, 32}});
+  }
+  test_cuts<T>("options, no hidden units", {4, 9, 0, 6, 8, 23, 11, false, false, true}, {runs[2], runs[7], runs[8]},
+               {{true, 2, 2, 32}, {false, 4, 1, 32}});
 }
 
 template <typename T>

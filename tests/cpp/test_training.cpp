@@ -69,6 +69,7 @@ struct TrainCase {
   int64_t few = 3, hidden = 17, members = 6, batch = 16, samples = 43;
   bool shared = false;
   int64_t lead = 0;
+  bool penalty = false, offset = false;
 };
 
 // A problem in double precision, holding numbers that T holds too.
@@ -79,6 +80,7 @@ struct TrainProblem {
   Doubles preactivation, w2, b2;                             // [F, H], [networks, M, H], [networks, M]
   Doubles preactivation_momentum, w2_momentum, b2_momentum;  // of the same shapes
   Doubles raw, alpha;
+  Doubles penalty, offset;  // [2, M] and [F], or empty
   Ids order, member_columns, few_of_label;
 };
 
@@ -124,6 +126,8 @@ TrainProblem make_problem(const TrainCase& c) {
   p.preactivation_momentum = rounded<T>(random.uniform(c.few * c.hidden, -size, size));
   p.w2_momentum = rounded<T>(random.uniform(p.networks * c.members * c.hidden, -size, size));
   p.b2_momentum = rounded<T>(random.uniform(p.networks * c.members, -size, size));
+  if (c.penalty) p.penalty = rounded<T>(random.uniform(2 * c.members, 0, 0.5));
+  if (c.offset) p.offset = rounded<T>(random.uniform(c.few, -2, 2));
   return p;
 }
 
@@ -152,7 +156,7 @@ double naive_epoch(TrainProblem& p) {
     Doubles grad_alpha(at(F * M));
     for (int64_t b = 0; b < count; ++b) {
       const int64_t row = p.order[at(first + b)], label = p.few_of_label[at(row)];
-      Doubles scores(at(F));
+      Doubles scores = p.offset.empty() ? Doubles(at(F)) : p.offset;
       for (int64_t f = 0; f < F; ++f) {
         for (int64_t k = 0; k < M; ++k) {
           scores[at(f)] += p.alpha[at(f * M + k)] * p.logits[at(row * p.columns + p.member_columns[at(f * M + k)])];
@@ -170,8 +174,23 @@ double naive_epoch(TrainProblem& p) {
         }
       }
     }
-    const naive::CoefficientGradients g =
+    naive::CoefficientGradients g =
         naive::coefficients_backward(p.c.rule, F, H, M, p.c.shared, p.preactivation, p.raw, p.w2, grad_alpha);
+    if (!p.penalty.empty()) {
+      for (int64_t f = 0; f < F; ++f) {
+        const int64_t network = p.c.shared ? 0 : f;
+        for (int64_t k = 0; k < M; ++k) {
+          const double pull = p.penalty[at(k)] * (p.raw[at(f * M + k)] - p.penalty[at(M + k)]);
+          g.b2[at(f * M + k)] += pull;
+          for (int64_t h = 0; h < H; ++h) {
+            const double value = p.preactivation[at(f * H + h)];
+            if (!(value > 0)) continue;
+            g.w2[at((f * M + k) * H + h)] += pull * value;
+            g.preactivation[at(f * H + h)] += pull * p.w2[at((network * M + k) * H + h)];
+          }
+        }
+      }
+    }
     Doubles grad_c(at(F * H)), grad_w2(at(p.networks * M * H)), grad_b2(at(p.networks * M));
     for (int64_t f = 0; f < F; ++f) {
       const int64_t n = p.c.shared ? 0 : f;
@@ -246,6 +265,7 @@ TrainRun<T> run_epoch(const cpu::Kernels& kernels, const TrainProblem& p, int fi
   TrainRun<T> run{{packed(p), lead},        {p.b2, lead},             {p.b2_momentum, lead},
                   Buffer<T>(outputs, lead), Buffer<T>(outputs, lead), {}};
   const Buffer<T> logits(p.logits, lead), base(p.base, lead), label(p.label, lead), scale(p.scale, lead);
+  const Buffer<T> penalty(p.penalty, lead), offset(p.offset, lead);
   const Buffer<int64_t> order = buffer_of<int64_t>(p.order);
   const Buffer<int32_t> member_columns = buffer_of<int32_t>(p.member_columns);
   const Buffer<int32_t> few_of_label = buffer_of<int32_t>(p.few_of_label);
@@ -267,6 +287,8 @@ TrainRun<T> run_epoch(const cpu::Kernels& kernels, const TrainProblem& p, int fi
   params.few_of_label = few_of_label.data();
   params.member_columns = member_columns.data();
   params.gradient_scale = scale.data();
+  params.penalty = p.penalty.empty() ? nullptr : penalty.data();
+  params.few_offset = p.offset.empty() ? nullptr : offset.data();
   params.state = run.state.data();
   params.b2 = run.b2.data();
   params.b2_momentum = run.b2_momentum.data();
@@ -283,7 +305,8 @@ void describe(const char* what, const cpu::Kernels& kernels, const char* dtype, 
                   {{"rule", static_cast<int>(c.rule.rule)}, {"gamma", c.rule.gamma}, {"projected", c.rule.projected_gradient},
                    {"momentum", c.sgd.momentum}, {"dampening", c.sgd.dampening}, {"decay", c.sgd.weight_decay},
                    {"nesterov", c.sgd.nesterov}, {"first", c.sgd.first_step}, {"F", c.few}, {"H", c.hidden}, {"M", c.members},
-                   {"batch", c.batch}, {"samples", c.samples}, {"shared", c.shared}, {"lead", c.lead}});
+                   {"batch", c.batch}, {"samples", c.samples}, {"shared", c.shared}, {"lead", c.lead},
+                   {"penalty", c.penalty}, {"offset", c.offset}});
   check::context += std::string(", ") + kernels.name;
 }
 
@@ -351,6 +374,26 @@ void train_all(const cpu::Kernels& kernels) {
         c.few = samples % 2 ? 1 : 5;
         train<T>(kernels, c);
       }
+    }
+    for (const RuleParams& rule : cases::all_rules()) {
+      for (const int penalty : {0, 1}) {
+        c = {};
+        c.shared = shared;
+        c.rule = rule;
+        c.penalty = penalty == 1;
+        c.offset = !c.penalty || rule.projected_gradient;
+        train<T>(kernels, c);
+      }
+    }
+    // Without hidden units the outputs are b2 alone.
+    for (const int64_t members : {2, 6, 40}) {
+      c = {};
+      c.shared = shared;
+      c.hidden = 0;
+      c.members = members;
+      c.penalty = c.offset = true;
+      c.lead = 1;
+      train<T>(kernels, c);
     }
   }
 }
