@@ -167,7 +167,10 @@ def check_repaired(checkpoint: Checkpoint, linear: nn.Module, few_classes: Tenso
         )
     if (bias is None) != (checkpoint.bias is None):
         has, lacks = ("linear", "the checkpoint") if checkpoint.bias is None else ("the checkpoint", "linear")
-        raise ValueError(f"{has} has a bias and {lacks} has none; save_linear writes such a classifier as a file of its own")
+        raise ValueError(
+            f"{has} has a bias and {lacks} has none; save_linear writes such a classifier as a file of its own "
+            "(a constant on the few scores, few_bias, makes a bias)"
+        )
     epsilon = max(torch.finfo(weight.dtype).eps, torch.finfo(checkpoint.weight.dtype).eps)
     weight = weight.to("cpu", checkpoint.weight.dtype)
     bias = None if bias is None else bias.to("cpu", checkpoint.weight.dtype)

@@ -25,7 +25,7 @@ SHRINKAGE = 5.0
 
 @dataclass(frozen=True)
 class DrawnFeatures:
-    """Real features ``[n, D]`` and behind them drawn ones, read like a tensor ``[n + drawn, D]``.
+    """Real features ``[n, D]`` and behind them drawn ones: rows of a tensor ``[n + drawn, D]``, by slice or by ids from 0 on.
 
     Attributes:
         real: ``[n, D]``, any floating dtype, in memory or memory-mapped.
@@ -59,7 +59,7 @@ class DrawnFeatures:
         if isinstance(index, slice):
             begin, end, step = index.indices(len(self))
             if end <= len(self.real):
-                return self.real[index]
+                return self.real[begin:end:step]
             index = torch.arange(begin, end, step, device="cpu")
         is_real = index < len(self.real)
         if bool(is_real.all()):

@@ -77,7 +77,8 @@ class AlphaNet(nn.Module):
         seed: of the initial weights; None draws one from PyTorch's default generator. Dense and factored heads of the same
             seed start the same.
 
-    All tensors share the dtype and device of ``weight``.
+    All tensors share the dtype and device of ``weight``. The attribute ``few_bias``, 0 at first, is a constant on all few
+    scores (chosen by :func:`alphaext.fit` with ``few_bias=True``); it is part of the scores, of ``fold()`` and of the state.
 
     Raises:
         ValueError, TypeError: for values, shapes, dtypes or devices that do not fit; the message names the argument.
@@ -122,7 +123,7 @@ class AlphaNet(nn.Module):
             if given:
                 raise ValueError(f"coefficients='direct' has no sub-modules, to which {given[0]} could apply")
             if isinstance(weight, Tensor) and isinstance(members, Tensor):
-                z = weight.new_zeros(len(members), 0)
+                z = weight.new_zeros(len(members) if members.dim() > 0 else 0, 0)
         for name, value in (("weight", weight), ("members", members), ("z", z)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -202,7 +203,7 @@ class AlphaNet(nn.Module):
             class_counts: ``[N]`` integers, training samples of each class.
             class_means: ``[N, D]``, mean training feature of each class (:func:`alphaext.class_means`).
             few_classes: ids of the few classes, instead of ``class_counts``.
-            members: ``[F, K+1]`` int64 class ids, instead of all of the above.
+            members: ``[F, K+1]`` int64 class ids, instead of all of the above (but ``class_means``, where there is a residual).
             top_k: neighbours ``K`` of each few class; the paper uses 5.
             pool: the classes that neighbours are chosen from: ``"base"`` (medium and many), as in the paper, ``"many"``, or
                 ``"all"``, few classes too (paper, appendix D).
@@ -255,6 +256,8 @@ class AlphaNet(nn.Module):
         if residual:
             if class_means is None:
                 raise ValueError("class_means must be given for a residual")
+            if options.get("directions") is not None:
+                raise ValueError("residual and directions both say where few rows may move; give one of them")
             directions, direction_bias = residual_directions(weight, class_means, residual)
             # The first is the constant, of no use without a bias.
             options |= {"directions": directions, "direction_bias": direction_bias}
@@ -702,12 +705,18 @@ def _move_first_layer(w1: Tensor, b1: Tensor, z: Tensor, moved: Tensor, decay: f
 def _check_directions(
     directions: Tensor | None, direction_bias: Tensor | None, weight: Tensor, bias: Tensor | None, coefficients: str, rule: str
 ) -> None:
+    for name, value in (("directions", directions), ("direction_bias", direction_bias)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if directions is None:
         if direction_bias is not None:
             raise ValueError("direction_bias goes with directions")
         return
+    check_shape(directions, "directions", ("R", weight.shape[1]))
     if coefficients != "direct" or rule != "clamp":
-        raise ValueError(f"a residual needs coefficients='direct' and rule='clamp', got {coefficients!r} and {rule!r}")
+        raise ValueError(
+            f"a residual needs coefficients='direct' and rule='clamp', got {coefficients!r} and {rule!r}; residual=0 leaves it out"
+        )
     if (bias is None) != (direction_bias is None):
         raise ValueError("direction_bias must be given where the classifier has a bias, and only there")
     for name, value, shape in (

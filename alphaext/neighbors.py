@@ -298,6 +298,16 @@ def pool_classes(split: ClassSplit, pool: str) -> Tensor:
     return split.many if pool == "many" else split.base
 
 
+def pool_size(split: ClassSplit, pool: str) -> int:
+    """How many neighbours a few class can have at most: the classes of the pool but itself.
+
+    Example:
+        >>> pool_size(ClassSplit(few=[2], medium=[1], many=[0]), "all")
+        2
+    """
+    return len(pool_classes(split, pool)) - (pool == "all")
+
+
 def build_members(
     class_means: TensorLike,
     few: TensorLike,

@@ -83,8 +83,10 @@ class TrainingOptions:
             object.__setattr__(self, "min_all", float(self.min_all))
 
     def _check_samples(self) -> None:
+        if self.regularize > 1e6:
+            raise ValueError(f"regularize must be at most 1e6, got {self.regularize!r}")
         for name in ("augment_samples", "augment_neighbors"):
-            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=1))
+            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=1, maximum=10**6))
         if self.augment is not None:
             check_choice(self.augment, "augment", AUGMENTATIONS)
         if self.samples_per_class is None:
@@ -93,7 +95,7 @@ class TrainingOptions:
                     f"augment={self.augment!r} needs samples_per_class: an epoch cannot have all samples that could be drawn"
                 )
             return
-        each = check_integer(self.samples_per_class, "samples_per_class", minimum=1, maximum=2**31)
+        each = check_integer(self.samples_per_class, "samples_per_class", minimum=1, maximum=10**6)
         object.__setattr__(self, "samples_per_class", each)
         if self.negative_ratio != 1 or self.negative_sampling != "uniform":
             raise ValueError(

@@ -92,6 +92,6 @@ def preset_options(name: str, *, pool_size: int | None = None, validation: bool 
     check_choice(name, "preset", tuple(PRESETS))
     options = dict(PRESETS[name])
     if pool_size is not None:
-        options["top_k"] = min(options["top_k"], pool_size)
+        options["top_k"] = min(options["top_k"], max(pool_size, 1))  # an empty pool is told where it is looked into
     options["few_bias"] = options["few_bias"] and validation
     return options

@@ -10,7 +10,7 @@ from torch import nn
 from ._checks import TensorLike, check_labels
 from .classes import ClassSplit, class_counts, split_classes
 from .modules import AlphaNet, linear_parameters
-from .neighbors import pool_classes
+from .neighbors import pool_size
 from .presets import preset_options
 from .sweep import fit_many
 from .training import FitResult
@@ -52,7 +52,7 @@ def repair(
     """Rebuild the few rows of a trained classifier, by cached features.
 
     Args:
-        linear: the trained classifier, such as ``nn.Linear``; it is not changed.
+        linear: the trained classifier, such as ``nn.Linear``, in float32 or float64; it is not changed.
         features: ``[n, D]``, the training features.
         labels: ``[n]`` integers.
         val_features: ``[m, D]``, with ``val_labels``: what the epoch and the constant on the few scores are chosen by. Without,
@@ -79,22 +79,27 @@ def repair(
         >>> torch.equal(made.linear.weight[:3], original.weight[:3]), made.head.coefficients
         (True, 'direct')
     """
+    if split is not None and not isinstance(split, ClassSplit):
+        raise TypeError(f"split must be a ClassSplit, got {type(split).__name__}")
     if split is None:
         weight, _ = linear_parameters(linear)
         counts = class_counts(check_labels(labels, len(weight), "labels"), len(weight))
         split = split_classes(counts, few_below=few_below, many_above=many_above)
-    pool = pool_classes(split, options.get("pool", "base"))
-    config = preset_options(preset, pool_size=len(pool), validation=val_features is not None) | options
-    (run,) = fit_many(
-        linear,
-        features,
-        labels,
-        [config],
-        val_features=val_features,
-        val_labels=val_labels,
-        split=split,
-        progress=progress,
-    )
+    available = pool_size(split, options.get("pool", "base"))
+    config = preset_options(preset, pool_size=available, validation=val_features is not None) | options
+    try:
+        (run,) = fit_many(
+            linear,
+            features,
+            labels,
+            [config],
+            val_features=val_features,
+            val_labels=val_labels,
+            split=split,
+            progress=progress,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).removeprefix("configs[0]: ")) from error
     if run.head is None or run.result is None:
         raise FloatingPointError(run.error)
     return Repair(run.head.fold(), run.head, run.result, split)

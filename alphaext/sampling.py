@@ -49,8 +49,12 @@ class EpochSampler:
         few, base = is_few.nonzero().flatten(), (~is_few).nonzero().flatten()
         few = few[few >= first_few]
         self.seed, self._few_classes = options.seed, few_classes
-        if options.prior_correction and options.negative_ratio == 0 and options.samples_per_class is None:
-            raise ValueError("prior_correction needs base samples to know how often an epoch has them, got negative_ratio=0")
+        no_base = not len(base) or round(options.negative_ratio * len(few)) == 0
+        if options.prior_correction and options.samples_per_class is None and no_base:
+            raise ValueError(
+                "prior_correction needs base samples to know how often an epoch has them, got negative_ratio="
+                f"{options.negative_ratio:g} with {len(few)} few and {len(base)} base samples"
+            )
         self.samples_per_class = options.samples_per_class
         if self.samples_per_class is not None:
             self._group_by_class(labels, few, base, num_classes)

@@ -55,6 +55,8 @@ POLICIES = ("best_all", "best_few", "knee")
 RETRAINED = ("crt", "lws")
 """The rivals that train on class-balanced samples, a row of "compare" for each seed."""
 
+_NOT_OF_BEST = {"shared", "negative_ratio"}  # it has no sub-modules, and equally many samples of every class
+
 CANDIDATES = "candidates"
 """Under this name stand the results of which "compare" shows the chosen ones."""
 
@@ -78,7 +80,8 @@ class StudyOptions:
         few_samples: of data-size: training samples that each few class keeps at most.
         negative_ratios: of negatives; 0 and 1 in the paper.
         forms: out of :data:`FORMS`: the forms of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size. compare
-            and beyond have their own.
+            and beyond have their own. The best form has its own top_k, epochs, batch_size and lr, and no part in sharing and
+            negatives, whose options it does not have.
         sharing_lr: learning rate of the one sub-module that all classes share, which each class's gradient moves: many more
             than one of its own has, so that it diverges at theirs.
         retraining_epochs: of cRT and LWS, rivals in compare; 0 leaves them out.
@@ -263,7 +266,8 @@ def plan(options: StudyOptions, pool_size: int | None = None) -> list[Trial]:
 
 def _within(trial: Trial, pool_size: int) -> Trial:
     own = trial.configuration
-    if own.top_k != FORMS["best"]["top_k"]:
+    of_best = trial.method.startswith((METHODS["best"], "Alpha Net, more neighbours"))
+    if not of_best or own.top_k != FORMS["best"]["top_k"]:
         return trial
     return replace(trial, configuration=replace(own, top_k=min(own.top_k, pool_size)))
 
@@ -277,9 +281,10 @@ _Plan = Iterator[tuple[str, Configuration]]
 
 
 def _each(options: StudyOptions, gammas: Sequence[float], changes: Sequence[Mapping[str, Any]]) -> _Plan:
-    """All changes at all gammas in all forms."""
+    """All changes at all gammas in all forms, but those that a form has no room for."""
     for form, change, gamma in itertools.product(options.forms, changes, gammas):
-        yield METHODS[form], _base(options, gamma, form, **change)
+        if form != "best" or not _NOT_OF_BEST.intersection(change):
+            yield METHODS[form], _base(options, gamma, form, **change)
 
 
 def _gamma(options: StudyOptions) -> _Plan:

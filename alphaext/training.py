@@ -158,7 +158,7 @@ def fit(
     that take part are computed once, and what training needs of them is kept: a step touches neither features nor classifier.
 
     Args:
-        head: trained in place; on return it has the parameters of the selected epoch.
+        head: trained in place; on return it has the parameters of the selected epoch, and no constant of a training before.
         features: ``[n, D]``, floating point, the training features (a NumPy memory map will do; float16 too).
         labels: ``[n]`` integers.
         val_features: ``[m, D]``, to select the epoch by; with ``val_labels``.
@@ -176,7 +176,7 @@ def fit(
         lr_factor: 0.1 in the paper.
         lr_milestones: for ``"multistep"``, after how many epochs.
         optimizer: makes any torch optimiser out of the list of parameters, instead of SGD with the options above. A head with
-            ``first_layer="factored"`` is exact for SGD only and refuses others.
+            ``first_layer="factored"`` is exact for SGD only and refuses others, but for direct coefficients, which have none.
         engine: ``"native"``, whole epochs in compiled code, on one thread: for SGD and a frozen classifier, where it is exact
             to rounding. ``"autograd"``, torch's. ``"auto"``, the default: native wherever it is exact; the result says which.
         negative_ratio: base samples for each few sample; 1 in the paper, 0 in its appendix E.
@@ -310,7 +310,6 @@ class Run:
     ) -> None:
         """Make the engine; go on from the checkpoint at ``path``, if it exists, or evaluate epoch 0."""
         options, data, head = self.options, self.data, self.head
-        head.few_bias = 0.0  # of a training before
         sgd = Sgd(options.lr, options.momentum, options.dampening, options.weight_decay, options.nesterov)
         if optimizer is None and not native:
             parameters = [p for p in head.parameters() if p.requires_grad]
@@ -339,6 +338,7 @@ class Run:
             sgd = Sgd.of_parameter(optimizer, head.preactivation) or replace(sgd, weight_decay=0.0)
         self.decay = DecayOfStart(sgd)
         self.start_decay = self.taken_up_decay = head.first_layer_decay
+        head.few_bias = 0.0  # of a training before; from here on nothing is refused
         original = self.engine.original_hits()
         if original is not None and self.metrics is not None:
             self.before = self.metrics.of(original)
@@ -470,7 +470,9 @@ class Run:
             saved, done = state["options"], len(state["history"]) - 1
         except Exception as error:  # what torch makes of foreign bytes knows no limits
             raise ValueError(f"checkpoint {path} cannot be read as one of fit's: {type(error).__name__}: {error}") from error
-        for name, value in self._identity.items():
+        # Of an option that only one of them tells the other has the default.
+        for name in {**self._identity, **saved}:
+            value = self._identity.get(name)
             if saved.get(name) != value:
                 raise ValueError(
                     f"checkpoint {path} belongs to another training: {name} is {value!r} here and {saved.get(name)!r} there"
@@ -527,7 +529,7 @@ def sampled(
     first_few = 0
     if options.augment is not None:
         if means is None:
-            means = class_means(samples.real(), samples.labels, head.out_features)
+            means = _means_of(samples, head.out_features)
         first_few = len(samples.labels)
         features, labels = draw_features(
             samples.real(), samples.labels, means, head.few_classes, options.augment_samples, options.seed,
@@ -536,6 +538,15 @@ def sampled(
         samples = Samples(features, labels, samples.name)
     sampler = EpochSampler(samples.labels, head.few_classes, head.out_features, options, first_few)
     return TrainingData(samples, sampler, validation, first_few or None)
+
+
+def _means_of(samples: Samples, num_classes: int) -> Tensor:
+    """The class means ``[N, D]``, 0 for classes without samples, which nothing is drawn from."""
+    present, labels = samples.labels.unique(return_inverse=True)
+    found = class_means(samples.real(), labels, len(present))
+    means = found.new_zeros(num_classes, found.shape[1])
+    means[present.to(found.device)] = found
+    return means
 
 
 def _check_head(head: object) -> None:
@@ -576,7 +587,7 @@ def _split_of(head: AlphaNet, labels: Tensor, many_above: int) -> ClassSplit:
 
 
 def _check_optimizer(head: AlphaNet, optimizer: torch.optim.Optimizer) -> None:
-    if head.first_layer == "factored" and not isinstance(optimizer, torch.optim.SGD):
+    if head.first_layer == "factored" and head.coefficients == "mlp" and not isinstance(optimizer, torch.optim.SGD):
         raise ValueError(
             f"optimizer must be torch.optim.SGD for a head with first_layer='factored', got {type(optimizer).__name__}: the "
             "factored form is exact for SGD only; make the head with first_layer='dense'"

@@ -21,7 +21,7 @@ import torchvision
 from digit_images import TRAIN_COUNTS, write_digits
 from PIL import Image
 
-from alphaext import AlphaNet, cli, commands, sweep
+from alphaext import AlphaNet, cli, commands, read_checkpoint, sweep
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
 from alphaext.config import read_config
 from alphaext.study import choose
@@ -178,6 +178,19 @@ def test_presets_of_fit(digits, tmp_path):
     assert (paper["gamma"], paper["options"]["init"], paper["options"]["projected_gradient"]) == (0.7, "default", False)
     run(digits, "fit", *common, "--preset", "paper", "--init", "identity", "--output", tmp_path / "other")
     assert read_result(tmp_path / "other")["options"]["init"] == "identity"
+
+
+def test_a_constant_needs_a_bias_in_the_file(digits, tmp_path, capsys):
+    torch.save({"weight": read_checkpoint(digits / "joint" / "model.pth").weight}, tmp_path / "plain.pth")
+    common = ["fit", "--classifier", tmp_path / "plain.pth", "--preset", "best", "--epochs", "1"]
+    run(digits, *common, "--output", tmp_path / "out")
+    assert "no constant is added" in capsys.readouterr().out
+    made = torch.load(tmp_path / "out" / "classifier.pth", weights_only=True)
+    assert set(made) == {"weight"} and read_result(tmp_path / "out")["few_bias"] == 0
+    run(digits, *common, "--few-bias", "--augment", "none", "--samples-per-class", "0", "--output", tmp_path / "biased")
+    assert "bias" in torch.load(tmp_path / "biased" / "classifier.pth", weights_only=True)
+    options = read_result(tmp_path / "biased")["options"]
+    assert options["augment"] is None and options["samples_per_class"] is None
 
 
 @pytest.mark.parametrize(("policy", "max_drop"), [("best_all", None), ("best_few", 1.0), ("knee", None)])

@@ -154,10 +154,18 @@ def test_bad_heads_are_refused():
     make(weight, None, MEMBERS, None, message="goes with directions", direction_bias=torch.ones(2), **direct)
     make(weight, None, MEMBERS, None, message=r"directions must have shape", directions=torch.ones(2, 5), **direct)
     make(weight, None, MEMBERS, None, message="at least one row", directions=torch.ones(0, 6), **direct)
+    make(
+        weight, None, MEMBERS, None, message="directions must be a tensor, got list", error=TypeError, directions=[1], **direct
+    )
+    make(weight, None, MEMBERS, None, message="directions must have shape", directions=torch.tensor(1.0), **direct)
+    make(weight, None, torch.tensor(1), None, message="members", **direct)
     make(weight, None, MEMBERS, None, message="dtype", error=TypeError, directions=directions.double(), **direct)
     make(weight, None, MEMBERS, None, message="finite", directions=directions * torch.inf, **direct)
     with pytest.raises(ValueError, match="class_means must be given for a residual"):
         AlphaNet.from_linear(nn.Linear(6, 6), members=MEMBERS, coefficients="direct", residual=2)
+    options = dict(members=MEMBERS, class_means=torch.randn(6, 6), coefficients="direct", residual=2, directions=directions)
+    with pytest.raises(ValueError, match="give one of them"):
+        AlphaNet.from_linear(nn.Linear(6, 6, bias=False), **options)
     with pytest.raises(ValueError, match="has no first layer"):
         make_head().materialize_first_layer()
 

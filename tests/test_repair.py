@@ -83,12 +83,20 @@ def test_presets_fit_what_there_is(linear):
 def test_options_take_the_place_of_the_presets(linear):
     made = repair(linear, FEATURES, LABELS, preset="best", epochs=1, top_k=2, residual=0, progress=False, **VAL)
     assert made.head.top_k == 2 and made.head.num_directions == 0
-    with pytest.raises(ValueError, match=r"configs\[0\]: a residual needs coefficients='direct'"):
+    with pytest.raises(ValueError, match=r"^a residual needs coefficients='direct'"):
         repair(linear, FEATURES, LABELS, coefficients="mlp", progress=False)
     with pytest.raises(TypeError, match="unknown option 'gama'"):
         repair(linear, FEATURES, LABELS, gama=1.0, progress=False)
     with pytest.raises(ValueError, match="labels"):
         repair(linear, FEATURES, LABELS + 1, progress=False)
+
+
+def test_pools(linear):
+    assert repair(linear, FEATURES, LABELS, pool="all", epochs=1, progress=False).head.top_k == 5
+    with pytest.raises(ValueError, match="candidates is empty"):
+        repair(linear, FEATURES, LABELS, pool="many", epochs=1, progress=False)
+    with pytest.raises(TypeError, match="split must be a ClassSplit, got int"):
+        repair(linear, FEATURES, LABELS, split=3)
 
 
 def test_a_diverged_training_says_so(linear):

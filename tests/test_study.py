@@ -446,6 +446,18 @@ def test_other_policies(problem, tmp_path, policy, max_drop):
     assert compared[0]["metric"] == choose(ncm, policy, max_drop, original=original)["metric"]
 
 
+def test_the_best_form_takes_part_where_it_can():
+    options = replace(OPTIONS, experiments=["sharing", "negatives", "gamma", "top-k"], forms=["default", "best"])
+    methods = {}
+    for trial in plan(options, pool_size=4):
+        methods.setdefault(trial.experiment, set()).add(trial.method)
+        assert trial.configuration.top_k <= 4
+    both = {"Alpha Net", "Alpha Net, best"}
+    assert methods == {"sharing": {"Alpha Net"}, "negatives": {"Alpha Net"}, "gamma": both, "top-k": both}
+    # A user's own number is not corrected, but told to be impossible.
+    assert plan(replace(options, experiments=["gamma"], forms=["default"], top_k=60), 4)[0].configuration.top_k == 60
+
+
 # Choosing
 
 

@@ -213,6 +213,34 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path):
         fit(direct_head(seed=0), features, labels, **(options | {"regularize": 0.2}), checkpoint=tmp_path / "c.pt")
 
 
+@pytest.mark.parametrize("other", [dict(regularize=5.0), dict(samples_per_class=4), dict(prior_correction=True)])
+def test_a_checkpoint_of_other_options_is_refused_either_way(tmp_path, other):
+    features, labels = make_data()
+    for first, second in ((other, {}), ({}, other)):
+        path = tmp_path / f"{len(first)}.pt"
+        fit(direct_head(seed=0), features, labels, **SHORT, **first, checkpoint=path)
+        head = direct_head(seed=0)
+        head.few_bias = 1.5
+        with pytest.raises(ValueError, match="belongs to another training"):
+            fit(head, features, labels, **SHORT, **second, checkpoint=path)
+        assert head.few_bias == 1.5  # what is refused changes nothing
+
+
+def test_any_optimizer_trains_direct_coefficients():
+    features, labels = make_data()
+    head = direct_head()
+    result = fit(head, features, labels, **SHORT, optimizer=lambda p: torch.optim.Adam(p, lr=0.01), regularize=0.1)
+    assert result.engine == "autograd" and result.history[-1]["loss"] < result.history[1]["loss"]
+
+
+def test_samples_are_drawn_where_a_base_class_has_none():
+    features, labels = make_data()
+    kept = labels != 2
+    head = direct_head()
+    fit(head, features[kept], labels[kept], **OPTIONS["drawn"], **SHORT)
+    assert head.outputs().isfinite().all()
+
+
 def test_few_logits_that_do_not_fit_are_made_anew(monkeypatch):
     from alphaext import engines
 
@@ -237,10 +265,12 @@ def test_options_that_disagree_are_refused():
     refused("already says how many", samples_per_class=2, negative_ratio=2.0)
     refused("already says how many", samples_per_class=2, negative_sampling="class_balanced")
     refused("samples_per_class must be between 1 and", samples_per_class=0)
-    refused("augment_samples must be at least 1", samples_per_class=1, augment="neighbors", augment_samples=0)
+    refused("augment_samples must be between 1 and 1000000", samples_per_class=1, augment="neighbors", augment_samples=0)
     refused("regularize must be finite and at least 0", regularize=-1.0)
     refused("prior_correction needs base samples", prior_correction=True, negative_ratio=0.0)
     refused("regularize", TypeError, regularize="much")
+    refused("regularize must be at most 1e6", regularize=1e300)
+    refused("prior_correction needs base samples", prior_correction=True, negative_ratio=0.001)
     for samples in itertools.islice([7, 8], 2):
         with pytest.raises(ValueError, match="labels has no sample of the few classes"):
             fit(direct_head(), features[labels != samples], labels[labels != samples], samples_per_class=2)

@@ -22,7 +22,7 @@ from ..classes import ClassSplit
 from ..config import option
 from ..evaluation import split_metrics
 from ..modules import COEFFICIENTS, INITS, AlphaNet
-from ..neighbors import METRICS, POOLS, pool_classes
+from ..neighbors import METRICS, POOLS, pool_size
 from ..options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
 from ..predictions import predict
 from ..presets import PRESETS, preset_options
@@ -36,6 +36,7 @@ from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 _CHECKPOINTS = ".alphaext-fit"  # nobody else's
 _TRIED = ("gamma", "top_k", "rule")
+_NONE = "none"
 
 
 def of_preset(name: str, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -97,8 +98,12 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     lr_milestones: tuple[int, ...] | None = option(None, help="epochs of the falls, under multistep")
     negative_ratio: float | None = of_preset("negative_ratio", "base samples for each few sample")
     negative_sampling: str | None = of_preset("negative_sampling", "how base samples are drawn", NEGATIVE_SAMPLINGS)
-    samples_per_class: int | None = of_preset("samples_per_class", "of every class in an epoch, instead of the two above")
-    augment: str | None = of_preset("augment", "train few classes on samples drawn from near base classes", AUGMENTATIONS)
+    samples_per_class: int | None = of_preset(
+        "samples_per_class", "of every class in an epoch, instead of the two above; 0 for none"
+    )
+    augment: str | None = of_preset(
+        "augment", "train few classes on samples drawn from near base classes", (_NONE, *AUGMENTATIONS)
+    )
     augment_samples: int | None = of_preset("augment_samples", "drawn samples of each few class")
     augment_neighbors: int | None = of_preset("augment_neighbors", "base classes whose samples are borrowed")
     prior_correction: bool | None = of_preset("prior_correction", "train with the log of how often classes are drawn added")
@@ -140,7 +145,14 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         for gamma in tried["gamma"]:
             check_gamma(gamma)
         split = self.split(train)
-        configurations = self.configurations(split, val is not None)
+        # Without a bias in the file there would be no place for a constant: it must be asked for by name.
+        own_bias: torch.Tensor | None = linear.bias
+        no_constant = self.few_bias is None and own_bias is None and PRESETS[self.preset]["few_bias"]
+        if no_constant:
+            console.print(
+                "The classifier has no bias: no constant is added to the few scores (--few-bias does).", highlight=False
+            )
+        configurations = self.configurations(split, val is not None and not no_constant)
         if val is not None and self.policy is not None:
             selection: dict[str, Any] = {"select": "best_all"}
             if self.policy == "best_few":
@@ -194,12 +206,17 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         _print(console, self, result, self.output)
         return result
 
-    def configurations(self, split: ClassSplit, validation: bool) -> list[dict[str, Any]]:
-        """A configuration of :func:`alphaext.fit_many` for each gamma, number of neighbours and rule to try."""
-        pool_size = len(pool_classes(split, self.pool or PRESETS[self.preset]["pool"]))
-        common = preset_options(self.preset, pool_size=pool_size, validation=validation)
+    def configurations(self, split: ClassSplit, constant: bool) -> list[dict[str, Any]]:
+        """A configuration of :func:`alphaext.fit_many` for each gamma, number of neighbours and rule to try.
+
+        ``constant``: whether a preset's constant on the few scores can be chosen and kept.
+        """
+        available = pool_size(split, self.pool or PRESETS[self.preset]["pool"])
+        common = preset_options(self.preset, pool_size=available, validation=constant)
         names = (*(name for name in common if name not in _TRIED), *("hidden_dim", "lr_milestones", "select", "min_all"))
         common |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        common["augment"] = None if common["augment"] == _NONE else common["augment"]
+        common["samples_per_class"] = common["samples_per_class"] or None
         tried = [[common[name]] if getattr(self, name) is None else self.tried(name) for name in _TRIED]
         return [{**common, "seed": self.seed, **dict(zip(_TRIED, each, strict=True))} for each in itertools.product(*tried)]
 
