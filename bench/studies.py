@@ -43,6 +43,10 @@ from alphaext.study_rows import FRONT, read_rows
 ROOT = Path(__file__).parent / "results"
 MANY_ABOVE = {"quickdraw": 40, "digits": 100}
 PARTS = ("train", "val", "test")
+KEPT = (
+    *("experiment", "method", "seed", "metric", "gamma", "tau", "offset", "lr", "epoch", "seconds", "error"),
+    *(f"{part}_{name}" for part in ("val", "test") for name in ("few", "medium", "many", "all")),
+)
 
 
 def classifier_of(problem: Problem, name: str) -> nn.Linear:
@@ -122,12 +126,15 @@ def problems(name: str, seeds: Sequence[int], cache: Path, console: Console) -> 
                 study(problem, classifier, Path(temporary) / "study", options)
                 for row in read_rows(Path(temporary) / "study" / ROWS):
                     if row["experiment"] in ("compare", FRONT):
-                        kept = {key: value for key, value in row.items() if value is not None}
+                        kept = {key: row[key] for key in KEPT if row[key] is not None}
                         rows.append(kept | {"problem": seed, "classifier": classifier})
             console.print(f"seed {seed}, {classifier}: {time.monotonic() - begun:.0f} s")
     machine = describe()
     result = {"attribution": ATTRIBUTION, "machine": machine, "many_above": MANY_ABOVE["quickdraw"], "rows": rows}
-    (ROOT / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    # A row a line.
+    text = json.dumps(result | {"rows": "ROWS"}, indent=1)
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    (ROOT / f"{name}.json").write_text(text.replace('"ROWS"', f"[\n  {lines}\n ]") + "\n")
     (ROOT / f"{name}.md").write_text(markdown(rows, seeds))
     console.print(f"{ROOT / name}.md")
 
