@@ -41,8 +41,10 @@ class Runs:
     gradient_scale: Tensor
     batch: int
     settings: Tensor
+    penalty: Tensor | None = None
+    few_offset: Tensor | None = None
 
-    def arguments(self) -> list[Tensor | int]:
+    def arguments(self) -> list[Tensor | int | None]:
         return [getattr(self, field.name) for field in fields(self)]
 
     def copy(self, device: str = "cpu") -> Runs:
@@ -62,14 +64,16 @@ class Runs:
         shared = () if self.member_logits.dim() == 3 else (6, 7, 8, 9)
         tensors = [t if i in shared else t[run] for i, t in enumerate(stacked)]
         tensors[5] = tensors[5][: int(samples)]
+        optional = [None if t is None else t[run] for t in (self.penalty, self.few_offset)]
         return torch.ops.alphaext.train_epoch(
-            *tensors, self.batch, gamma, int(rule), bool(projected), lr, momentum, dampening, decay, bool(nesterov), bool(first)
-        )
+            *tensors, self.batch, gamma, int(rule), bool(projected), lr, momentum, dampening, decay, bool(nesterov), bool(first),
+            *optional,
+        )  # fmt: skip
 
 
 def make_runs(
     options=OPTIONS, *, num_few=5, members=4, tiles=3, batch=8, samples=21, rows=30, columns=12, shared=False,
-    separate_logits=False, dtype=torch.float64,
+    separate_logits=False, penalized=False, dtype=torch.float64,
 ) -> Runs:  # fmt: skip
     generator = torch.Generator().manual_seed(3)
     count, networks, classes = len(options), 1 if shared else num_few, num_few if shared else 1
@@ -97,6 +101,8 @@ def make_runs(
         gradient_scale=gram if shared else draw(count, num_few).abs() + 1,
         batch=batch,
         settings=torch.tensor([[float(value) for value in row] + [float(samples)] for row in options], dtype=torch.float64),
+        penalty=draw(count, 2, members, scale=0.3).abs() if penalized else None,
+        few_offset=draw(count, num_few) if penalized else None,
     )
 
 
@@ -143,7 +149,10 @@ def assert_trained_alike(actual: Runs, result: Tensor, expected: Runs, expected_
 
 # ---- On the CPU ----------------------------------------------------------------------------------------------------
 
-SHAPES = [{}, {"shared": True}, {"separate_logits": True}, {"members": 6, "batch": 64}, {"samples": 0}]
+SHAPES = [
+    *({}, {"shared": True}, {"separate_logits": True}, {"members": 6, "batch": 64}, {"samples": 0}),
+    *({"penalized": True}, {"penalized": True, "shared": True}, {"penalized": True, "tiles": 0, "members": 40}),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -187,6 +196,9 @@ def test_no_runs():
         ({"b2": torch.zeros(5, 4, 4, dtype=torch.float64)}, "b2 must have shape"),
         ({"member_columns": torch.full((5, 5, 4), 12, dtype=torch.int32)}, "member_columns must be in"),
         ({"batch": 0}, "batch must be at least 1"),
+        ({"penalty": torch.zeros(5, 2, 3, dtype=torch.float64)}, r"penalty must have shape \[5, 2, 4\]"),
+        ({"few_offset": torch.zeros(5, 4, dtype=torch.float64)}, r"few_offset must have shape \[5, 5\]"),
+        ({"few_offset": torch.zeros(5, 5)}, "few_offset must be a contiguous CPU tensor of the expected dtype"),
     ],
 )
 def test_bad_arguments(change, message):
