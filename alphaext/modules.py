@@ -715,7 +715,8 @@ def _check_directions(
     check_shape(directions, "directions", ("R", weight.shape[1]))
     if coefficients != "direct" or rule != "clamp":
         raise ValueError(
-            f"a residual needs coefficients='direct' and rule='clamp', got {coefficients!r} and {rule!r}; residual=0 leaves it out"
+            f"a residual needs coefficients='direct' and rule='clamp', got {coefficients!r} and {rule!r}; "
+            "residual=0 leaves it out"
         )
     if (bias is None) != (direction_bias is None):
         raise ValueError("direction_bias must be given where the classifier has a bias, and only there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -224,14 +225,13 @@ def test_policies_that_cannot_be_followed(digits, tmp_path, capsys):
 def test_an_interrupted_fit_goes_on(digits, tmp_path, monkeypatch, capsys):
     arguments = ["fit", "--classifier", digits / "joint", "--gamma", "0.5", "0.9", "--epochs", "400"]
     run(digits, *arguments, "--output", tmp_path / "whole")
-    epochs = 0
+    epochs = itertools.count(1)  # whose next number two threads cannot both get
     original = sweep.Run.end_epoch
 
     def interrupted(self, *rest):
-        nonlocal epochs
-        epochs += 1
+        number = next(epochs)
         original(self, *rest)
-        if epochs == 500:
+        if number == 500:
             raise KeyboardInterrupt
 
     # Every epoch is kept, so that there is something to go on from.
@@ -459,7 +459,7 @@ def test_one_gamma_without_validation_features(digits, tmp_path):
 
 def test_every_key_of_the_documented_configuration_is_known(digits):
     config = read_config(digits / "alphaext.toml", COMMANDS.values())
-    assert config["data"]["train"] == digits / "train.txt" and config["fit"]["top_k"] == 3
+    assert config["data"]["train"] == digits / "train.txt" and config["fit"]["top_k"] == (3,)
     assert Doctor(train="x").topic == "data"
 
 

@@ -66,8 +66,8 @@ class Runs:
         tensors[5] = tensors[5][: int(samples)]
         optional = [None if t is None else t[run] for t in (self.penalty, self.few_offset)]
         return torch.ops.alphaext.train_epoch(
-            *tensors, self.batch, gamma, int(rule), bool(projected), lr, momentum, dampening, decay, bool(nesterov), bool(first),
-            *optional,
+            *tensors, self.batch, gamma, int(rule), bool(projected), lr, momentum, dampening, decay, bool(nesterov),
+            bool(first), *optional,
         )  # fmt: skip
 
 
