@@ -274,3 +274,10 @@ def test_options_that_disagree_are_refused():
     for samples in itertools.islice([7, 8], 2):
         with pytest.raises(ValueError, match="labels has no sample of the few classes"):
             fit(direct_head(), features[labels != samples], labels[labels != samples], samples_per_class=2)
+
+
+def test_a_result_shows_itself():
+    pytest.importorskip("matplotlib")
+    result = fit(direct_head(), *make_data(), **validation(), **SHORT)
+    assert len(result.plot().axes) >= 1
+    assert "<table" in result._repr_html_() and "</table>" in result._repr_html_()
