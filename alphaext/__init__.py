@@ -43,7 +43,6 @@ from .ops import build_info
 from .predictions import Predictions, predict, predict_logits
 from .presets import PRESETS, preset_options
 from .repair import Repair, repair
-from .report import ReportFiles, write_report
 from .splitting import SplitModel, find_classifier, split_model
 from .sweep import SweepRun, fit_many
 from .training import FitResult, fit
@@ -64,7 +63,6 @@ __all__ = [
     "LabelledImages",
     "Predictions",
     "Repair",
-    "ReportFiles",
     "SplitModel",
     "SweepRun",
     "TrainResult",
@@ -111,5 +109,4 @@ __all__ = [
     "write_class_table",
     "write_features",
     "write_repaired",
-    "write_report",
 ]

@@ -440,9 +440,7 @@ class AutogradEngine:
     def _count(self, scores: Tensor) -> Tensor:
         assert self.data.validation is not None
         labels = self.data.validation.labels
-        ranks = label_ranks(scores, labels.to(scores.device)).cpu()
-        classes = self.head.out_features
-        return torch.stack([torch.bincount(labels[ranks < k], minlength=classes) for k in (1, 5)])
+        return _hits(label_ranks(scores, labels.to(scores.device)).cpu(), labels, self.head.out_features)
 
     def original_hits(self) -> Tensor | None:
         return None if self._validation_logits is None else self._original_hits
@@ -475,8 +473,11 @@ def hits_of(linear: nn.Linear, samples: Samples) -> Tensor:
         features = samples.features[int(block[0]) : int(block[-1]) + 1].to(device=weight.device, dtype=weight.dtype)
         scores = nn.functional.linear(features, weight, bias)
         ranks.append(label_ranks(scores, samples.labels[block].to(scores.device)).cpu())
-    found = torch.cat(ranks)
-    return torch.stack([torch.bincount(samples.labels[found < k], minlength=len(weight)) for k in (1, 5)])
+    return _hits(torch.cat(ranks), samples.labels, len(weight))
+
+
+def _hits(ranks: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    return torch.stack([torch.bincount(labels[ranks < k], minlength=num_classes) for k in (1, 5)])
 
 
 class SplitMetrics:

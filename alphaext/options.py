@@ -16,9 +16,7 @@ SELECTIONS = ("best_all", "best_few", "last")
 SCHEDULES = ("constant", "step", "multistep", "cosine")
 NEGATIVE_SAMPLINGS = ("uniform", "class_balanced")
 AUGMENTATIONS = ("neighbors",)
-_LATER = (
-    *("samples_per_class", "augment", "augment_samples", "augment_neighbors", "prior_correction", "regularize", "few_bias"),
-)
+_LATER = {"samples_per_class", "augment", "augment_samples", "augment_neighbors", "prior_correction", "regularize", "few_bias"}
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,6 @@ EXPERIMENTS = {
 }
 """The experiments of a study."""
 
-FORMS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {"init": "default", "projected_gradient": False},
-    "best": {},  # filled below
-}
-"""Alpha Net as the package's default has it, as the paper has it, and as gains most: what differs between their options."""
-
 ROWS = "rows"
 """A rival that is trained like the best form: one neighbour, and a residual that can make any row of it."""
 
@@ -201,11 +194,15 @@ class Configuration:
 CONFIGURATION = tuple(entry.name for entry in fields(Configuration))
 """The columns of results that :class:`Configuration` fills."""
 
-FORMS["best"] = {
-    name: value
-    for name, value in PRESETS["best"].items()
-    if name in CONFIGURATION and name != "gamma" and value != PRESETS["default"][name]
+FORMS: dict[str, dict[str, Any]] = {
+    form: {
+        name: value
+        for name, value in preset.items()
+        if name in CONFIGURATION and name != "gamma" and value != PRESETS["default"][name]
+    }
+    for form, preset in PRESETS.items()
 }
+"""Alpha Net by preset: what differs from the default's options, but gamma, which experiments say."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from .neighbors import (
     submodule_inputs,
 )
 from .options import TrainingOptions
-from .training import FitResult, Run, check_selection, sampled
+from .training import FitResult, Run, check_selection, sampled, with_drawn
 
 _HEAD_OPTIONS = ("coefficients", "hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
 _NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "metric": "euclidean", "neighbor_seed": 0, "pca_dim": 500, "residual": 0}
@@ -288,7 +288,7 @@ class _Builder:
         self._members: dict[tuple[str, int, str, int], Tensor] = {}
         self._reduced: dict[int | None, Tensor] = {}
         self._directions: tuple[Tensor, Tensor] | None = None
-        self._drawn: dict[tuple[object, ...], TrainingData] = {}
+        self._drawn: dict[tuple[object, ...], Samples] = {}
         self._first: AlphaNet | None = None
 
     def make(self, config: Mapping[str, Any]) -> tuple[AlphaNet, TrainingOptions]:
@@ -331,13 +331,13 @@ class _Builder:
 
     def sampled(self, head: AlphaNet, options: TrainingOptions, validation: Samples | None) -> TrainingData:
         """The data of a training; what is drawn with equal options is drawn once."""
-        means = self.means() if options.augment is not None else None
-        data = sampled(self.samples, validation, head, options, means)
-        if options.augment is None:
-            return data
-        key = (options.augment_samples, options.augment_neighbors, options.seed)
-        known = self._drawn.setdefault(key, data)
-        return replace(data, samples=known.samples)
+        samples = self.samples
+        if options.augment is not None:
+            key = (options.augment_samples, options.augment_neighbors, options.seed)
+            if key not in self._drawn:
+                self._drawn[key] = with_drawn(samples, head, options, self.means())
+            samples = self._drawn[key]
+        return sampled(samples, validation, head, options, len(self.samples.labels))
 
     def means(self) -> Tensor:
         if self._means is None:

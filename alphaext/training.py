@@ -519,25 +519,34 @@ def training_data(
     if val_features is not None and val_labels is not None:
         validation = check_samples(head.weight, val_features, val_labels, "val_features", "val_labels")
     check_selection(options, validation, head.few_classes)
-    return sampled(samples, validation, head, options)
+    return sampled(with_drawn(samples, head, options), validation, head, options, len(samples.labels))
+
+
+def with_drawn(samples: Samples, head: AlphaNet, options: TrainingOptions, means: Tensor | None = None) -> Samples:
+    """The samples, and behind them those that ``augment`` asks for; ``means`` ``[N, D]`` of the classes, if at hand."""
+    if options.augment is None:
+        return samples
+    if means is None:
+        means = _means_of(samples, head.out_features)
+    features, labels = draw_features(
+        samples.real(),
+        samples.labels,
+        means,
+        head.few_classes,
+        options.augment_samples,
+        options.seed,
+        options.augment_neighbors,
+    )
+    return Samples(features, labels, samples.name)
 
 
 def sampled(
-    samples: Samples, validation: Samples | None, head: AlphaNet, options: TrainingOptions, means: Tensor | None = None
+    samples: Samples, validation: Samples | None, head: AlphaNet, options: TrainingOptions, num_real: int
 ) -> TrainingData:
-    """The data of a training with what its epochs are drawn from; ``means`` ``[N, D]`` of the classes, if at hand."""
-    first_few = 0
-    if options.augment is not None:
-        if means is None:
-            means = _means_of(samples, head.out_features)
-        first_few = len(samples.labels)
-        features, labels = draw_features(
-            samples.real(), samples.labels, means, head.few_classes, options.augment_samples, options.seed,
-            options.augment_neighbors,
-        )  # fmt: skip
-        samples = Samples(features, labels, samples.name)
-    sampler = EpochSampler(samples.labels, head.few_classes, head.out_features, options, first_few)
-    return TrainingData(samples, sampler, validation, first_few or None)
+    """The data of a training; of ``samples`` the first ``num_real`` are real, and all others drawn."""
+    drawn_from = num_real if options.augment is not None else None
+    sampler = EpochSampler(samples.labels, head.few_classes, head.out_features, options, drawn_from or 0)
+    return TrainingData(samples, sampler, validation, drawn_from)
 
 
 def _means_of(samples: Samples, num_classes: int) -> Tensor:

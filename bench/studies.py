@@ -36,7 +36,8 @@ from rich.console import Console
 from scipy import stats
 from torch import nn
 
-from alphaext import run_baseline, split_classes, write_features, write_report
+from alphaext import run_baseline, split_classes, write_features
+from alphaext.report import write_report
 from alphaext.report_front import Front
 from alphaext.study import CLASSES, CONFUSIONS, RESULTS, ROWS, StudyOptions, run_study
 from alphaext.study_rows import FRONT, read_rows
