@@ -76,10 +76,11 @@ import torch  # noqa: E402
 try:
     DECISION = cuda.decide(os.environ, torch.version.cuda)
     JOBS = jobs.job_count(os.environ, jobs.available_processors(), jobs.available_memory())
-    SOURCES = ["csrc/ops.cpp", "csrc/training_ops.cpp", "csrc/module.cpp", *sources.read_sources(ROOT, ".cpp")]
+    SOURCES = ["csrc/ops.cpp", "csrc/cpu_head.cpp", "csrc/training_ops.cpp", "csrc/module.cpp"]
+    SOURCES += sources.read_sources(ROOT, ".cpp")
     ARCHITECTURES: list[str] = []
     if DECISION.toolkit is not None:
-        SOURCES += sources.read_sources(ROOT, ".cu")
+        SOURCES += ["csrc/gpu_head.cpp", *sources.read_sources(ROOT, ".cu")]
         NATIVE = ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
         TORCH_ARCHITECTURES = torch._C._cuda_getArchFlags() if torch.version.cuda else None
         ARCHITECTURES = cuda.choose_architectures(os.environ, DECISION.toolkit, TORCH_ARCHITECTURES, NATIVE)

@@ -110,8 +110,9 @@ def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> s
 
 
 def native_device(head: AlphaNet) -> torch.device:
-    """Where the native engine trains ``head``: on its GPU if the extension has kernels for it, or else on the CPU."""
-    on_gpu = head.weight.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key("alphaext::train_epoch", "CUDA")
+    """Where the native engine trains ``head``: on its GPU if the extension has kernels that run there, or else on the CPU."""
+    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("alphaext::train_epoch", "CUDA")
+    on_gpu = head.weight.is_cuda and has_kernels and torch.ops.alphaext.trains_on(head.weight)
     return head.weight.device if on_gpu else torch.device("cpu")
 
 

@@ -26,7 +26,7 @@ from problems import DTYPES, Problem, assert_close, make_problem, reference_scor
 from alphaext import ops, reference
 
 # The operators that the cases below run; a test holds this against those that have CUDA kernels.
-COVERED = {"head", "head_backward", "train_epoch", "validate", "train_epoch_many", "validate_many"}
+COVERED = {"head", "head_backward", "trains_on", "train_epoch", "validate", "train_epoch_many", "validate_many"}
 
 
 @dataclass(frozen=True)

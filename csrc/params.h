@@ -1,4 +1,5 @@
-// What each kernel reads and writes: raw pointers and sizes, no torch. One struct serves both backends.
+// What each kernel reads and writes: raw pointers and sizes, no torch. The first structs are the CPU's, whose kernels make the head
+// in steps; those of the whole head are a GPU's.
 //
 // Every array is dense and row-major. `T` is the tensors' dtype (`dtype` below), `Acc` is accumulate_t<T>: double for
 // float64, float for the rest. Shapes use the paper's letters: batch, N classes, F few classes, M = K+1 members,
@@ -87,13 +88,9 @@ struct MixBackwardParams {
   const void* grad_scores;    // T [batch, N]
   void* grad_alpha;           // Acc [F, M], written
   void* grad_logits;          // Acc [batch, N], written, or null
-  // The members sorted by class, for kernels that gather instead of scatter (CUDA, only with grad_logits): entry_offsets[c]
-  // .. entry_offsets[c + 1] bounds the part of `entries` that lists the flat positions f * M + k with member_ids[f, k] == c.
-  const int64_t* entries;        // [F * M], or null
-  const int64_t* entry_offsets;  // [N + 1], or null
 };
 
-// ---- The whole head in one launch (CUDA) -------------------------------------------------------------------------------
+// ---- The whole head (CUDA) ---------------------------------------------------------------------------------------------
 
 // The edge of the product's tiles on a GPU.
 constexpr int64_t kHeadTile = 64;
@@ -174,5 +171,33 @@ inline HeadBackwardNeeds head_backward_needs(bool has_weight, bool shared_first,
                                              bool z, bool w1, bool b1, bool w2, bool b2) {
   return {has_weight && (input || weight), shared_second && (w2 || b2), z || (shared_first && (w1 || b1))};
 }
+
+// The threads of a head's block, and the shared memory that every GPU grants a block without asking.
+constexpr int kHeadThreads = 256;
+constexpr int64_t kHeadSharedBytes = 48 * 1024;
+
+// What a block keeps of a class in shared memory: two arrays over its members and a number a thread. 0: it has too many members.
+inline int64_t large_head_stage_bytes(int64_t members, ScalarType dtype, int threads = kHeadThreads) {
+  const int64_t bytes = (2 * members + threads) * (dtype == ScalarType::Float64 ? 8 : 4);
+  return bytes <= kHeadSharedBytes ? bytes : 0;
+}
+
+// The head without its matrix products (csrc/cuda/large_head.cuh). In `head`, `logits` is given wherever `weight` is, and with
+// shared_first `preactivation` is given, too; slices and partial are not used.
+struct LargeHeadParams {
+  HeadParams head;
+  bool adds_bias;  // `logits` lack the bias, which is added to them in place
+};
+
+// In `head`, grad_input and grad_weight are null, with shared_first also grad_w1 and grad_z: these are products of grad_logits and
+// grad_preactivation. grad_logits is T [batch, N] here, written where it is not null: with `bias` it is needed wherever the bias's
+// gradient passes through the logits. grad_raw must be given where members do not fit into shared memory.
+struct LargeHeadBackwardParams {
+  HeadBackwardParams head;
+  // The members sorted by class, with grad_logits: entry_offsets[c] .. entry_offsets[c + 1] bounds the part of `entries` that lists
+  // the flat positions f * M + k with member_ids[f, k] == c.
+  const int64_t* entries;        // [F * M], or null
+  const int64_t* entry_offsets;  // [N + 1], or null
+};
 
 }  // namespace alphaext

@@ -20,6 +20,21 @@ inline Tensor linear(const Tensor& input, const Tensor& weight, const std::optio
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Does `mm` exist where the GPU's head runs? Only CUDA has it, from torch 2.8 on.
+#if ALPHAEXT_EMULATED_GPU
+constexpr bool kHasMixedProducts = false;
+#else
+constexpr bool kHasMixedProducts = true;
+#endif
+
+// The product of two 16-bit matrices, in float32.
+inline Tensor mm(const Tensor& left, const Tensor& right, torch::headeronly::ScalarType type) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(right),
+                                    torch::stable::detail::from(type)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 inline Tensor relu(const Tensor& self) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(self)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::relu", "", stack.data(), TORCH_ABI_VERSION));

@@ -11,20 +11,13 @@
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cuda/training_kernels.h"
+#include "gpu_stream.h"
 #include "sampling.h"
-#include "stable_aten.h"
+#include "tensors.h"
 #include "training.h"
-
-#if ALPHAEXT_WITH_CUDA
-// Lives in libtorch_cuda; weak as in ops.cpp.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-#endif
 
 namespace alphaext {
 namespace {
-
-using torch::stable::Tensor;
-using TorchType = torch::headeronly::ScalarType;
 
 void check_shape(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes) {
   bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
@@ -46,7 +39,7 @@ void check(const Tensor& tensor, const char* name, TorchType type, const std::ve
 
 // The same for the device of `on`.
 void check_on(const Tensor& on, const Tensor& tensor, const char* name, TorchType type, const std::vector<int64_t>& sizes) {
-  if (on.is_cpu()) return check(tensor, name, type, sizes);
+  if (!on_gpu(on)) return check(tensor, name, type, sizes);
   STD_TORCH_CHECK(tensor.device() == on.device() && tensor.is_contiguous() && tensor.scalar_type() == type, "alphaext: ", name,
                   " must be a contiguous tensor of the expected dtype, on the device of the others");
   check_shape(tensor, name, sizes);
@@ -197,14 +190,6 @@ void cache_logits_op(const Tensor& logits, const Tensor& labels, const Tensor& f
                               [&](int64_t begin, int64_t end) { cpu::kernels().cache_logits(p, begin, end); });
 }
 
-#if ALPHAEXT_WITH_CUDA
-void* stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
-#endif
-
 // The arrays of one or of several runs, whose leading dimension only stacked tensors have.
 struct TrainTensors {
   const Tensor &state, &b2, &b2_momentum, &raw, &alpha, &order, &member_logits, &base_logsumexp, &label_logit, &few_of_label,
@@ -258,7 +243,7 @@ cuda::TrainRunsParams train_runs(const TrainTensors& t, int64_t batch, bool stac
   logits_check(t.label_logit, "label_logit", type, {all.rows});
   logits_check(t.few_of_label, "few_of_label", TorchType::Int, {all.rows});
   // Reading a GPU's values would make the CPU wait for it: there the kernels look at every index themselves.
-  if (t.state.is_cpu()) {
+  if (!on_gpu(t.state)) {
     check_range<int64_t>(t.order, "order", 0, all.rows);
     check_range<int32_t>(t.member_columns, "member_columns", 0, p.columns);
     check_range<int32_t>(t.few_of_label, "few_of_label", -1, p.num_few);
@@ -309,6 +294,14 @@ void train_on_gpu(cuda::TrainRunsParams all, const Tensor& state, const Tensor& 
 }
 #endif
 
+// Can epochs be trained where a tensor is?
+bool trains_on([[maybe_unused]] const Tensor& tensor) {
+#if ALPHAEXT_WITH_CUDA
+  if (on_gpu(tensor)) return cuda::can_train(tensor.get_device_index());
+#endif
+  return true;
+}
+
 // Trains one epoch in place -> float64 [3]: loss (sum over samples), failed step or -1, failed class or -1.
 Tensor train_epoch(
     const Tensor& state, const Tensor& b2, const Tensor& b2_momentum, const Tensor& raw, const Tensor& alpha,
@@ -324,7 +317,7 @@ Tensor train_epoch(
   all.first.rule = RuleParams{static_cast<Rule>(rule), gamma, projected_gradient};
   all.first.sgd = SgdParams{lr, momentum, dampening, weight_decay, nesterov, first_step};
   const Tensor result = torch::stable::new_empty(state, {3}, TorchType::Double);
-  if (state.is_cpu()) {
+  if (!on_gpu(state)) {
     train_on_cpu(all.first, static_cast<double*>(result.mutable_data_ptr()));
     return result;
   }
@@ -363,7 +356,7 @@ Tensor train_epoch_many(
   check_on(state, settings, "settings", TorchType::Double, {all.runs, cuda::kRunSettings});
   all.settings = data<double>(settings);
   const Tensor result = torch::stable::new_empty(state, {all.runs, 3}, TorchType::Double);
-  if (!state.is_cpu()) {
+  if (on_gpu(state)) {
 #if ALPHAEXT_WITH_CUDA
     train_on_gpu(all, state, result);
 #endif
@@ -432,7 +425,7 @@ cuda::ValidateRunsParams validate_params(const Tensor& alpha, const Tensor& memb
   check_on(alpha, top_logits, "top_logits", type, {p.samples, kTopClasses});
   check_on(alpha, top_ids, "top_ids", TorchType::Int, {p.samples, kTopClasses});
   check_on(alpha, few_of_label, "few_of_label", TorchType::Int, {p.samples});
-  if (alpha.is_cpu()) {
+  if (!on_gpu(alpha)) {
     check_range<int32_t>(member_columns, "member_columns", 0, p.columns);
     check_range<int32_t>(few_of_label, "few_of_label", -1, p.num_few);
     check_range<int64_t>(labels, "labels", 0, num_classes);
@@ -472,7 +465,7 @@ Tensor validate(const Tensor& alpha, const Tensor& member_columns, const Tensor&
                                                  top_ids, labels, few_of_label, num_classes, false);
   const Tensor hits = torch::stable::new_zeros(labels, {2, num_classes}, TorchType::Long);
   all.first.hits = static_cast<int64_t*>(hits.mutable_data_ptr());
-  if (alpha.is_cpu()) {
+  if (!on_gpu(alpha)) {
     validate_on_cpu(all.first);
     return hits;
   }
@@ -490,7 +483,7 @@ Tensor validate_many(const Tensor& alpha, const Tensor& member_columns, const Te
                                                  top_ids, labels, few_of_label, num_classes, true);
   const Tensor hits = torch::stable::new_zeros(labels, {all.runs, 2, num_classes}, TorchType::Long);
   all.first.hits = static_cast<int64_t*>(hits.mutable_data_ptr());
-  if (!alpha.is_cpu()) {
+  if (on_gpu(alpha)) {
 #if ALPHAEXT_WITH_CUDA
     validate_on_gpu(all, alpha);
 #endif
@@ -521,6 +514,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(alphaext, m) {
   m.def(
       "cache_logits(Tensor logits, Tensor labels, Tensor few_penalty, Tensor column_class, Tensor column_bias, Tensor(a!) "
       "member_logits, Tensor(b!) base_logsumexp, Tensor(c!) label_logit, Tensor(d!)? top_logits, Tensor(e!)? top_ids) -> ()");
+  m.def("trains_on(Tensor tensor) -> bool");
   m.def(
       "train_epoch(Tensor(a!) state, Tensor(b!) b2, Tensor(c!) b2_momentum, Tensor(d!) raw, Tensor(e!) alpha, Tensor order, "
       "Tensor member_logits, Tensor base_logsumexp, Tensor label_logit, Tensor few_of_label, Tensor member_columns, Tensor "
@@ -544,6 +538,7 @@ STABLE_TORCH_LIBRARY_IMPL(alphaext, CPU, m) {
   m.impl("initial_first_layer", TORCH_BOX(&alphaext::initial_first_layer));
   m.impl("initial_preactivation", TORCH_BOX(&alphaext::initial_preactivation));
   m.impl("cache_logits", TORCH_BOX(&alphaext::cache_logits_op));
+  m.impl("trains_on", TORCH_BOX(&alphaext::trains_on));
   m.impl("train_epoch", TORCH_BOX(&alphaext::train_epoch));
   m.impl("validate", TORCH_BOX(&alphaext::validate));
   m.impl("train_epoch_many", TORCH_BOX(&alphaext::train_epoch_many));
@@ -552,6 +547,7 @@ STABLE_TORCH_LIBRARY_IMPL(alphaext, CPU, m) {
 
 #if ALPHAEXT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(alphaext, CUDA, m) {
+  m.impl("trains_on", TORCH_BOX(&alphaext::trains_on));
   m.impl("train_epoch", TORCH_BOX(&alphaext::train_epoch));
   m.impl("validate", TORCH_BOX(&alphaext::validate));
   m.impl("train_epoch_many", TORCH_BOX(&alphaext::train_epoch_many));

@@ -1,11 +1,17 @@
-"""Where tests run: every test that takes `device` runs on the CPU, and on a GPU where there is one."""
+"""Where tests run: every test that takes `device` runs on the CPU, and on a GPU where there is one, or an emulated one."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import emulated_gpu
 import pytest
 import torch
+
+# Before anything imports alphaext.
+if emulated_gpu.DIRECTORY:
+    emulated_gpu.load(Path(emulated_gpu.DIRECTORY))
 
 # The tests' problems are small: a second thread would only wait for the first, and very long on a busy machine.
 torch.set_num_threads(1)
@@ -14,6 +20,8 @@ GPU_REQUIRED = os.environ.get("ALPHAEXT_REQUIRE_GPU") == "1"
 
 
 def _gpu_missing() -> str | None:
+    if emulated_gpu.DIRECTORY:
+        return None
     if not torch.cuda.is_available():
         return "needs a GPU: torch sees none"
     import alphaext
@@ -25,12 +33,15 @@ def _gpu_missing() -> str | None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+    return emulated_gpu.GPU if request.param == "cuda" else "cpu"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is None:
+    markers = list(item.iter_markers("gpu"))
+    if not markers:
         return
+    if emulated_gpu.DIRECTORY and any(marker.kwargs.get("real") for marker in markers):
+        pytest.skip("needs a real GPU: this one is emulated")
     missing = _gpu_missing()
     if missing and GPU_REQUIRED:
         pytest.fail(f"ALPHAEXT_REQUIRE_GPU=1, but this test {missing}")

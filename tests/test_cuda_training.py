@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
+from emulated_gpu import DIRECTORY as EMULATED
+from emulated_gpu import GPU
 from torch import Tensor
 
 import alphaext  # noqa: F401  (registers the operators)
@@ -245,7 +247,7 @@ def test_validating_many_is_validating_each(samples, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gpu_trains_as_the_cpu_does(shape, dtype):
     runs = make_runs(dtype=dtype, **shape)
-    on_gpu = runs.copy("cuda")
+    on_gpu = runs.copy(GPU)
     result = on_gpu.train()
     assert_trained_alike(on_gpu, result, runs, runs.train(), dtype)
 
@@ -253,8 +255,8 @@ def test_gpu_trains_as_the_cpu_does(shape, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("shared", [False, True])
 def test_gpu_trains_alone_as_among_many(shared):
-    many = make_runs(dtype=torch.float32, shared=shared, num_few=70).copy("cuda")
-    alone = many.copy("cuda")
+    many = make_runs(dtype=torch.float32, shared=shared, num_few=70).copy(GPU)
+    alone = many.copy(GPU)
     result = many.train()
     for run in range(len(OPTIONS)):
         assert alone.train_alone(run).equal(result[run])
@@ -264,11 +266,11 @@ def test_gpu_trains_alone_as_among_many(shared):
 @pytest.mark.gpu
 def test_gpu_repeats_to_the_bit():
     """Also with more runs than the card trains at once."""
-    start = make_runs(OPTIONS * 60, dtype=torch.float32, members=6, tiles=32, num_few=40).copy("cuda")
-    first = start.copy("cuda")
+    start = make_runs(OPTIONS * (1 if EMULATED else 60), dtype=torch.float32, members=6, tiles=32, num_few=40).copy(GPU)
+    first = start.copy(GPU)
     result = first.train()
     for _ in range(3):
-        again = start.copy("cuda")
+        again = start.copy(GPU)
         assert again.train().equal(result)
         assert_same(again, first)
 
@@ -279,7 +281,7 @@ def test_gpu_without_room_for_the_state(shared):
     """A state too large for shared memory is trained in global memory."""
     runs = make_runs(OPTIONS[:3], tiles=3000, shared=shared, num_few=3 if not shared else 300, samples=9)
     runs.state *= 0.02
-    on_gpu = runs.copy("cuda")
+    on_gpu = runs.copy(GPU)
     result = on_gpu.train()
     assert_trained_alike(on_gpu, result, runs, runs.train(), torch.float64)
 
@@ -289,7 +291,7 @@ def test_gpu_ends_a_run_that_fails():
     runs = make_runs()
     runs.b2[1, 2, 0] = torch.nan
     runs.settings[3, 3] = 1e300
-    on_gpu = runs.copy("cuda")
+    on_gpu = runs.copy(GPU)
     result, expected = on_gpu.train().cpu(), runs.train()
     assert result[:, 1].equal(expected[:, 1]) and result[1, 2] == 2
     for run in (0, 2, 4):
@@ -298,7 +300,7 @@ def test_gpu_ends_a_run_that_fails():
 
 @pytest.mark.gpu
 def test_gpu_ends_a_run_with_indices_out_of_range():
-    runs = make_runs(OPTIONS[:2]).copy("cuda")
+    runs = make_runs(OPTIONS[:2]).copy(GPU)
     runs.order[1, 10] = 1 << 40
     assert runs.train()[:, 1].tolist() == [-1, 1]
 
@@ -308,7 +310,7 @@ def test_gpu_ends_a_run_with_indices_out_of_range():
 @pytest.mark.parametrize("samples", [1, 64, 5000])
 def test_gpu_validates_as_the_cpu_does(samples, dtype):
     arguments = make_validation(3, samples, dtype)
-    on_gpu = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
+    on_gpu = [a.to(GPU) if isinstance(a, Tensor) else a for a in arguments]
     hits, expected = torch.ops.alphaext.validate_many(*on_gpu).cpu(), torch.ops.alphaext.validate_many(*arguments)
     # A score within rounding of another may stand on either side of it.
     assert int((hits - expected).abs().sum()) <= (samples // 1000 if dtype == torch.float32 else 0)
@@ -316,12 +318,12 @@ def test_gpu_validates_as_the_cpu_does(samples, dtype):
     assert alone.cpu().equal(hits[1])
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 def test_gpu_epoch_in_a_graph():
-    start = make_runs(dtype=torch.float32).copy("cuda")
-    expected = start.copy("cuda")
+    start = make_runs(dtype=torch.float32).copy(GPU)
+    expected = start.copy(GPU)
     expected.train()
-    runs = start.copy("cuda")
+    runs = start.copy(GPU)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = runs.train()

@@ -30,15 +30,14 @@ __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid()
 using shim::grid_barrier;
 #endif
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kHeadThreads;
 constexpr int kWarp = 32;
 // Blocks an SM must have room for: 2 leaves each thread 128 registers, with which no kernel spills. Left unsaid, the compiler
 // saves registers at the price of a few spills; asked for 4, it spills more.
 constexpr int kMinBlocks = 2;
 // Fills the largest card many times over; kernels stride over whatever is left.
 constexpr int64_t kMaxBlocks = 65535;
-// What every architecture grants a block without asking.
-constexpr int64_t kMaxSharedBytes = 48 * 1024;
+constexpr int64_t kMaxSharedBytes = kHeadSharedBytes;
 
 struct LaunchShape {
   int64_t blocks;  // 0: nothing to do

@@ -9,7 +9,7 @@
 
 namespace alphaext::cuda {
 
-inline bool asks_for_submodules(const HeadBackwardParams& p) {
+ALPHAEXT_HOST_DEVICE bool asks_for_submodules(const HeadBackwardParams& p) {
   return p.grad_z != nullptr || p.grad_w1 != nullptr || p.grad_b1 != nullptr || p.grad_w2 != nullptr || p.grad_b2 != nullptr;
 }
 
@@ -94,10 +94,11 @@ __device__ __forceinline__ void write_rows(const T* z, const accumulate_t<T>* gr
 }
 
 // Hidden units [begin, end) of one class, by one block: from its column's gradient down to grad_w1. What belongs to the class
-// as a whole is written by the block that has its first unit.
+// as a whole is written by the block that has its first unit. A class that is not `staged` has too many members for shared
+// memory; then its block has all of its units, and works in the array of grad_raw.
 template <typename T>
 __device__ __forceinline__ void differentiate_class(const HeadBackwardParams& params, int64_t few, int64_t begin, int64_t end,
-                                                    bool aligned, accumulate_t<T>* shared) {
+                                                    bool aligned, bool staged, accumulate_t<T>* shared) {
   using Acc = accumulate_t<T>;
   const int64_t members = params.members, hidden = params.hidden, inputs = params.inputs, num_classes = params.num_classes;
   const int64_t* const ids = params.member_ids + few * members;
@@ -109,9 +110,11 @@ __device__ __forceinline__ void differentiate_class(const HeadBackwardParams& pa
   T* const grad_b1 = params.shared_first ? nullptr : static_cast<T*>(params.grad_b1);
   T* const grad_w2 = params.shared_second ? nullptr : static_cast<T*>(params.grad_w2);
   T* const grad_b2 = params.shared_second ? nullptr : static_cast<T*>(params.grad_b2);
-  Acc* const raw = shared;
-  Acc* const grad_raw = shared + members;  // grad_alpha until the rule has seen it
-  Acc* const of_units = shared + 2 * members;
+  const Acc* const saved_raw = static_cast<const Acc*>(params.raw) + few * members;
+  const Acc* const raw = staged ? shared : saved_raw;
+  // grad_alpha until the rule has seen it.
+  Acc* const grad_raw = staged ? shared + members : static_cast<Acc*>(params.grad_raw) + few * members;
+  Acc* const of_units = staged ? shared + 2 * members : shared;
 
   const int64_t own = ids[0];
   for (int64_t k = threadIdx.x / kWarp; k < members; k += blockDim.x / kWarp) {
@@ -132,14 +135,14 @@ __device__ __forceinline__ void differentiate_class(const HeadBackwardParams& pa
     sum = warp_sum(sum);
     if (lane_index() == 0) grad_raw[k] = sum;
   }
-  for (int64_t k = threadIdx.x; k < members; k += blockDim.x) raw[k] = static_cast<const Acc*>(params.raw)[few * members + k];
+  for (int64_t k = threadIdx.x; staged && k < members; k += blockDim.x) shared[k] = saved_raw[k];
   __syncthreads();
   if (threadIdx.x == 0) rule_backward(params.rule, members, raw, grad_raw, grad_raw);
   __syncthreads();
   if (begin == 0) {
     for (int64_t k = threadIdx.x; k < members; k += blockDim.x) {
       if (grad_b2 != nullptr) grad_b2[few * members + k] = narrowed<T>(grad_raw[k]);
-      if (params.grad_raw != nullptr) static_cast<Acc*>(params.grad_raw)[few * members + k] = grad_raw[k];
+      if (staged && params.grad_raw != nullptr) static_cast<Acc*>(params.grad_raw)[few * members + k] = grad_raw[k];
     }
   }
   for (int64_t first = begin; first < end; first += blockDim.x) {
@@ -172,6 +175,27 @@ __device__ __forceinline__ void differentiate_class(const HeadBackwardParams& pa
     __syncthreads();
   }
   __syncthreads();  // the block's next work uses the same shared memory
+}
+
+// All classes: a block takes neighbouring rows of grad_w1, with whatever classes these belong to, or whole classes in turn.
+template <typename T>
+__device__ __forceinline__ void differentiate_classes(const HeadBackwardParams& params, bool staged, accumulate_t<T>* shared) {
+  const int64_t num_few = params.num_few, hidden = params.hidden, inputs = params.inputs;
+  const bool writes_rows = params.w1 != nullptr && !params.shared_first && params.grad_w1 != nullptr;
+  const bool aligned = rows_are_aligned<T>(params.grad_w1, inputs) && rows_are_aligned<T>(params.z, inputs);
+  if (!writes_rows || !staged || hidden == 0) {
+    for (int64_t few = blockIdx.x; few < num_few; few += gridDim.x) {
+      differentiate_class<T>(params, few, 0, hidden, aligned, staged, shared);
+    }
+    return;
+  }
+  const int64_t rows = num_few * hidden, end = rows * (blockIdx.x + 1) / gridDim.x;
+  for (int64_t row = rows * blockIdx.x / gridDim.x; row < end;) {
+    const int64_t few = row / hidden, begin = row - few * hidden;
+    const int64_t last = end - few * hidden < hidden ? end - few * hidden : hidden;
+    differentiate_class<T>(params, few, begin, last, aligned, true, shared);
+    row = few * hidden + last;
+  }
 }
 
 // One class's column of the logits' gradient, by one warp, lanes over the batch. The warp looks through all members for the
@@ -274,6 +298,21 @@ __device__ __forceinline__ void differentiate_inputs(const HeadBackwardParams& p
   __syncthreads();
 }
 
+// grad_z of all classes, where each has a w1 of its own.
+template <typename T>
+__device__ __forceinline__ void differentiate_all_inputs(const HeadBackwardParams& params, accumulate_t<T>* shared) {
+  if (params.shared_first || params.grad_z == nullptr) return;
+  const bool aligned = rows_are_aligned<T>(params.w1, params.inputs);
+  const int64_t width = grad_z_columns(sizeof(T)), chunks = tiles_along(params.inputs, width);
+  for (int64_t job = blockIdx.x; job < params.num_few * chunks; job += gridDim.x) {
+    if (aligned) {
+      differentiate_inputs<true, T>(params, job / chunks, job % chunks * width, shared);
+    } else {
+      differentiate_inputs<false, T>(params, job / chunks, job % chunks * width, shared);
+    }
+  }
+}
+
 // Sums over the classes, for weights that all classes share; a thread per element, classes in order.
 template <typename T>
 __device__ __forceinline__ void sum_over_classes(const HeadBackwardParams& params) {
@@ -314,7 +353,6 @@ __global__ void __launch_bounds__(kBlockSide* kBlockSide, blocks_of_head<T>)
   using Acc = accumulate_t<T>;
   ALPHAEXT_DYNAMIC_SHARED(Acc, shared);
   const int64_t num_few = params.num_few, hidden = params.hidden, inputs = params.inputs;
-  const bool separate = params.w1 != nullptr && !params.shared_first;
 
   if (asks_for_logits(params)) {
     // From the last block on: where only some blocks have a class, these are the others.
@@ -322,20 +360,7 @@ __global__ void __launch_bounds__(kBlockSide* kBlockSide, blocks_of_head<T>)
     const int64_t first = (gridDim.x - 1 - blockIdx.x) * static_cast<int64_t>(blockDim.x / kWarp) + threadIdx.x / kWarp;
     for (int64_t column = first; column < params.num_classes; column += step) differentiate_column<T>(params, column);
   }
-  if (of_submodules && separate && params.grad_w1 != nullptr && hidden > 0) {
-    const bool aligned = rows_are_aligned<T>(params.grad_w1, inputs) && rows_are_aligned<T>(params.z, inputs);
-    const int64_t rows = num_few * hidden, end = rows * (blockIdx.x + 1) / gridDim.x;
-    for (int64_t row = rows * blockIdx.x / gridDim.x; row < end;) {
-      const int64_t few = row / hidden, begin = row - few * hidden;
-      const int64_t last = end - few * hidden < hidden ? end - few * hidden : hidden;
-      differentiate_class<T>(params, few, begin, last, aligned, shared);
-      row = few * hidden + last;
-    }
-  } else if (of_submodules) {
-    for (int64_t few = blockIdx.x; few < num_few; few += gridDim.x) {
-      differentiate_class<T>(params, few, 0, hidden, false, shared);
-    }
-  }
+  if (of_submodules) differentiate_classes<T>(params, true, shared);
   if (!waits) return;
   grid_barrier();
 
@@ -362,17 +387,7 @@ __global__ void __launch_bounds__(kBlockSide* kBlockSide, blocks_of_head<T>)
         Operand<T>{static_cast<const T*>(right), right_columns, 1, right_columns}, of_columns ? left_rows : left_columns,
         of_columns);
   }
-  if (separate && params.grad_z != nullptr) {
-    const bool aligned = rows_are_aligned<T>(params.w1, inputs);
-    const int64_t width = grad_z_columns(sizeof(T)), chunks = tiles_along(inputs, width);
-    for (int64_t job = blockIdx.x; job < num_few * chunks; job += gridDim.x) {
-      if (aligned) {
-        differentiate_inputs<true, T>(params, job / chunks, job % chunks * width, shared);
-      } else {
-        differentiate_inputs<false, T>(params, job / chunks, job % chunks * width, shared);
-      }
-    }
-  }
+  differentiate_all_inputs<T>(params, shared);
 }
 
 }  // namespace alphaext::cuda

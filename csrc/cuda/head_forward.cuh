@@ -6,7 +6,6 @@
 // none.
 #pragma once
 
-#include "mix.cuh"
 #include "product.cuh"
 
 namespace alphaext::cuda {
@@ -184,21 +183,25 @@ __device__ __forceinline__ accumulate_t<T> original_logit(const HeadParams& para
   return params.bias != nullptr ? sum + wide(static_cast<const T*>(params.bias)[c]) : sum;
 }
 
-// One few class, by one block: its coefficients, then its column of the scores.
+// What a block needs of one few class at a time: in shared memory, or, where a class has too many members for that, in arrays of
+// the results.
+template <typename Acc>
+struct ClassRoom {
+  Acc* raw;
+  Acc* alpha;
+};
+
+// The coefficients of one few class, by one block, left in its room, too.
 template <typename T>
-__device__ __forceinline__ void make_class(const HeadParams& params, int64_t few, accumulate_t<T>* shared) {
+__device__ __forceinline__ void make_coefficients(const HeadParams& params, int64_t few, const ClassRoom<accumulate_t<T>>& room) {
   using Acc = accumulate_t<T>;
-  const int64_t members = params.members, hidden = params.hidden, num_classes = params.num_classes;
+  const int64_t members = params.members, hidden = params.hidden;
   const int64_t weights = params.shared_second ? 0 : few;
   const T* const w2 = static_cast<const T*>(params.w2) + weights * members * hidden;
   const T* const b2 = static_cast<const T*>(params.b2) + weights * members;
-  const T* const b1 = static_cast<const T*>(params.b1) + (params.w1 == nullptr ? few * hidden : 0);
+  const bool factored = params.w1 == nullptr && !params.shared_first;
+  const T* const b1 = static_cast<const T*>(params.b1) + (factored ? few * hidden : 0);
   Acc* const before = static_cast<Acc*>(params.preactivation) + few * hidden;
-  const int64_t* const ids = params.member_ids + few * members;
-  const bool factored = params.w1 == nullptr;
-  Acc* const raw = shared;
-  Acc* const alpha = shared + members;
-  Acc* const terms = shared + 2 * members;
 
   for (int64_t k = threadIdx.x / kWarp; k < members; k += blockDim.x / kWarp) {
     Acc sum = 0;
@@ -208,18 +211,32 @@ __device__ __forceinline__ void make_class(const HeadParams& params, int64_t few
       sum += (value < Acc(0) ? Acc(0) : value) * wide(w2[k * hidden + h]);  // a NaN stays a NaN, as in torch.relu
     }
     sum = warp_sum(sum);
-    if (lane_index() == 0) raw[k] = sum + wide(b2[k]);
+    if (lane_index() == 0) room.raw[k] = sum + wide(b2[k]);
   }
   __syncthreads();
-  if (threadIdx.x == 0) rule_forward(params.rule, members, raw, alpha);
+  if (threadIdx.x == 0) rule_forward(params.rule, members, room.raw, room.alpha);
   if (factored) {
     for (int64_t h = threadIdx.x; h < hidden; h += blockDim.x) before[h] = wide(b1[h]);
   }
   __syncthreads();
+  Acc* const raw = static_cast<Acc*>(params.raw) + few * members;
+  Acc* const alpha = static_cast<Acc*>(params.alpha) + few * members;
+  if (room.raw == raw) return;
   for (int64_t k = threadIdx.x; k < members; k += blockDim.x) {
-    static_cast<Acc*>(params.raw)[few * members + k] = raw[k];
-    static_cast<Acc*>(params.alpha)[few * members + k] = alpha[k];
+    raw[k] = room.raw[k];
+    alpha[k] = room.alpha[k];
   }
+}
+
+// One few class, by one block: its coefficients, then its column of the scores.
+template <typename T>
+__device__ __forceinline__ void make_class(const HeadParams& params, int64_t few, accumulate_t<T>* shared) {
+  using Acc = accumulate_t<T>;
+  const int64_t members = params.members, num_classes = params.num_classes;
+  const int64_t* const ids = params.member_ids + few * members;
+  const Acc* const alpha = shared + members;
+  Acc* const terms = shared + 2 * members;
+  make_coefficients<T>(params, few, {shared, shared + members});
 
   const int64_t own = ids[0];
   if (in_range(own, num_classes)) {  // the same in every thread

@@ -48,6 +48,8 @@ struct ValidateRunsParams {
   int64_t runs;
 };
 
+// Can the device run them? The blocks of a launch must be able to wait for each other.
+bool can_train(int32_t device);
 const char* plan_training(const TrainRunsParams& params, TrainPlan* plan, int32_t device);
 const char* train_epochs(const TrainRunsParams& params, const TrainPlan& plan, int32_t device, void* stream);
 const char* validate_runs(const ValidateRunsParams& params, int32_t device, void* stream);

@@ -5,6 +5,9 @@
 //   shim::launch(kernel<float>, {.grid = 3, .block = 64, .shared_bytes = 48}, params, ...);
 //   shim::launch(kernel<float>, {.grid = 3, .block = 64, .cooperative = true}, params, ...);   // grid_barrier() works
 //
+// With SHIM_FIBERS defined the threads are fibers of one thread: a hundred times faster, and blind to races. Then the launchers'
+// own text can run, too (cuda_runtime_shim.h).
+//
 // Two blocks run at a time, all of them in a cooperative launch. Shared memory comes at its exact size, filled with 0xff (NaN)
 // before every block. Threads that disagree on the barriers they pass make launch() throw. Static shared memory is written
 // ALPHAEXT_STATIC_SHARED(type, name, count): a plain `__shared__` would be one array for all the blocks that run together, so
@@ -15,7 +18,6 @@
 #include <array>
 #include <atomic>
 #include <barrier>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -29,7 +31,6 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -63,30 +64,50 @@ constexpr unsigned kLanes = 32;
   std::abort();
 }
 
+#if defined(SHIM_FIBERS)
+class Barrier;
+#else
+using Barrier = std::barrier<>;
+#endif
+struct Block;
+struct Warp;
+
+// Where a CUDA thread is.
+struct Thread {
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  unsigned index = 0, lane = 0, parity = 0;
+  Barrier* grid = nullptr;
+};
+inline thread_local Thread self;
+
+}  // namespace shim
+
+// Barrier, pause() and pool(), which runs many jobs that wait for each other.
+#if defined(SHIM_FIBERS)
+#include "shim_fibers.h"
+#else
+#include "shim_threads.h"
+#endif
+
+namespace shim {
+
 struct Warp {
   unsigned lanes = 0;
-  std::optional<std::barrier<>> barrier;
+  std::optional<Barrier> barrier;
   // Two sets of slots in turn: nobody can write a set again before everyone has read it, so one barrier a call is enough.
   alignas(16) unsigned char slots[2][kLanes][16];
 };
 
 // What the threads of one block share while they run it.
 struct Block {
-  std::optional<std::barrier<>> barrier;
+  std::optional<Barrier> barrier;
   std::vector<Warp> warps;
   std::unique_ptr<std::byte[]> dynamic_shared;
   std::map<const void*, std::unique_ptr<std::byte[]>> static_shared;
   std::mutex static_shared_mutex;
   std::vector<std::uint64_t> block_trail, warp_trail;  // per thread: which barriers it passed, as a hash of their places
 };
-
-struct Thread {
-  Block* block = nullptr;
-  Warp* warp = nullptr;
-  unsigned index = 0, lane = 0, parity = 0;
-  std::barrier<>* grid = nullptr;
-};
-inline thread_local Thread self;
 
 inline void follow(std::uint64_t& trail, const std::source_location& where) {
   trail = (trail ^ (where.line() * 4096u + where.column())) * 0x9e3779b97f4a7c15u + 1;
@@ -139,67 +160,6 @@ inline void grid_barrier(const std::source_location& where = std::source_locatio
   self.grid->arrive_and_wait();
 }
 
-// The threads outlive a launch, as starting them takes longer than a small kernel, under a sanitizer many times longer.
-class Pool {
- public:
-  ~Pool() {
-    for (const std::unique_ptr<Worker>& worker : workers_) worker->give([] {}, true);
-    for (const std::unique_ptr<Worker>& worker : workers_) worker->thread.join();
-  }
-  // Runs job(0) .. job(count - 1), each on a thread of its own, and returns when all have returned.
-  void run(unsigned count, const std::function<void(unsigned)>& job) {
-    while (workers_.size() < count) workers_.push_back(std::make_unique<Worker>());
-    running_ = count;
-    for (unsigned i = 0; i < count; ++i) {
-      workers_[i]->give(
-          [this, &job, i] {
-            job(i);
-            const std::lock_guard<std::mutex> lock(mutex_);
-            if (--running_ == 0) finished_.notify_one();
-          },
-          false);
-    }
-    std::unique_lock<std::mutex> lock(mutex_);
-    finished_.wait(lock, [this] { return running_ == 0; });
-  }
-
- private:
-  struct Worker {
-    std::mutex mutex;
-    std::condition_variable given;
-    std::function<void()> job;
-    bool last = false;
-    std::thread thread{[this] { work(); }};
-    void give(std::function<void()> next, bool is_last) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      job = std::move(next);
-      last = is_last;
-      given.notify_one();
-    }
-    void work() {
-      for (bool stop = false; !stop;) {
-        std::function<void()> next;
-        {
-          std::unique_lock<std::mutex> lock(mutex);
-          given.wait(lock, [this] { return static_cast<bool>(job); });
-          next = std::exchange(job, nullptr);
-          stop = last;
-        }
-        next();
-      }
-    }
-  };
-  std::vector<std::unique_ptr<Worker>> workers_;
-  std::mutex mutex_;
-  std::condition_variable finished_;
-  unsigned running_ = 0;
-};
-
-inline Pool& pool() {
-  static Pool shared;
-  return shared;
-}
-
 struct LaunchConfig {
   unsigned grid = 1;
   unsigned block = 32;
@@ -211,9 +171,9 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, const Arguments&... arguments) {
   const unsigned teams = config.cooperative || config.grid < 2 ? config.grid : 2;
   std::atomic<bool> diverged{false};
-  std::barrier<> grid(static_cast<std::ptrdiff_t>(config.grid) * config.block);
+  Barrier grid(static_cast<std::ptrdiff_t>(config.grid) * config.block);
   std::vector<std::unique_ptr<Block>> blocks(teams);
-  std::vector<std::unique_ptr<std::barrier<>>> turns;
+  std::vector<std::unique_ptr<Barrier>> turns;
 
   const auto prepare = [&](Block& block) {
     block.barrier.emplace(config.block);
@@ -261,7 +221,7 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, const Arg
   for (std::unique_ptr<Block>& block : blocks) {
     block = std::make_unique<Block>();
     prepare(*block);
-    turns.push_back(std::make_unique<std::barrier<>>(config.block));
+    turns.push_back(std::make_unique<Barrier>(config.block));
   }
   pool().run(teams * config.block, [&](unsigned worker) { run(worker / config.block, worker % config.block); });
   if (diverged) throw std::runtime_error("threads of one block or warp passed different barriers");

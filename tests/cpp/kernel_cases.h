@@ -1,5 +1,5 @@
-// The cases that every backend's kernels have to pass, each compared with naive.h and run twice with the work cut differently:
-// the two results must agree bit by bit.
+// The cases that every table of CPU kernels has to pass, each compared with naive.h and run twice with the work cut differently:
+// the two results must agree bit by bit. Buffers, random numbers and comparisons serve the tests of the CUDA kernels, too.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,6 @@ using naive::Doubles;
 using naive::Ids;
 
 struct Backend {
-  bool gathers;  // wants MixBackwardParams::entries
   virtual ~Backend() = default;
   // `cut` chooses how the work is divided.
   virtual void first_layer_forward(const FirstLayerParams&, int cut) const = 0;
@@ -267,17 +266,8 @@ void mix(const Backend& backend, int64_t batch, int64_t N, int64_t F, int64_t M,
   Random random(13);
   if (ids.empty()) ids = random_members(random, N, F, M);
   CHECK(ids.size() == at(F * M));
-  Buffer<int64_t> member_ids(F * M), entries(F * M), entry_offsets(N + 1);
-  std::vector<int64_t> order(at(F * M));
-  std::iota(order.begin(), order.end(), int64_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ids[at(a)] < ids[at(b)]; });
-  for (int64_t i = 0; i < F * M; ++i) {
-    member_ids.data()[i] = ids[at(i)];
-    entries.data()[i] = order[at(i)];
-  }
-  for (int64_t c = 0; c <= N; ++c) {
-    entry_offsets.data()[c] = std::count_if(ids.begin(), ids.end(), [&](int64_t id) { return id < c; });
-  }
+  Buffer<int64_t> member_ids(F * M);
+  std::copy(ids.begin(), ids.end(), member_ids.data());
   const Buffer<Acc> alpha(random.uniform(F * M), lead), logits(random.uniform(batch * N, -4, 4), lead);
   const Buffer<Acc> bias(with_bias ? random.uniform(N) : Doubles{}, lead);
   const Doubles expected = naive::mix(batch, N, F, M, ids, alpha.doubles(), logits.doubles(), bias.doubles());
@@ -294,23 +284,18 @@ void mix(const Backend& backend, int64_t batch, int64_t N, int64_t F, int64_t M,
   const naive::MixGradients gradients =
       naive::mix_backward(batch, N, F, M, ids, alpha.doubles(), logits.doubles(), bias.doubles(), grad_scores.doubles());
   MixBackwardParams params{Traits<T>::dtype, batch, N, F, M, member_ids.data(), alpha.data(), logits.data(), bias.data(),
-                           grad_scores.data(), nullptr, nullptr, nullptr, nullptr};
+                           grad_scores.data(), nullptr, nullptr};
   std::vector<Buffer<Acc>> grad_alphas, grad_logits;
   for (int cut = 0; cut < kCuts; ++cut) {
     grad_alphas.emplace_back(F * M, lead);
     grad_logits.emplace_back(batch * N, lead);
     params.grad_alpha = grad_alphas.back().data();
     params.grad_logits = grad_logits.back().data();
-    if (backend.gathers) {
-      params.entries = entries.data();
-      params.entry_offsets = entry_offsets.data();
-    }
     backend.mix_backward(params, cut);
   }
   const Buffer<Acc> alone(F * M, lead);
   params.grad_alpha = alone.data();
   params.grad_logits = nullptr;
-  params.entries = params.entry_offsets = nullptr;
   backend.mix_backward(params, 0);
   compare<Acc, Acc>(grad_alphas[0], gradients.alpha, static_cast<double>(batch), 8, "grad_alpha");
   compare<Acc, Acc>(grad_logits[0], gradients.logits, static_cast<double>(F), 1, "grad_logits");

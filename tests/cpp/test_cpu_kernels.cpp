@@ -19,7 +19,7 @@ void run(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, 
 }
 
 struct CpuBackend : cases::Backend {
-  explicit CpuBackend(const cpu::Kernels& table) : kernels(table) { gathers = false; }
+  explicit CpuBackend(const cpu::Kernels& table) : kernels(table) {}
   void first_layer_forward(const FirstLayerParams& p, int cut) const override {
     run(kernels.first_layer_forward, p, p.num_few * p.hidden, cut);
   }

@@ -1,0 +1,290 @@
+// The head of any size, all but the matrix products: one launch forward, one backward.
+//
+// The products are the caller's, by cuBLAS: the logits and, with one first layer for all classes, the pre-activations before the
+// forward; the gradients of input, weight and of such a first layer after the backward, from grad_logits and grad_preactivation.
+// A launch runs in stages between which its blocks wait for each other. Where a device cannot do that, each stage is a launch of
+// its own, of the same text. Arrays may be empty: their pointers are null, and nothing reads them.
+#pragma once
+
+#include "head_backward.cuh"
+
+namespace alphaext::cuda {
+
+// The rows of the batch that a thread works on at once: ids and coefficients are read once for all of them.
+constexpr int kRowsAtOnce = 4;
+
+// ---- Forward -----------------------------------------------------------------------------------------------------------
+
+enum LargeHeadStage : int {
+  kStreamFirstLayer = 1,  // pre-activations, where each class has a first layer of its own
+  kCoefficients = 2,      // raw and alpha; beside them the logits are copied into the scores
+  kFewScores = 4,         // the few classes' columns
+};
+
+inline int large_head_forward_stages(const LargeHeadParams& params) {
+  const HeadParams& p = params.head;
+  const bool has_scores = p.batch > 0 && p.num_classes > 0;
+  int stages = 0;
+  if (p.w1 != nullptr && !p.shared_first && p.num_few * p.hidden > 0) stages |= kStreamFirstLayer;
+  if (p.num_few > 0 || has_scores) stages |= kCoefficients;
+  if (p.num_few > 0 && has_scores) stages |= kFewScores;
+  return stages;
+}
+
+// More blocks than this find nothing to do.
+inline int64_t large_head_forward_blocks(const LargeHeadParams& params, int threads = kThreads) {
+  const HeadParams& p = params.head;
+  const int64_t streamed = tiles_along(p.num_few * p.hidden, threads / kWarp), copied = tiles_along(p.batch * p.num_classes, threads);
+  const int64_t mixed = p.batch * tiles_along(p.num_few, threads);
+  int64_t most = p.num_few;
+  for (const int64_t jobs : {p.w1 != nullptr ? streamed : int64_t{0}, copied, mixed}) most = jobs > most ? jobs : most;
+  return most;
+}
+
+// The elements of one 16-byte access to logits, as scores.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T values[kCount];
+};
+
+// scores = logits, in every column, and logits += bias first where the product came without. From is Acc, or T where the logits
+// are the input.
+template <typename T, typename From>
+__device__ __forceinline__ void copy_logits(const From* logits, accumulate_t<T>* with_bias, const T* bias, T* scores,
+                                            int64_t count, int64_t num_classes) {
+  using Acc = accumulate_t<T>;
+  constexpr int kSize = Vector<From>::kSize;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const bool aligned = rows_are_aligned<From>(logits, 0) && reinterpret_cast<uintptr_t>(scores) % sizeof(Pack<T, kSize>) == 0;
+  const int64_t vectors = aligned ? count / kSize : 0;
+  for (int64_t v = thread; v < vectors; v += threads) {
+    Vector<From> loaded = load_vector<true>(logits, v * kSize, count);
+    Pack<T, kSize> made;
+    int64_t c = bias != nullptr ? v * kSize % num_classes : 0;
+    for (int i = 0; i < kSize; ++i) {
+      Acc logit = wide(loaded.values[i]);
+      if (bias != nullptr) {
+        logit += wide(bias[c]);
+        c = c + 1 < num_classes ? c + 1 : 0;
+        with_bias[v * kSize + i] = logit;
+      }
+      made.values[i] = narrowed<T>(logit);
+    }
+    *reinterpret_cast<Pack<T, kSize>*>(scores + v * kSize) = made;
+  }
+  for (int64_t i = vectors * kSize + thread; i < count; i += threads) {
+    Acc logit = wide(logits[i]);
+    if (bias != nullptr) {
+      logit += wide(bias[i % num_classes]);
+      with_bias[i] = logit;
+    }
+    scores[i] = narrowed<T>(logit);
+  }
+}
+
+// The original classifier's logit.
+template <typename T>
+__device__ __forceinline__ accumulate_t<T> given_logit(const HeadParams& params, int64_t place) {
+  if (params.weight == nullptr) return wide(static_cast<const T*>(params.input)[place]);
+  return static_cast<const accumulate_t<T>*>(params.logits)[place];
+}
+
+// The scores of a few class in some rows, by one thread.
+template <typename T>
+__device__ __forceinline__ void mix_rows(const HeadParams& params, int64_t few, int64_t row, int64_t rows) {
+  using Acc = accumulate_t<T>;
+  const int64_t members = params.members, num_classes = params.num_classes;
+  const int64_t* const ids = params.member_ids + few * members;
+  const Acc* const alpha = static_cast<const Acc*>(params.alpha) + few * members;
+  const T* const bias = params.rule.rule == Rule::L1 ? static_cast<const T*>(params.bias) : nullptr;
+  const int64_t own = ids[0];
+  if (!in_range(own, num_classes)) return;
+  Acc sums[kRowsAtOnce] = {};
+  ALPHAEXT_UNROLL(2)
+  for (int64_t k = 0; k < members; ++k) {
+    const int64_t id = ids[k];
+    const bool exists = in_range(id, num_classes);
+    const Acc factor = exists ? alpha[k] : Acc(float_of(0x7fc00000u));  // NaN
+    const Acc removed = exists && bias != nullptr && k != 0 ? wide(bias[id]) : Acc(0);
+    ALPHAEXT_UNROLL(4)
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      if (r < rows) sums[r] += factor * (given_logit<T>(params, (row + r) * num_classes + (exists ? id : 0)) - removed);
+    }
+  }
+  ALPHAEXT_UNROLL(4)
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    if (r < rows) static_cast<T*>(params.scores)[(row + r) * num_classes + own] = narrowed<T>(sums[r]);
+  }
+}
+
+// `stages`: bits of LargeHeadStage, of which `params` leaves something to do; more than one only in a cooperative launch.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, blocks_of_head<T>)
+    large_head_forward_kernel(const LargeHeadParams params, const int stages, const bool staged) {
+  using Acc = accumulate_t<T>;
+  ALPHAEXT_DYNAMIC_SHARED(Acc, shared);
+  const HeadParams& p = params.head;
+
+  if (stages & kStreamFirstLayer) {
+    if (rows_are_aligned<T>(p.w1, p.inputs) && rows_are_aligned<T>(p.z, p.inputs)) {
+      stream_first_layer<true, T>(p);
+    } else {
+      stream_first_layer<false, T>(p);
+    }
+    if (stages & kCoefficients) grid_barrier();
+  }
+  if (stages & kCoefficients) {
+    for (int64_t few = blockIdx.x; few < p.num_few; few += gridDim.x) {
+      const ClassRoom<Acc> results{static_cast<Acc*>(p.raw) + few * p.members, static_cast<Acc*>(p.alpha) + few * p.members};
+      make_coefficients<T>(p, few, staged ? ClassRoom<Acc>{shared, shared + p.members} : results);
+      __syncthreads();  // the block's next class uses the same shared memory
+    }
+    const int64_t count = p.batch * p.num_classes;
+    T* const scores = static_cast<T*>(p.scores);
+    if (p.weight == nullptr) {
+      copy_logits<T>(static_cast<const T*>(p.input), static_cast<Acc*>(nullptr), static_cast<const T*>(nullptr), scores, count,
+                     p.num_classes);
+    } else {
+      Acc* const logits = static_cast<Acc*>(p.logits);
+      copy_logits<T>(static_cast<const Acc*>(logits), logits, params.adds_bias ? static_cast<const T*>(p.bias) : nullptr, scores,
+                     count, p.num_classes);
+    }
+    if (stages & kFewScores) grid_barrier();
+  }
+  if (stages & kFewScores) {
+    // As many rows at a time as leave every block something to do.
+    const int64_t chunks = tiles_along(p.num_few, blockDim.x), bands = tiles_along(gridDim.x, chunks);
+    const int64_t share = tiles_along(p.batch, bands);
+    const int64_t rows = share < kRowsAtOnce ? share : kRowsAtOnce;
+    for (int64_t job = blockIdx.x; job < tiles_along(p.batch, rows) * chunks; job += gridDim.x) {
+      const int64_t row = job / chunks * rows, few = job % chunks * blockDim.x + threadIdx.x;
+      if (few < p.num_few) mix_rows<T>(p, few, row, p.batch - row < rows ? p.batch - row : rows);
+    }
+  }
+}
+
+// ---- Backward ----------------------------------------------------------------------------------------------------------
+
+enum LargeHeadBackwardStage : int {
+  kElements = 1,  // grad_logits, and everything of one class
+  kSums = 2,      // over classes and over the batch
+};
+
+inline int large_head_backward_stages(const LargeHeadBackwardParams& params) {
+  const HeadBackwardParams& p = params.head;
+  int stages = 0;
+  if (asks_for_submodules(p) || p.grad_preactivation != nullptr || p.grad_logits != nullptr) stages |= kElements;
+  const bool over_classes = (p.shared_second && (p.grad_w2 != nullptr || p.grad_b2 != nullptr)) ||
+                            (p.shared_first && p.grad_b1 != nullptr) || (!p.shared_first && p.grad_z != nullptr);
+  if (over_classes || p.grad_bias != nullptr) stages |= kSums;
+  return stages;
+}
+
+inline int64_t large_head_backward_shared_bytes(const LargeHeadBackwardParams& params, int threads = kThreads) {
+  const HeadBackwardParams& p = params.head;
+  const int64_t size = p.dtype == ScalarType::Float64 ? 8 : 4;
+  const int64_t staged = large_head_stage_bytes(p.members, p.dtype, threads);
+  const int64_t of_class = staged > 0 ? staged : threads * size;
+  const int64_t of_columns = p.grad_z != nullptr ? threads * 8 * size : 0;  // at most 8 sums a thread
+  return of_class > of_columns ? of_class : of_columns;
+}
+
+inline int64_t large_head_backward_blocks(const LargeHeadBackwardParams& params, int threads = kThreads) {
+  const HeadBackwardParams& p = params.head;
+  const int64_t columns = tiles_along(p.num_classes, threads);
+  const bool of_weights = p.shared_second && p.grad_w2 != nullptr;
+  int64_t most = p.grad_w1 != nullptr ? p.num_few * p.hidden : p.num_few;
+  for (const int64_t jobs : {
+           p.grad_logits != nullptr ? tiles_along(p.batch, kRowsAtOnce) * columns : int64_t{0},
+           p.grad_bias != nullptr ? columns : int64_t{0},
+           p.grad_z != nullptr ? p.num_few * tiles_along(p.inputs, grad_z_columns(p.dtype == ScalarType::Float64 ? 8 : 2)) : int64_t{0},
+           of_weights ? tiles_along(p.members * p.hidden, threads) : int64_t{0},
+           p.shared_first && p.grad_b1 != nullptr ? tiles_along(p.hidden, threads) : int64_t{0},
+           int64_t{1},
+       }) {
+    most = jobs > most ? jobs : most;
+  }
+  return most;
+}
+
+// The logits' gradient in one column of some rows, by one thread: it gathers from the few columns that its class takes part in,
+// in the order of `entries`. A class that heads an entry (k = 0) is few: its own column's gradient reaches its logit through that
+// entry alone.
+template <typename T>
+__device__ __forceinline__ void gather_column(const LargeHeadBackwardParams& params, int64_t column, int64_t row, int64_t rows) {
+  using Acc = accumulate_t<T>;
+  const HeadBackwardParams& p = params.head;
+  const int64_t num_classes = p.num_classes, members = p.members;
+  const T* const grad_scores = static_cast<const T*>(p.grad_scores) + row * num_classes;
+  const Acc* const alpha = static_cast<const Acc*>(p.alpha);
+  Acc sums[kRowsAtOnce] = {};
+  bool is_few = false;
+  const int64_t end = params.entry_offsets[column + 1];
+  for (int64_t position = params.entry_offsets[column]; position < end; ++position) {
+    const int64_t entry = params.entries[position];
+    const int64_t head = entry / members * members;
+    const int64_t own = p.member_ids[head];
+    is_few = is_few || entry == head;
+    if (!in_range(own, num_classes)) continue;
+    const Acc factor = alpha[entry];
+    ALPHAEXT_UNROLL(4)
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      if (r < rows) sums[r] += factor * wide(grad_scores[r * num_classes + own]);
+    }
+  }
+  T* const grad_logits = static_cast<T*>(p.grad_logits) + row * num_classes + column;
+  ALPHAEXT_UNROLL(4)
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    if (r < rows) {
+      const Acc sum = is_few ? sums[r] : sums[r] + wide(grad_scores[r * num_classes + column]);
+      grad_logits[r * num_classes] = narrowed<T>(sum);
+    }
+  }
+}
+
+// The bias's gradient, a thread per class, rows in order; from grad_logits as they were kept.
+template <typename T>
+__device__ __forceinline__ void sum_over_batch(const HeadBackwardParams& p) {
+  using Acc = accumulate_t<T>;
+  const int64_t num_classes = p.num_classes;
+  const bool keeps_own = p.rule.rule == Rule::L1;      // then a bias reaches its own score only
+  const bool given = p.weight == nullptr;              // the logits hold the biases already: l1 only takes them out
+  const bool through_logits = keeps_own == given;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (int64_t c = thread; c < num_classes; c += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    Acc of_logits = 0, of_scores = 0;
+    ALPHAEXT_UNROLL(4)
+    for (int64_t b = 0; b < p.batch; ++b) {
+      if (through_logits) of_logits += wide(static_cast<const T*>(p.grad_logits)[b * num_classes + c]);
+      if (keeps_own) of_scores += wide(static_cast<const T*>(p.grad_scores)[b * num_classes + c]);
+    }
+    static_cast<T*>(p.grad_bias)[c] = narrowed<T>(keeps_own ? of_scores - of_logits : of_logits);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, blocks_of_head<T>)
+    large_head_backward_kernel(const LargeHeadBackwardParams params, const int stages, const bool staged) {
+  ALPHAEXT_DYNAMIC_SHARED(accumulate_t<T>, shared);
+  const HeadBackwardParams& p = params.head;
+  if (stages & kElements) {
+    if (p.grad_logits != nullptr) {
+      const int64_t chunks = tiles_along(p.num_classes, blockDim.x);
+      for (int64_t job = blockIdx.x; job < tiles_along(p.batch, kRowsAtOnce) * chunks; job += gridDim.x) {
+        const int64_t row = job / chunks * kRowsAtOnce, column = job % chunks * blockDim.x + threadIdx.x;
+        const int64_t left = p.batch - row;
+        if (column < p.num_classes) gather_column<T>(params, column, row, left < kRowsAtOnce ? left : kRowsAtOnce);
+      }
+    }
+    if (asks_for_submodules(p) || p.grad_preactivation != nullptr) differentiate_classes<T>(p, staged, shared);
+    if (stages & kSums) grid_barrier();
+  }
+  if (stages & kSums) {
+    sum_over_classes<T>(p);
+    if (p.grad_bias != nullptr) sum_over_batch<T>(p);
+    differentiate_all_inputs<T>(p, shared);
+  }
+}
+
+}  // namespace alphaext::cuda
