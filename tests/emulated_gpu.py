@@ -1,17 +1,21 @@
-"""The extension with its CUDA kernels on the CPU: operators, launchers and kernels are the real text, the GPU is made of fibers.
+"""The extension with its CUDA kernels on the CPU: operators, launchers and kernels are the real text, the GPU is fibers.
 
-    python tests/emulated_gpu.py build/emulated
-    ALPHAEXT_EMULATED_GPU=build/emulated pytest tests/test_cuda.py
+    python tests/emulated_gpu.py build/emulated          # build it
+    python tests/emulated_gpu.py build/emulated --test   # and run the tests that it can run
+    ALPHAEXT_EMULATED_GPU=build/emulated pytest -m gpu   # those that need a GPU
 
-compiles every CUDA source by the C++ compiler against tests/cpp/cuda_shim.h and cuda_runtime_shim.h, and then runs the GPU tests on
-CPU tensors (conftest.py): everything but streams, graphs and what depends on a GPU's memory order and speed.
+Every CUDA source is compiled by the C++ compiler against tests/cpp/cuda_shim.h and cuda_runtime_shim.h; then GPU tests run on
+CPU tensors (conftest.py). What it cannot show: streams, graphs, a GPU's memory order, and speed.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Where the library is that stands for a GPU, if any; and the device of GPU tests.
 DIRECTORY = os.environ.get("ALPHAEXT_EMULATED_GPU")
 GPU = "cpu" if DIRECTORY else "cuda"
+# What is run beside the GPU tests: heads and trainings against the plain reference. Long trainings are left out.
+TESTS = ["test_modules.py", "test_direct.py", "test_training_options.py", "test_engines.py"]
+LONG = "not 300_steps and not long_trainings"
 SOURCES = ("ops.cpp", "cpu_head.cpp", "gpu_head.cpp", "training_ops.cpp", "module.cpp")
 
 
@@ -29,9 +36,7 @@ def flags() -> list[str]:
 
     defined = {"ALPHAEXT_WITH_CUDA": "1", "ALPHAEXT_EMULATED_GPU": "1", "SHIM_FIBERS": "1", "TORCH_EXTENSION_NAME": "_C"}
     defined |= {"TORCH_TARGET_VERSION": "0x020a000000000000", "ALPHAEXT_VERSION": '"0.1.0"', "ALPHAEXT_FLAGS": '"emulated"'}
-    defined |= {"ALPHAEXT_TORCH_VERSION": '"emulated"', "ALPHAEXT_CUDA_VERSION": '"emulated"', "ALPHAEXT_CUDA_ARCHS": '"emulated"'}
-    import sysconfig
-
+    defined |= {f"ALPHAEXT_{name}": '"emulated"' for name in ("TORCH_VERSION", "CUDA_VERSION", "CUDA_ARCHS")}
     system = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     return [
         *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-pthread"),
@@ -64,15 +69,13 @@ def build(directory: Path) -> Path:
     library = directory / "_C.so"
     link = [f"-L{place}" for place in cpp_extension.library_paths()]
     link += [f"-Wl,-rpath,{place}" for place in cpp_extension.library_paths()]
-    command = [compiler, "-shared", *map(str, objects), *link, "-ltorch", "-ltorch_cpu", "-lc10", "-pthread", "-o", str(library)]
-    subprocess.run(command, check=True)
+    link += ["-ltorch", "-ltorch_cpu", "-lc10", "-pthread"]
+    subprocess.run([compiler, "-shared", *map(str, objects), *link, "-o", str(library)], check=True)
     return library
 
 
 def load(directory: Path) -> None:
     """Make it the extension of ``alphaext``, which must not have been imported yet."""
-    import importlib.util
-
     import torch  # noqa: F401  its libraries must be there
 
     spec = importlib.util.spec_from_file_location("alphaext._C", directory / "_C.so")
@@ -82,5 +85,23 @@ def load(directory: Path) -> None:
     spec.loader.exec_module(module)
 
 
+def test(directory: Path) -> int:
+    """Run the tests; returns pytest's exit code, the worse of two."""
+    environment = {**os.environ, "ALPHAEXT_EMULATED_GPU": str(directory.resolve()), "OMP_NUM_THREADS": "1"}
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    selections = [["-m", "gpu"], ["-k", LONG, *(str(ROOT / "tests" / name) for name in TESTS)]]
+    return max(subprocess.run([*pytest, *selected], cwd=ROOT, env=environment).returncode for selected in selections)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, help="where to build it")
+    parser.add_argument("--test", action="store_true", help="run the tests that it can run")
+    options = parser.parse_args()
+    print(build(options.directory))
+    return test(options.directory) if options.test else 0
+
+
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated_gpu import DIRECTORY as EMULATED
 from emulated_gpu import GPU
 from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
 
@@ -144,7 +145,7 @@ def reference_results(problem: Problem, gradient: torch.Tensor, **options) -> di
     return {"scores": scores, **dict(zip(inputs, filled, strict=True))}
 
 
-@pytest.mark.parametrize("crossing", [NEVER, ALWAYS], ids=["separate kernels", "one launch"])
+@pytest.mark.parametrize("crossing", [NEVER, ALWAYS], ids=["products apart", "one launch"])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "shifted"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
@@ -196,15 +197,58 @@ def test_one_launch_forward_and_one_backward(monkeypatch, dtype, from_logits, fi
 
 
 @real_gpu
-def test_many_launches_beyond_the_crossing_point(monkeypatch):
-    problem = make_problem(dtype=torch.float32, device=GPU, **SIZES["aligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_are_left_to_cublas_beyond_the_crossing_point(monkeypatch, dtype):
+    problem = make_problem(dtype=dtype, device=GPU, **SIZES["aligned"]).requires_grad()
     scores = SIZES["aligned"]["batch"] * SIZES["aligned"]["num_classes"]
     names = {}
     for limit in (scores - 1, scores):
         monkeypatch.setenv(FUSED_SCORES, str(limit))
         names[limit] = kernels_of(lambda: ops.alpha_head(*problem.tensors(), **OPTIONS))
     assert len(names[scores]) == 1
-    assert len(names[scores - 1]) > 1 and not any("head_forward" in name for name in names[scores - 1])
+    ours = [name for name in names[scores - 1] if "alphaext" in name]
+    assert len(ours) == 1 and "large_head_forward" in ours[0] and len(names[scores - 1]) > 1
+
+
+@real_gpu
+def test_one_launch_each_way_from_logits_beyond_the_crossing_point(monkeypatch):
+    monkeypatch.setenv(FUSED_SCORES, NEVER)
+    problem = make_problem(dtype=torch.float32, device=GPU, from_logits=True, **SIZES["aligned"])
+    trained = [x.requires_grad_() for name, x in problem.floating().items() if name in ("w1", "b1", "w2", "b2")]
+    scores = ops.alpha_head(*problem.tensors(), **OPTIONS)
+    gradient = torch.randn_like(scores)
+    forward = kernels_of(lambda: ops.alpha_head(*problem.tensors(), **OPTIONS))
+    backward = kernels_of(lambda: torch.autograd.grad(scores, trained, gradient, retain_graph=True))
+    assert len(forward) == 1 and "large_head_forward" in forward[0], forward
+    assert len(backward) == 1 and "large_head_backward" in backward[0], backward
+
+
+@pytest.mark.skipif(not EMULATED, reason="every real GPU lets the blocks of a launch wait for each other")
+@pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
+@pytest.mark.parametrize("from_logits", [False, True], ids=["features", "logits"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_blocks_cannot_wait_for_each_other(monkeypatch, dtype, from_logits, first_layer):
+    """A launch for each stage gives the same bits as one for all."""
+    options = dict(dtype=dtype, device=GPU, first_layer=first_layer, from_logits=from_logits, **SIZES["ragged"])
+    problem = make_problem(shared_second_layer=first_layer == "shared", **options).requires_grad()
+    gradient = torch.randn(6, 43).to(dtype)
+    monkeypatch.setenv(FUSED_SCORES, NEVER)
+    expected = all_results(problem, gradient, **OPTIONS)
+    monkeypatch.setenv(FUSED_SCORES, ALWAYS)
+    monkeypatch.setenv("SHIM_COOPERATES", "0")
+    for name, value in all_results(problem, gradient, **OPTIONS).items():
+        assert value.equal(expected[name]), name
+
+
+@pytest.mark.parametrize("rule", reference.RULES)
+def test_more_members_than_fit_into_shared_memory(rule):
+    sizes = dict(batch=3, num_classes=6100, num_few=2, top_k=6050, in_features=4, pca_dim=1, hidden=3)
+    problem = make_problem(dtype=torch.float32, device=GPU, first_layer="factored", from_logits=True, **sizes).requires_grad()
+    gradient = torch.randn(3, 6100, device=GPU)
+    options = {"gamma": 0.7, "rule": rule}
+    actual, expected = all_results(problem, gradient, **options), reference_results(problem, gradient, **options)
+    for name, value in expected.items():
+        assert_close(actual[name], value, torch.float32, name, factor=20)
 
 
 @real_gpu
@@ -237,9 +281,7 @@ def test_graph_of_forward_and_backward(first_layer):
 
 @real_gpu
 def test_two_streams_at_once():
-    problems = [
-        make_problem(seed=seed, dtype=torch.float32, device=GPU, **SIZES["aligned"]).requires_grad() for seed in (0, 1)
-    ]
+    problems = [make_problem(seed=seed, dtype=torch.float32, device=GPU, **SIZES["aligned"]).requires_grad() for seed in (0, 1)]
     gradient = torch.randn(64, 200, device=GPU)
     expected = [all_results(problem, gradient, **OPTIONS) for problem in problems]
     torch.cuda.synchronize()

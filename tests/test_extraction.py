@@ -240,7 +240,7 @@ def test_a_default_device_of_the_user_is_no_trouble(tmp_path):
     check_equal(features, expected)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 def test_on_a_gpu(tmp_path):
     model, images = tiny_model(), TinyImages(30)
     found = [
