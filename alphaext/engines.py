@@ -196,16 +196,20 @@ class NativeEngine:
         w2 = state[:, :, 2 * classes : 2 * classes + members].transpose(1, 2).reshape(len(state), members, -1)
         return preactivation, w2[:, :, : self._hidden]
 
-    def _call(self, rows: Tensor, lr: float) -> tuple[float, int, int]:
-        """Train on ``rows``: the sum of their losses, and the step and class that failed, or -1."""
+    def _launch(self, rows: Tensor, lr: float) -> Tensor:
+        """Train on ``rows``: float64 ``[3]``, the sum of their losses, and the step and class that failed, or -1."""
         head, sgd, cached = self.head, self.sgd, self.logits.training
-        result = torch.ops.alphaext.train_epoch(
+        result: Tensor = torch.ops.alphaext.train_epoch(
             self._state, self._b2, self._b2_momentum, self._raw, self._alpha,
             rows, cached.logits, cached.base_logsumexp, cached.label_logit, cached.few_of_label, self.columns, self._scale,
             self.options.batch_size, head.gamma, ops.rule_number(head.rule), head.projected_gradient,
             lr, sgd.momentum, sgd.dampening, sgd.weight_decay, sgd.nesterov, self.steps == 0, self._penalty, self._few_offset,
         )  # fmt: skip
-        loss, failed_step, failed_class = result.tolist()
+        return result
+
+    def _call(self, rows: Tensor, lr: float) -> tuple[float, int, int]:
+        """The same, read: on a GPU this waits for it."""
+        loss, failed_step, failed_class = self._launch(rows, lr).tolist()
         return loss, int(failed_step), int(failed_class)
 
     def learning_rate(self, multiplier: float) -> float:

@@ -394,11 +394,19 @@ def run_bench(context: Context) -> Outcome:
     return outcome
 
 
+def run_large(context: Context) -> Outcome:
+    """The crossing point, and very large heads."""
+    outcome = run_script(context, "gpu_large")
+    outcome.message = f"{len(outcome.result.get('crossing', [])) + len(outcome.result.get('large', []))} rows"
+    return outcome
+
+
 def run_training(context: Context) -> Outcome:
     """Whole trainings."""
-    command: list[str | Path] = [sys.executable, BENCH / "training.py", "--device", "cuda"]
-    ran = run_process(command, context.left(), context.environment(), context.work / "training.log")
-    return Outcome(ran.fault("training.py"), result={"printed": ran.tail}, tail=ran.tail)
+    outcome = run_script(context, "gpu_training")
+    trainings = outcome.result.get("trainings", {})
+    outcome.message = ", ".join(f"{name} {entry['training_s']:.3f} s" for name, entry in trainings.items())
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -411,19 +419,17 @@ class Stage:
     text: str
 
 
-def all_stages(bench: Path = BENCH) -> list[Stage]:
+def all_stages() -> list[Stage]:
     """The stages, in order."""
-    stages = [
-        Stage("build", 110, run_build, "the extension for this GPU"),
-        Stage("tests", 110, run_tests, "the test suite; a GPU test that cannot run fails"),
+    return [
+        Stage("build", 100, run_build, "the extension for this GPU"),
+        Stage("tests", 105, run_tests, "the test suite; a GPU test that cannot run fails"),
         Stage("sanitizers", 80, run_sanitizers, "every operator under memcheck, racecheck, initcheck and synccheck"),
-        Stage("limits", 25, run_limits, "bandwidths, matrix rates and launches of this card"),
-        Stage("bench", 145, run_bench, "the head against its peers"),
+        Stage("limits", 20, run_limits, "bandwidths, matrix rates and launches of this card"),
+        Stage("bench", 100, run_bench, "the head against its peers"),
+        Stage("large", 30, run_large, "where cuBLAS's products are faster, and very large heads"),
+        Stage("training", 35, run_training, "whole trainings"),
     ]
-    training = bench / "training.py"
-    if training.is_file() and "--device" in training.read_text(encoding="utf-8"):
-        stages.append(Stage("training", 60, run_training, "whole trainings"))
-    return stages
 
 
 def select(stages: Sequence[Stage], wanted: Sequence[str] | None) -> list[Stage]:

@@ -169,6 +169,70 @@ def list_lines(result: dict[str, Any]) -> list[str]:
     return [f"- {name}: {value}" for name, value in result.items() if not isinstance(value, dict | list)]
 
 
+def large_lines(result: dict[str, Any]) -> list[str]:
+    """Both ways of a head on either side of the crossing point, and very large heads."""
+    lines: list[str] = []
+    if result.get("crossing"):
+        header = ["", "scores", "products inside, ms", "products apart, ms", "apart over inside"]
+        rows = [
+            [
+                f"{row['size']}, {row['dtype']}, {row['mode']}",
+                str(row["scores"]),
+                text_of(row["one_launch_ms"], 4),
+                text_of(row["products_apart_ms"], 4),
+                text_of(row["apart_over_one_launch"]),
+            ]
+            for row in sorted(result["crossing"], key=lambda row: (row["dtype"], row["mode"], row["scores"]))
+        ]
+        lines += ["Factored heads. Below 1 the products apart are faster: there the crossing point belongs.", ""]
+        lines += table(header, rows)
+    if result.get("large"):
+        header = ["", "ms", "PyTorch's linear layer, ms", "ratio", "floor of the rest, ms"]
+        rows = [
+            [
+                f"{row['size']}, {row['dtype']}, {row['mode']}",
+                text_of(row["ms"], 3),
+                text_of(row["linear_ms"], 3),
+                text_of(row["over_linear"]),
+                text_of(row["floor_of_the_rest_ms"], 3),
+            ]
+            for row in result["large"]
+        ]
+        lines += ["", *table(header, rows)]
+    return lines + [f"- {error}" for error in result.get("errors", [])]
+
+
+def training_lines(result: dict[str, Any], limits: dict[str, Any]) -> list[str]:
+    """Whole trainings, steps by size, and the sweep."""
+    if not result:
+        return []
+    barrier = limits.get("barrier_launch_graph_us", limits.get("barrier_launch_us"))
+    header = ["", "steps", "training s", "shared s", "preparation s", "validation ms", "step us", "over an empty launch"]
+    header += ["eager identities in a graph, us", "faster than they"]
+    rows = [
+        [
+            name,
+            str(entry["steps"]),
+            text_of(entry["training_s"], 4),
+            text_of(entry["shared_s"], 4),
+            text_of(entry["prepare_s"], 3),
+            text_of(entry["validation_ms"], 3),
+            text_of(entry["step_us"]),
+            text_of(ratio(entry["step_us"], barrier)),
+            text_of(entry["rival_step_us"]),
+            text_of(entry["faster_than_rival"]),
+        ]
+        for name, entry in result.get("trainings", {}).items()
+    ]
+    lines = table(header, rows)
+    if "step_us_by_few_classes" in result:
+        steps = ", ".join(f"{few}: {us:.2f}" for few, us in result["step_us_by_few_classes"].items())
+        lines += ["", f"Microseconds of a step, by the number of few classes: {steps}."]
+    if "sweep" in result:
+        lines += ["", f"Sweep from features to {result['sweep']['runs']} heads: {result['sweep']['seconds']:.2f} s."]
+    return lines
+
+
 def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
     """Which stages ran, and how they ended."""
     rows = [[s["name"], s["status"], f"{s['seconds']:.0f}", s["commit"], s["when"], s["message"]] for s in stages]
@@ -186,6 +250,10 @@ def as_markdown(report: dict[str, Any]) -> str:
             body = bench_lines(result, result_of(report, "limits"))
         elif stage["name"] == "limits":
             body = limit_lines(result)
+        elif stage["name"] == "large":
+            body = large_lines(result)
+        elif stage["name"] == "training":
+            body = training_lines(result, result_of(report, "limits"))
         else:
             body = list_lines(result)
         parts = [body, [f"- {note}" for note in stage["notes"]]]

@@ -123,15 +123,20 @@ def captured(function: Callable[[], object], steps: int = 1) -> Task:
     return Task(graph.replay, steps)
 
 
-def captured_backward(forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor], steps: int = 1) -> Task:
-    """A CUDA graph of ``steps`` backward passes alone; their forward is a graph of its own, replayed before, untimed."""
+def captured_backward(
+    forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor], steps: int = 1, gradient: torch.Tensor | None = None
+) -> Task:
+    """A CUDA graph of ``steps`` backward passes alone, of a loss or of a result with its gradient.
+
+    Their forward is a graph of its own, replayed before, untimed.
+    """
     stream = torch.cuda.Stream()
-    warm_up_stream(lambda: torch.autograd.grad(forward(), inputs), stream)
+    warm_up_stream(lambda: torch.autograd.grad(forward(), inputs, gradient), stream)
     before, graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(before, stream=stream):
         losses = [forward() for _ in range(steps)]
     # One pool: what the forward saved must stay where the backward reads it.
     with torch.cuda.graph(graph, pool=before.pool(), stream=stream):
         while losses:
-            torch.autograd.grad(losses.pop(0), inputs)
+            torch.autograd.grad(losses.pop(0), inputs, gradient)
     return Task(graph.replay, steps, before.replay)

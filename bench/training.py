@@ -3,6 +3,8 @@
     python bench/training.py --results NAME          # all parts, some five minutes on two cores
     python bench/training.py --parts training sweep
 
+On a GPU: bench/gpu_training.py.
+
 Class counts are those of ImageNet-LT and Places-LT, features and classifiers are drawn at random. Peers that would take minutes
 or hours are timed over enough steps for a median, and multiplied; the table says so. Each part writes its results as soon as it
 is done, to bench/results/NAME.json and NAME.md.
@@ -107,12 +109,21 @@ def make_problem(dataset: Dataset, device: str = "cpu", **options: Any) -> Probl
     features = torch.empty(dataset.samples, dataset.in_features).normal_(generator=generator)
     val_labels = torch.arange(dataset.val_samples) % dataset.num_classes
     val_features = torch.empty(dataset.val_samples, dataset.in_features).normal_(generator=generator)
-    return Problem(head, features, labels, val_features, val_labels, dataset)
+    data = [x.to(device) for x in (features, labels, val_features, val_labels)]
+    return Problem(head, *data, dataset)
+
+
+def finish() -> None:
+    """Wait for what a GPU was asked to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def timed(function: Callable[[], object]) -> float:
+    finish()
     started = time.perf_counter()
     function()
+    finish()
     return time.perf_counter() - started
 
 
@@ -196,8 +207,9 @@ class EagerFactored(nn.Module):
 def eager_factored_step(problem: Problem, batch: int = 64) -> Callable[[], None]:
     module = EagerFactored(problem.head)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, fused=True)
-    logits = torch.randn(batch, problem.head.num_few, problem.head.top_k + 1)
-    base, few_label = torch.randn(batch) + 7, torch.randint(problem.head.num_few, (batch,))
+    device = problem.head.weight.device
+    logits = torch.randn(batch, problem.head.num_few, problem.head.top_k + 1, device=device)
+    base, few_label = torch.randn(batch, device=device) + 7, torch.randint(problem.head.num_few, (batch,), device=device)
 
     def step() -> None:
         optimizer.zero_grad()

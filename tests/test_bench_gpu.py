@@ -20,11 +20,14 @@ if not (BENCH / "gpu.py").is_file():
 
 import gpu  # noqa: E402
 import gpu_heads  # noqa: E402
+import gpu_large  # noqa: E402
 import gpu_limits  # noqa: E402
 import gpu_probe  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_small  # noqa: E402
 import gpu_timing  # noqa: E402
+import gpu_training  # noqa: E402
+import training  # noqa: E402
 from providers import SIZES, Size  # noqa: E402
 
 MACHINE = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "commit": "abc"}
@@ -45,16 +48,8 @@ def stage(name: str, function=lambda context: gpu.Outcome(None, "fine"), seconds
 
 def test_stages_are_the_documented_ones_in_order():
     names = [entry.name for entry in gpu.all_stages()]
-    assert names[:5] == ["build", "tests", "sanitizers", "limits", "bench"]
+    assert names == ["build", "tests", "sanitizers", "limits", "bench", "large", "training"]
     assert gpu.LIMIT_SECONDS < 8 * 60
-
-
-def test_training_is_a_stage_where_its_script_takes_a_device(tmp_path):
-    assert len(gpu.all_stages(tmp_path)) == 5
-    (tmp_path / "training.py").write_text("nothing here")
-    assert len(gpu.all_stages(tmp_path)) == 5
-    (tmp_path / "training.py").write_text('parser.add_argument("--device")')
-    assert gpu.all_stages(tmp_path)[-1].name == "training"
 
 
 def test_selection_keeps_the_order():
@@ -516,6 +511,51 @@ def test_a_provider_that_fails_leaves_the_others_their_figures(monkeypatch):
     monkeypatch.setattr(gpu_heads, "make_step", broken)
     report = gpu_heads.measure("cpu", None, sizes=[TINY], providers=["alphaext factored"], **options)
     assert len(gpu_heads.own_failures(report)) == 1
+
+
+def test_large_heads_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv(gpu_large.FUSED_SCORES, "77")
+    output, size = tmp_path / "large.json", gpu_large.LargeSize(6, 40, 5, in_features=8, hidden=7)
+    report = gpu_large.measure("cpu", output, crossing=[size], large=[size], rounds=2, num_bytes=2**16)
+    assert json.loads(output.read_text()) == report and report["errors"] == []
+    assert len(report["crossing"]) == len(report["large"]) == 4  # forward and backward in two dtypes
+    page = "\n".join(gpu_report.large_lines(report))
+    assert "batch 6, 40 classes, 5 few, bfloat16, backward | 240 |" in page and "| ratio |" in page
+    assert os.environ[gpu_large.FUSED_SCORES] == "77"
+
+
+def test_a_large_head_that_fails_leaves_the_others(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu_large, "measure_crossing", broken)
+    size = gpu_large.LargeSize(6, 40, 5, in_features=8, hidden=7)
+    report = gpu_large.measure("cpu", None, crossing=[size], large=[size], dtypes=["float32"], rounds=2, num_bytes=2**16)
+    assert len(report["large"]) == 2 and report["errors"] == [f"{size}, float32: RuntimeError: out of memory"]
+
+
+def test_bytes_of_a_large_head():
+    size = gpu_large.LargeSize(batch=2, num_classes=10, num_few=3, in_features=8, hidden=4, top_k=1)
+    # Logits and scores; pre-activations, w2, b2; what is kept of them; ids.
+    assert gpu_large.bytes_of_large(size, 4)["forward"] == 20 * 8 + (12 + 24 + 6) * 4 + (48 + 48) + 48
+
+
+def test_large_heads_through_graphs(fake_cuda, monkeypatch):
+    make_problem = gpu_large.make_problem
+    monkeypatch.setattr(gpu_large, "make_problem", lambda size, device, dtype: make_problem(size, "cpu", dtype))
+    size = gpu_large.LargeSize(6, 40, 5, in_features=8, hidden=7)
+    rows = gpu_large.measure_crossing(size, "float32", "cuda", 5, 1.0)
+    assert [row["mode"] for row in rows] == ["forward", "backward"] and all(row["one_launch_ms"] > 0 for row in rows)
+
+
+def test_trainings_are_measured(tmp_path):
+    output = tmp_path / "training.json"
+    tiny = training.Dataset("tiny", 40, 6, 50, 1000, 70, in_features=16, pca_dim=8, top_k=3)
+    report = gpu_training.measure("cpu", output, datasets=[tiny], few_classes=[5], repeats=1, epochs=2, seeds=1)
+    assert json.loads(output.read_text()) == report
+    assert report["trainings"]["tiny"]["steps"] == 4 and report["sweep"]["runs"] == 9 and report["sweep"]["failed"] == []
+    page = "\n".join(gpu_report.training_lines(report, {"barrier_launch_graph_us": 3.0}))
+    assert "| tiny | 4 |" in page and "to 9 heads" in page and "few classes: 5: " in page
 
 
 def test_limits_are_measured(tmp_path):

@@ -430,9 +430,9 @@ void test_head_shapes() {
   const cuda::LaunchShape none = cuda::shape_for(0, 8, 256), one = cuda::shape_for(8, 8, 256), two = cuda::shape_for(9, 8, 256);
   CHECK(none.blocks == 0 && one.blocks == 1 && two.blocks == 2);
   CHECK(cuda::shape_for(int64_t{1} << 40, 1, 256).blocks == cuda::kMaxBlocks);
-  CHECK(cuda::large_head_stage_bytes(6, ScalarType::Float32) == 1072);
-  CHECK(cuda::large_head_stage_bytes(6016, ScalarType::BFloat16) == 48 * 1024);
-  CHECK(cuda::large_head_stage_bytes(6017, ScalarType::Float32) == 0 && cuda::large_head_stage_bytes(2945, ScalarType::Float64) == 0);
+  CHECK(large_head_stage_bytes(6, ScalarType::Float32) == 1072);
+  CHECK(large_head_stage_bytes(6016, ScalarType::BFloat16) == 48 * 1024);
+  CHECK(large_head_stage_bytes(6017, ScalarType::Float32) == 0 && large_head_stage_bytes(2945, ScalarType::Float64) == 0);
 }
 
 // Sizes that are 0 leave nothing unwritten that exists: an empty sum is 0.
