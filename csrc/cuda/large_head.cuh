@@ -101,7 +101,7 @@ __device__ __forceinline__ void mix_rows(const HeadParams& params, int64_t few, 
   const int64_t own = ids[0];
   if (!in_range(own, num_classes)) return;
   Acc sums[kRowsAtOnce] = {};
-  ALPHAEXT_UNROLL(2)
+  ALPHAEXT_UNROLL(1)
   for (int64_t k = 0; k < members; ++k) {
     const int64_t id = ids[k];
     const bool exists = in_range(id, num_classes);
