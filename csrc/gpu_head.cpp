@@ -39,7 +39,7 @@ struct DenseCall {
 std::pair<Tensor, bool> product_with_classifier(const HeadCall& call) {
   const TorchType type = call.type(), wide = call.wide();
   const bool is_empty = call.s.batch == 0 || call.s.num_classes == 0 || call.input.size(1) == 0;
-  if (type != wide && !is_empty && aten::kHasMixedProducts) {
+  if (type != wide && !is_empty) {
     const Tensor transposed = torch::stable::transpose(*call.weight, 0, 1);
     return {as_contiguous(aten::mm(call.input, transposed, wide)), call.bias.has_value()};
   }

@@ -20,14 +20,7 @@ inline Tensor linear(const Tensor& input, const Tensor& weight, const std::optio
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Does `mm` exist where the GPU's head runs? Only CUDA has it, from torch 2.8 on.
-#if ALPHAEXT_EMULATED_GPU
-constexpr bool kHasMixedProducts = false;
-#else
-constexpr bool kHasMixedProducts = true;
-#endif
-
-// The product of two 16-bit matrices, in float32.
+// The product of two 16-bit matrices, in float32. Only CUDA has it, from torch 2.8 on.
 inline Tensor mm(const Tensor& left, const Tensor& right, torch::headeronly::ScalarType type) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(right),
                                     torch::stable::detail::from(type)};

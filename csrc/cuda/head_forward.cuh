@@ -91,9 +91,10 @@ __device__ __forceinline__ void multiply_rows(const T* w1, const T* z, int64_t i
   for (; i < inputs; i += kStep) visit(i, std::integral_constant<int, 1>{});
 }
 
-// preactivation = w1 z + b1, one w1 per class: every warp takes its share of neighbouring rows, w1 is read once.
-template <bool kAligned, typename T>
-__device__ __forceinline__ void stream_first_layer(const HeadParams& params) {
+// preactivation = w1 z + b1, one w1 per class: every warp takes its share of neighbouring rows, w1 is read once. Aligned rows are
+// visited four at a time, kUnroll vectors of each at once.
+template <bool kAligned, int kUnroll, typename T>
+__device__ __forceinline__ void stream_rows(const HeadParams& params) {
   using Acc = accumulate_t<T>;
   const int64_t inputs = params.inputs, hidden = params.hidden;
   const int64_t rows = params.num_few * hidden;
@@ -107,7 +108,7 @@ __device__ __forceinline__ void stream_first_layer(const HeadParams& params) {
     const int64_t last = (few + 1) * hidden < end ? (few + 1) * hidden : end;
     for (; row + 4 <= last; row += 4) {
       Acc sums[4];
-      multiply_rows<4, kAligned ? 2 : 1, kAligned>(static_cast<const T*>(params.w1) + row * inputs, z, inputs, sums);
+      multiply_rows<4, kAligned ? kUnroll : 1, kAligned>(static_cast<const T*>(params.w1) + row * inputs, z, inputs, sums);
       ALPHAEXT_UNROLL(4)
       for (int r = 0; r < 4; ++r) {
         const Acc sum = warp_sum(sums[r]);
@@ -116,10 +117,19 @@ __device__ __forceinline__ void stream_first_layer(const HeadParams& params) {
     }
     for (; row < last; ++row) {
       Acc sums[1];
-      multiply_rows<1, kAligned ? 4 : 1, kAligned>(static_cast<const T*>(params.w1) + row * inputs, z, inputs, sums);
+      multiply_rows<1, kAligned ? 2 * kUnroll : 1, kAligned>(static_cast<const T*>(params.w1) + row * inputs, z, inputs, sums);
       const Acc sum = warp_sum(sums[0]);
       if (lane_index() == 0) preactivation[row] = sum + wide(b1[row]);
     }
+  }
+}
+
+template <int kUnroll, typename T>
+__device__ __forceinline__ void stream_first_layer(const HeadParams& params) {
+  if (rows_are_aligned<T>(params.w1, params.inputs) && rows_are_aligned<T>(params.z, params.inputs)) {
+    stream_rows<true, kUnroll, T>(params);
+  } else {
+    stream_rows<false, kUnroll, T>(params);
   }
 }
 
@@ -302,11 +312,7 @@ __global__ void __launch_bounds__(kBlockSide* kBlockSide, blocks_of_head<T>)
   if (params.shared_first) {
     multiply_shared_first_layer<kBlockSide, T>(params, shared);
   } else if (params.w1 != nullptr) {
-    if (rows_are_aligned<T>(params.w1, params.inputs) && rows_are_aligned<T>(params.z, params.inputs)) {
-      stream_first_layer<true, T>(params);
-    } else {
-      stream_first_layer<false, T>(params);
-    }
+    stream_first_layer<2, T>(params);
   }
   if (waits) grid_barrier();
 

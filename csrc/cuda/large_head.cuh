@@ -127,11 +127,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of_head<T>)
   const HeadParams& p = params.head;
 
   if (stages & kStreamFirstLayer) {
-    if (rows_are_aligned<T>(p.w1, p.inputs) && rows_are_aligned<T>(p.z, p.inputs)) {
-      stream_first_layer<true, T>(p);
-    } else {
-      stream_first_layer<false, T>(p);
-    }
+    stream_first_layer<1, T>(p);  // what comes after it needs registers, too
     if (stages & kCoefficients) grid_barrier();
   }
   if (stages & kCoefficients) {
