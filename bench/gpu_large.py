@@ -148,8 +148,9 @@ def bytes_of_large(size: LargeSize, element: int) -> dict[str, int]:
     parameters = size.num_few * size.hidden + coefficients * size.hidden + coefficients
     kept = 4 * size.num_few * size.hidden + 8 * coefficients
     forward = scores * (4 + element) + parameters * element + kept + 8 * coefficients
-    # The backward reads the few classes' columns of the scores' gradient, and the logits of the members.
-    backward = size.batch * size.num_few * element + 4 * size.batch * coefficients + 2 * parameters * element + kept
+    # The backward reads the few classes' columns of the scores' gradient, and each logit that a class is made of once.
+    columns = min(coefficients, size.num_classes)
+    backward = size.batch * (size.num_few * element + 4 * columns) + 2 * parameters * element + kept
     return {"forward": forward, "backward": backward}
 
 

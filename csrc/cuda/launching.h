@@ -61,6 +61,8 @@ struct Given {
   using type = T;
 };
 
+inline cudaError_t first_of(cudaError_t one, cudaError_t two) { return one != cudaSuccess ? one : two; }
+
 // Every launch goes through here, and so past the check of its error. `cooperative`: its blocks wait for each other.
 template <typename... Parameters>
 const char* launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, bool cooperative, void* stream,
@@ -70,10 +72,13 @@ const char* launch(const char* name, void (*kernel)(Parameters...), const Launch
   const dim3 grid(static_cast<unsigned>(shape.blocks)), block(static_cast<unsigned>(shape.threads));
   const auto shared_bytes = static_cast<size_t>(shape.shared_bytes);
   const auto queue = static_cast<cudaStream_t>(stream);
-  const cudaError_t launched = cooperative ? cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared_bytes, queue)
-                                           : cudaLaunchKernel(kernel, grid, block, pointers, shared_bytes, queue);
-  const cudaError_t error = launched == cudaSuccess ? cudaGetLastError() : launched;
-  if (launched != cudaSuccess) static_cast<void>(cudaGetLastError());  // it is reported here, not by the next launch
+  cudaError_t error = cudaSuccess;
+  if (cooperative) {
+    error = cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared_bytes, queue);
+  } else {
+    error = cudaLaunchKernel(kernel, grid, block, pointers, shared_bytes, queue);
+  }
+  error = first_of(error, cudaGetLastError());  // which also forgets it: it is reported here, not by the next launch
   return message_for(name, error);
 }
 
