@@ -118,7 +118,7 @@ NEVER, ALWAYS = "0", str(2**62)
 SIZES = {
     "ragged": dict(batch=6, num_classes=43, num_few=5, top_k=3, in_features=37, pca_dim=9, hidden=17),
     "aligned": dict(batch=64, num_classes=200, num_few=24, top_k=5, in_features=512, pca_dim=48, hidden=70),
-    "long": dict(batch=130, num_classes=130, num_few=7, top_k=1, in_features=264, pca_dim=700, hidden=33),
+    "long": dict(batch=130, num_classes=130, num_few=7, top_k=2, in_features=264, pca_dim=700, hidden=33),
 }
 
 
@@ -164,7 +164,7 @@ def test_both_sides_of_the_crossing_point(monkeypatch, dtype, from_logits, first
         options = {"gamma": 0.7, "rule": rule}
         actual, expected = all_results(problem, gradient, **options), reference_results(problem, gradient, **options)
         for name, value in expected.items():
-            assert_close(actual[name], value, dtype, f"{rule}, {name}", factor=20)
+            assert_close(actual[name], value, dtype, f"{rule}, {name}", factor=10)
 
 
 def kernels_of(function) -> list[str]:  # type: ignore[no-untyped-def]
