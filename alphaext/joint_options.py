@@ -111,7 +111,9 @@ class JointOptions:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
-            fused=True,
+            # A gradient scaler lets a fused SGD step over infinite gradients by itself, and where the first step is one, that SGD
+            # goes on from a momentum that nothing was written to (seen in torch 2.14): noise becomes weights.
+            fused=self.amp != "float16",
         )
 
     def identity(self) -> dict[str, Any]:

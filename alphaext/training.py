@@ -313,7 +313,9 @@ class Run:
         sgd = Sgd(options.lr, options.momentum, options.dampening, options.weight_decay, options.nesterov)
         if optimizer is None and not native:
             parameters = [p for p in head.parameters() if p.requires_grad]
-            optimizer = torch.optim.SGD(parameters, **vars(sgd), fused=True)
+            # On a CPU, fused SGD left 16-bit parameters as they were before torch 2.14, all but the last few of each.
+            fused = head.w2.device.type != "cpu" or head.w2.dtype in (torch.float32, torch.float64)
+            optimizer = torch.optim.SGD(parameters, **vars(sgd), fused=fused)
         elif optimizer is not None:
             sgd = Sgd.of(optimizer) or sgd
         state = None

@@ -524,6 +524,21 @@ def test_progress_is_shown_when_asked_for(tmp_path, capsys):
 # --- learning rates
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_infinite_gradients_are_stepped_over(optimizer):
+    """float16's first steps have them until the scale has come down: nothing of them may stay."""
+    parameter = torch.nn.Parameter(torch.zeros(40))
+    made = JointOptions(optimizer=optimizer, amp="float16").make_optimizer([parameter])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (math.inf, math.inf, 1.0, 1.0):
+        made.zero_grad()
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.step(made)
+        scaler.update()
+        assert bool((parameter == 0).all()) == math.isinf(factor)
+    assert bool((parameter == parameter[0]).all()) and -1 < float(parameter[0]) < 0
+
+
 def test_the_cosine_of_the_epoch():
     options = JointOptions(epochs=90, lr=0.2)
     rates = [options.learning_rate(epoch, step, 226) for epoch in (1, 46, 90) for step in (0, 225)]
