@@ -111,8 +111,8 @@ class JointOptions:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
-            # A gradient scaler lets a fused SGD step over infinite gradients by itself, and where the first step is one, that SGD
-            # goes on from a momentum that nothing was written to (seen in torch 2.14): noise becomes weights.
+            # A gradient scaler leaves it to a fused SGD to step over infinite gradients. Where the first step has them, that
+            # SGD then goes on from a momentum that nothing was written to (seen in torch 2.14): noise becomes weights.
             fused=self.amp != "float16",
         )
 

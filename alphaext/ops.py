@@ -346,7 +346,7 @@ def _widened(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _autocast_enabled(device_type: str) -> bool:
-    # Not every device has autocast, "meta" for one; and torch.compile under torch 2.11 cannot trace the question whether it has.
+    # Not every device has autocast, "meta" for one. torch.compile in torch 2.11 cannot trace the question whether it has.
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 
 
