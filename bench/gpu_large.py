@@ -208,7 +208,7 @@ def measure(
         try:
             report[table] += rows_of(table, size, dtype)
         except Exception as error:  # too little memory for one size leaves the others
-            report["errors"].append(f"{size}, {dtype}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            report["errors"].append(f"{size}, {dtype}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
         write_json(output, report)
         print(f"{table}: {size}, {dtype}", flush=True)
         gc.collect()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,10 @@ from alphaext import ops, reference
 COVERED = {"head", "head_backward", "trains_on", "train_epoch", "validate", "train_epoch_many", "validate_many"}
 
 
+# The variable that moves the crossing point: the most scores of a head that goes in one launch.
+FUSED_SCORES = "ALPHAEXT_FUSED_SCORES"
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem and how the head is to treat it."""
@@ -38,6 +43,7 @@ class Case:
     rule: str = "clamp"
     layout: str = "dense"
     projected_gradient: bool = False
+    products_apart: bool = False  # as beyond the crossing point
     sizes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,13 +56,15 @@ def cases() -> Iterator[Case]:
         yield Case("small", dtype, rule, sizes=sizes)
     several_blocks = {"batch": 33, "num_classes": 90, "num_few": 20, "top_k": 4, "pca_dim": 16, "hidden": 70}
     aligned = {"batch": 8, "num_classes": 64, "num_few": 8, "top_k": 3, "pca_dim": 16, "hidden": 64, "in_features": 64}
-    for dtype in DTYPES:
-        yield Case("several blocks", dtype, sizes=several_blocks)
-        yield Case("several blocks, factored", dtype, sizes={**several_blocks, "first_layer": "factored"})
-        yield Case("aligned", dtype, "softmax", sizes=aligned)
+    for dtype, products_apart in itertools.product(DTYPES, (False, True)):
+        make = partial(Case, dtype=dtype, products_apart=products_apart)
+        yield make("several blocks", sizes=several_blocks)
+        yield make("several blocks, factored", sizes={**several_blocks, "first_layer": "factored"})
+        yield make("several blocks, shared", rule="l1", sizes={**several_blocks, "first_layer": "shared"})
+        yield make("aligned", rule="softmax", sizes=aligned)
         for layout in ("transposed", "sliced", "offset"):
-            yield Case("strided", dtype, layout=layout, sizes={"batch": 6, "pca_dim": 8, "hidden": 16})
-            yield Case("strided", dtype, layout=layout, sizes={**aligned, "from_logits": True})
+            yield make("strided", layout=layout, sizes={"batch": 6, "pca_dim": 8, "hidden": 16})
+            yield make("strided", layout=layout, sizes={**aligned, "from_logits": True})
     for rule in reference.RULES:
         yield Case("no bias", torch.float32, rule, sizes={"bias": False})
         yield Case("shared second layer", torch.float32, rule, sizes={"shared_second_layer": True, "num_few": 4})
@@ -81,6 +89,18 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 def check(case: Case, device: str) -> None:
     """Scores and every gradient against the reference, in float64 on the CPU: there nothing of ours runs."""
+    before = os.environ.pop(FUSED_SCORES, None)
+    if case.products_apart:
+        os.environ[FUSED_SCORES] = "0"
+    try:
+        check_results(case, device)
+    finally:
+        os.environ.pop(FUSED_SCORES, None)
+        if before is not None:
+            os.environ[FUSED_SCORES] = before
+
+
+def check_results(case: Case, device: str) -> None:
     options: dict[str, Any] = {"gamma": 0.7, "rule": case.rule, "projected_gradient": case.projected_gradient}
     problem: Problem = make_problem(dtype=case.dtype, **case.sizes)
     theirs = problem.map(Tensor.double).requires_grad()
@@ -127,7 +147,8 @@ def check_validation(dtype: torch.dtype, device: str) -> None:
 def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every check by its description."""
     for case in cases():
-        text = f"{case.name}, {case.dtype}, {case.rule}, {case.layout}, {case.sizes}"
+        way = "products apart" if case.products_apart else "one launch"
+        text = f"{case.name}, {case.dtype}, {case.rule}, {case.layout}, {way}, {case.sizes}"
         yield text, partial(check, case, device)
     for dtype in (torch.float32, torch.float64):
         for shape in training.SHAPES:

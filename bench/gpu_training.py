@@ -47,9 +47,8 @@ def rival_step_ms(problem: training.Problem, device: str) -> float:
     return time_interleaved({"": task_of(step, device, 20)}, device)[""].median_ms
 
 
-def whole_training(dataset: training.Dataset, device: str, repeats: int, epochs: int) -> dict[str, Any]:
+def whole_training(problem: training.Problem, device: str, repeats: int, epochs: int) -> dict[str, Any]:
     """Preparation, then every epoch with a validation, as ``fit`` does them; and what a step of it takes."""
-    problem = training.make_problem(dataset, device)
     native = training.native_training(problem, repeats, epochs=epochs)
     run = problem.run(epochs=epochs, lr=0.01, select="best_all")
     milliseconds, steps = epoch_ms(problem, device)
@@ -66,9 +65,8 @@ def whole_training(dataset: training.Dataset, device: str, repeats: int, epochs:
     }
 
 
-def sweep(dataset: training.Dataset, device: str, seeds: int, epochs: int) -> dict[str, Any]:
+def sweep(problem: training.Problem, device: str, seeds: int, epochs: int) -> dict[str, Any]:
     """Nine gammas times some seeds, from features to trained heads."""
-    problem = training.make_problem(dataset, device)
     linear = nn.Linear(problem.head.in_features, problem.head.out_features, device=device)
     linear.load_state_dict({"weight": problem.head.weight, "bias": problem.head.bias})
     configs = [dict(gamma=gamma, seed=seed, lr=0.01, epochs=epochs) for gamma in GAMMAS for seed in range(seeds)]
@@ -109,13 +107,14 @@ def measure(
 ) -> dict[str, Any]:
     """All parts; the file is written after each."""
     report: dict[str, Any] = {"trainings": {}}
-    for dataset in datasets:
-        report["trainings"][dataset.name] = whole_training(dataset, device, repeats, epochs)
+    problems = [training.make_problem(dataset, device) for dataset in datasets]
+    for dataset, problem in zip(datasets, problems, strict=True):
+        report["trainings"][dataset.name] = whole_training(problem, device, repeats, epochs)
         write_json(output, report)
         print(f"{dataset.name}: {report['trainings'][dataset.name]}", flush=True)
     report["step_us_by_few_classes"] = step_by_few_classes(few_classes, device)
     write_json(output, report)
-    report["sweep"] = sweep(datasets[0], device, seeds, epochs)
+    report["sweep"] = sweep(problems[0], device, seeds, epochs)
     write_json(output, report)
     print(f"sweep: {report['sweep']}", flush=True)
     return report

@@ -16,20 +16,24 @@ void run(const char* (*launcher)(const Params&, int32_t, void*), const Params& p
 // reads as "not given".
 bool goes_in_one_launch(const HeadCall& call) {
   const Sizes& s = call.s;
-  const bool has_inputs = s.inputs > 0 || !(s.separate_first_layer || s.shared_first_layer);
-  return has_inputs && s.batch > 0 && call.input.size(1) > 0 && s.num_classes > 0 && s.num_few > 0 && s.hidden > 0 &&
+  const bool has_first_layer = s.separate_first_layer || s.shared_first_layer;  // without one, hidden units may be none
+  const bool is_whole = !has_first_layer || (s.inputs > 0 && s.hidden > 0);
+  return is_whole && s.batch > 0 && call.input.size(1) > 0 && s.num_classes > 0 && s.num_few > 0 &&
          cuda::fuses_head(kernel_type(call.type()), s.batch, s.num_classes, s.members, call.input.get_device_index());
 }
 
-// The arguments, dense, for as long as a kernel's parameters point to them.
+// The arguments that a launch reads, dense, for as long as its parameters point to them. Without the products it reads neither the
+// classifier nor the features.
 struct DenseCall {
+  const bool with_products;
   const Tensor input, b1, w2, b2;
   const std::optional<Tensor> weight, bias, z, w1;
 
-  explicit DenseCall(const HeadCall& call)
-      : input(as_contiguous(call.input)), b1(as_contiguous(call.b1)), w2(as_contiguous(call.w2)), b2(as_contiguous(call.b2)),
-        weight(as_contiguous(call.weight)), bias(as_contiguous(call.bias)), z(as_contiguous(call.z)),
-        w1(as_contiguous(call.w1)) {}
+  DenseCall(const HeadCall& call, bool with_products_)
+      : with_products(with_products_), input(with_products || !call.weight ? as_contiguous(call.input) : call.input),
+        b1(as_contiguous(call.b1)), w2(as_contiguous(call.w2)), b2(as_contiguous(call.b2)),
+        weight(with_products ? as_contiguous(call.weight) : call.weight), bias(as_contiguous(call.bias)),
+        z(as_contiguous(call.z)), w1(as_contiguous(call.w1)) {}
 };
 
 // ---- Forward -----------------------------------------------------------------------------------------------------------
@@ -65,7 +69,7 @@ HeadParams forward_params(const HeadCall& call, const DenseCall& given, const He
   p.shared_first = s.shared_first_layer;
   p.shared_second = s.shared_second_layer;
   p.input = given.input.const_data_ptr();
-  p.weight = data_of(given.weight);
+  p.weight = given.with_products ? data_of(given.weight) : nullptr;
   p.bias = data_of(given.bias);
   p.member_ids = static_cast<const int64_t*>(call.ids.const_data_ptr());
   p.z = given.w1 ? data_of(given.z) : nullptr;
@@ -95,7 +99,7 @@ HeadResults new_results(const HeadCall& call, const std::optional<Tensor>& preac
 
 HeadResults head_in_one_launch(const HeadCall& call) {
   const Sizes& s = call.s;
-  const DenseCall given(call);
+  const DenseCall given(call, true);
   const HeadResults results = new_results(call, std::nullopt, std::nullopt);
   HeadParams params = forward_params(call, given, results);
   std::optional<Tensor> partial;
@@ -107,7 +111,7 @@ HeadResults head_in_one_launch(const HeadCall& call) {
 }
 
 HeadResults large_head(const HeadCall& call) {
-  const DenseCall given(call);
+  const DenseCall given(call, false);
   std::optional<Tensor> preactivation, logits;
   bool adds_bias = false;
   if (call.s.shared_first_layer) preactivation = shared_preactivation(call);
@@ -159,7 +163,7 @@ HeadBackwardParams backward_params(const HeadCall& call, const DenseCall& given,
   p.shared_first = s.shared_first_layer;
   p.shared_second = s.shared_second_layer;
   p.input = given.input.const_data_ptr();
-  p.weight = data_of(given.weight);
+  p.weight = given.with_products ? data_of(given.weight) : nullptr;
   p.bias = data_of(given.bias);
   p.member_ids = static_cast<const int64_t*>(call.ids.const_data_ptr());
   p.z = given.w1 ? data_of(given.z) : nullptr;
@@ -187,7 +191,7 @@ HeadBackwardParams backward_params(const HeadCall& call, const DenseCall& given,
 Gradients head_backward_in_one_launch(const HeadCall& call, const BackwardCall& backward) {
   const Sizes& s = call.s;
   const TorchType wide = call.wide();
-  const DenseCall given(call);
+  const DenseCall given(call, true);
   Gradients gradients;
   gradients.input = gradient_like(given.input, backward.asks(kInput));
   gradients.weight = gradient_like(given.weight, backward.asks(kWeight));
@@ -211,7 +215,7 @@ Gradients head_backward_in_one_launch(const HeadCall& call, const BackwardCall& 
 Gradients large_head_backward(const HeadCall& call, const BackwardCall& backward) {
   const Sizes& s = call.s;
   const TorchType type = call.type(), wide = call.wide();
-  const DenseCall given(call);
+  const DenseCall given(call, false);
   Gradients gradients;  // those that the launch makes; the products' follow
   gradients.bias = gradient_like(given.bias, backward.asks(kBias));
   gradients.b1 = gradient_like(given.b1, backward.asks(kB1));
@@ -220,13 +224,15 @@ Gradients large_head_backward(const HeadCall& call, const BackwardCall& backward
   gradients.z = gradient_like(given.z, backward.asks(kZ) && !s.shared_first_layer);
   gradients.w1 = gradient_like(given.w1, backward.asks(kW1) && !s.shared_first_layer);
 
+  // float16 has not the range of what goes on into a product: a loss's scale would overflow beyond the crossing point only.
+  const TorchType kept = type == TorchType::Half && call.weight ? wide : type;
   const bool bias_through_logits = backward.asks(kBias) && (call.rule.rule == Rule::L1) != call.weight.has_value();
   const bool of_shared_second = s.shared_second_layer && (backward.asks(kW2) || backward.asks(kB2));
   const bool of_shared_first = s.shared_first_layer && (backward.asks(kW1) || backward.asks(kB1));
   BackwardRoom room;
   std::optional<Tensor> entries, entry_offsets;
   if (backward.asks(kInput) || backward.asks(kWeight) || bias_through_logits) {
-    room.grad_logits = new_empty(call.input, {s.batch, s.num_classes}, type);
+    room.grad_logits = new_empty(call.input, {s.batch, s.num_classes}, kept);
     std::tie(entries, entry_offsets) = members_by_class(call.ids, s.num_classes);
   }
   if (of_shared_second || large_head_stage_bytes(s.members, kernel_type(type)) == 0) {
@@ -238,14 +244,16 @@ Gradients large_head_backward(const HeadCall& call, const BackwardCall& backward
   run(cuda::large_head_backward,
       LargeHeadBackwardParams{backward_params(call, given, backward, gradients, room),
                               static_cast<const int64_t*>(data_of(entries)),
-                              static_cast<const int64_t*>(data_of(entry_offsets))},
+                              static_cast<const int64_t*>(data_of(entry_offsets)), kept == wide},
       call.input);
 
   if (backward.asks(kInput)) {
-    gradients.input = call.weight ? torch::stable::matmul(*room.grad_logits, *call.weight) : *room.grad_logits;
+    gradients.input =
+        call.weight ? as_type(torch::stable::matmul(*room.grad_logits, as_type(*call.weight, kept)), type) : *room.grad_logits;
   }
   if (backward.asks(kWeight)) {
-    gradients.weight = torch::stable::matmul(torch::stable::transpose(*room.grad_logits, 0, 1), call.input);
+    const Tensor transposed = torch::stable::transpose(*room.grad_logits, 0, 1);
+    gradients.weight = as_type(torch::stable::matmul(transposed, as_type(call.input, kept)), type);
   }
   if (s.shared_first_layer && room.grad_preactivation) {
     shared_first_layer_gradients(gradients, call, backward, *room.grad_preactivation);

@@ -182,15 +182,15 @@ inline int64_t large_head_stage_bytes(int64_t members, ScalarType dtype, int thr
   return bytes <= kHeadSharedBytes ? bytes : 0;
 }
 
-// The head without its matrix products (csrc/cuda/large_head.cuh). In `head`, `logits` is given wherever `weight` is, and with
-// shared_first `preactivation` is given, too; slices and partial are not used.
+// The head without its matrix products (csrc/cuda/large_head.cuh). In `head`, `logits` is given, or null where `input` holds them;
+// with shared_first `preactivation` is given, too; weight, slices and partial are not used.
 struct LargeHeadParams {
   HeadParams head;
   bool adds_bias;  // `logits` lack the bias, which is added to them in place
 };
 
 // In `head`, grad_input and grad_weight are null, with shared_first also grad_w1 and grad_z: these are products of grad_logits and
-// grad_preactivation. grad_logits is T [batch, N] here, written where it is not null: with `bias` it is needed wherever the bias's
+// grad_preactivation. grad_logits is [batch, N], written where it is not null: with `bias` it is needed wherever the bias's
 // gradient passes through the logits. grad_raw must be given where members do not fit into shared memory.
 struct LargeHeadBackwardParams {
   HeadBackwardParams head;
@@ -198,6 +198,7 @@ struct LargeHeadBackwardParams {
   // the flat positions f * M + k with member_ids[f, k] == c.
   const int64_t* entries;        // [F * M], or null
   const int64_t* entry_offsets;  // [N + 1], or null
+  bool keeps_wide;               // grad_logits is Acc, else T
 };
 
 }  // namespace alphaext

@@ -240,6 +240,29 @@ def test_where_blocks_cannot_wait_for_each_other(monkeypatch, dtype, from_logits
         assert value.equal(expected[name]), name
 
 
+@pytest.mark.parametrize("crossing", [NEVER, ALWAYS], ids=["products apart", "one launch"])
+@pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
+@pytest.mark.parametrize("name", ["batch", "num_few", "hidden", "pca_dim", "in_features"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes_of_zero(monkeypatch, dtype, name, first_layer, crossing):
+    monkeypatch.setenv(FUSED_SCORES, crossing)
+    problem = make_problem(dtype=dtype, device=GPU, first_layer=first_layer, **{**SIZES["ragged"], name: 0}).requires_grad()
+    gradient = torch.randn(problem.input.shape[0], 43, device=GPU).to(dtype)
+    actual, expected = all_results(problem, gradient, **OPTIONS), reference_results(problem, gradient, **OPTIONS)
+    for key, value in expected.items():
+        assert_close(actual[key], value, dtype, key, factor=10)
+
+
+def test_float16_gradients_have_the_range_of_float32_beyond_the_crossing_point(monkeypatch):
+    """Under a loss's scale the logits' gradient is larger than any float16, though that of the input is not."""
+    problem = make_problem(dtype=torch.float16, device=GPU, **SIZES["ragged"]).map(lambda x: x / 64).requires_grad()
+    gradient = torch.full((6, 43), 40_000.0, device=GPU).to(torch.float16)
+    for crossing in (NEVER, ALWAYS):
+        monkeypatch.setenv(FUSED_SCORES, crossing)
+        results = all_results(problem, gradient, gamma=1.0, rule="softmax")
+        assert results["input"].isfinite().all() and results["weight"].isfinite().all()
+
+
 @pytest.mark.parametrize("rule", reference.RULES)
 def test_more_members_than_fit_into_shared_memory(rule):
     sizes = dict(batch=3, num_classes=6100, num_few=2, top_k=6050, in_features=4, pca_dim=1, hidden=3)
@@ -252,9 +275,11 @@ def test_more_members_than_fit_into_shared_memory(rule):
 
 
 @real_gpu
+@pytest.mark.parametrize("crossing", [NEVER, ALWAYS], ids=["products apart", "one launch"])
 @pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
-def test_graph_of_forward_and_backward(first_layer):
+def test_graph_of_forward_and_backward(monkeypatch, first_layer, crossing):
     """Captured once, replayed on other inputs: launches whose blocks wait for each other can be captured, too."""
+    monkeypatch.setenv(FUSED_SCORES, crossing)
     options = dict(dtype=torch.float32, device=GPU, first_layer=first_layer, **SIZES["aligned"])
     problem = make_problem(**options).requires_grad()
     gradient = torch.randn(64, 200, device=GPU)
@@ -298,9 +323,11 @@ def test_two_streams_at_once():
                 assert one[name].equal(value), name
 
 
+@pytest.mark.parametrize("crossing", [NEVER, ALWAYS], ids=["products apart", "one launch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("first_layer", ["separate", "shared", "factored"])
-def test_one_launch_gives_the_same_bits_every_time(dtype, first_layer):
+def test_a_head_gives_the_same_bits_every_time(monkeypatch, dtype, first_layer, crossing):
+    monkeypatch.setenv(FUSED_SCORES, crossing)
     problem = make_problem(dtype=dtype, device=GPU, first_layer=first_layer, **SIZES["long"]).requires_grad()
     gradient = torch.randn(130, 130, device=GPU).to(dtype)
     first = all_results(problem, gradient, **OPTIONS)

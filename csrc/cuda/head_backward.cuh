@@ -34,6 +34,10 @@ int64_t head_backward_shared_bytes(const HeadBackwardParams& params) {
   return size * (panels > largest ? panels : largest);
 }
 
+inline int64_t size_of(ScalarType dtype) {
+  return dtype == ScalarType::Float64 ? 8 : dtype == ScalarType::Float32 ? 4 : 2;
+}
+
 // The sums of grad_z that one block makes: one vector a lane.
 ALPHAEXT_HOST_DEVICE int64_t grad_z_columns(int64_t element_size) { return kWarp * (16 / element_size); }
 
@@ -54,14 +58,14 @@ int64_t head_backward_blocks(const HeadBackwardParams& p) {
     at_least(tiles_along(p.num_few, edge) * tiles_along(p.inputs, edge));
   }
   if (p.grad_z != nullptr && !p.shared_first) {
-    at_least(p.num_few * tiles_along(p.inputs, grad_z_columns(p.dtype == ScalarType::Float64 ? 8 : 2)));
+    at_least(p.num_few * tiles_along(p.inputs, grad_z_columns(size_of(p.dtype))));
   }
   return most;
 }
 
 template <typename T>
 __device__ __forceinline__ accumulate_t<T> saved_logit(const HeadBackwardParams& params, int64_t place) {
-  if (params.weight == nullptr) return wide(static_cast<const T*>(params.input)[place]);
+  if (params.logits == nullptr) return wide(static_cast<const T*>(params.input)[place]);
   return static_cast<const accumulate_t<T>*>(params.logits)[place];
 }
 
@@ -119,18 +123,17 @@ __device__ __forceinline__ void differentiate_class(const HeadBackwardParams& pa
   const int64_t own = ids[0];
   for (int64_t k = threadIdx.x / kWarp; k < members; k += blockDim.x / kWarp) {
     const int64_t id = ids[k];
+    const bool exists = in_range(id, num_classes);
+    const Acc removed = exists && bias != nullptr && k != 0 ? wide(bias[id]) : Acc(0);
+    const int64_t read = exists ? id : 0;
     Acc sum = 0;
     if (in_range(own, num_classes)) {
       ALPHAEXT_UNROLL(4)
       for (int64_t b = lane_index(); b < params.batch; b += kWarp) {
         const int64_t row = b * num_classes;
-        Acc logit = Acc(float_of(0x7fc00000u));  // NaN
-        if (in_range(id, num_classes)) {
-          logit = saved_logit<T>(params, row + id);
-          if (bias != nullptr && k != 0) logit -= wide(bias[id]);
-        }
-        sum += wide(grad_scores[row + own]) * logit;
+        sum += wide(grad_scores[row + own]) * (saved_logit<T>(params, row + read) - removed);
       }
+      if (!exists && params.batch > 0) sum = Acc(float_of(0x7fc00000u));  // NaN
     }
     sum = warp_sum(sum);
     if (lane_index() == 0) grad_raw[k] = sum;
@@ -313,38 +316,55 @@ __device__ __forceinline__ void differentiate_all_inputs(const HeadBackwardParam
   }
 }
 
-// Sums over the classes, for weights that all classes share; a thread per element, classes in order.
+// store(c, sum over r < count of term(r, c)) for every column c < width: a block for 32 neighbouring columns, whose warps take the
+// rows in turn; then their sums are added up in order. `shared` has a number for each thread.
+template <typename Acc, typename Term, typename Store>
+__device__ __forceinline__ void sum_columns(int64_t width, int64_t count, Acc* shared, const Term& term, const Store& store) {
+  const int64_t warps = blockDim.x / kWarp;
+  for (int64_t chunk = blockIdx.x; chunk < tiles_along(width, kWarp); chunk += gridDim.x) {
+    const int64_t column = chunk * kWarp + lane_index();
+    Acc sum = 0;
+    if (column < width) {
+      ALPHAEXT_UNROLL(4)
+      for (int64_t row = threadIdx.x / kWarp; row < count; row += warps) sum += term(row, column);
+    }
+    shared[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x < kWarp && column < width) {
+      for (int64_t warp = 1; warp < warps; ++warp) sum += shared[warp * kWarp + threadIdx.x];
+      store(column, sum);
+    }
+    __syncthreads();
+  }
+}
+
+// Sums over the classes, for weights that all classes share.
 template <typename T>
-__device__ __forceinline__ void sum_over_classes(const HeadBackwardParams& params) {
+__device__ __forceinline__ void sum_over_classes(const HeadBackwardParams& params, accumulate_t<T>* shared) {
   using Acc = accumulate_t<T>;
   const int64_t members = params.members, hidden = params.hidden, num_few = params.num_few;
   const Acc* const grad_raw = static_cast<const Acc*>(params.grad_raw);
   const Acc* const grad_preactivation = static_cast<const Acc*>(params.grad_preactivation);
   const Acc* const before = static_cast<const Acc*>(params.preactivation);
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   if (params.shared_second && params.grad_w2 != nullptr) {
-    for (int64_t element = thread; element < members * hidden; element += threads) {
-      const int64_t k = element / hidden, h = element - k * hidden;
-      Acc sum = 0;
-      ALPHAEXT_UNROLL(8)
-      for (int64_t f = 0; f < num_few; ++f) {
-        const Acc value = before[f * hidden + h];
-        sum += grad_raw[f * members + k] * (value < Acc(0) ? Acc(0) : value);
-      }
-      static_cast<T*>(params.grad_w2)[element] = narrowed<T>(sum);
-    }
+    sum_columns(
+        members * hidden, num_few, shared,
+        [&](int64_t f, int64_t element) {
+          const Acc value = before[f * hidden + element % hidden];
+          return grad_raw[f * members + element / hidden] * (value < Acc(0) ? Acc(0) : value);
+        },
+        [&](int64_t element, Acc sum) { static_cast<T*>(params.grad_w2)[element] = narrowed<T>(sum); });
   }
-  const auto add_up = [&](const Acc* rows, int64_t width, T* out) {
-    for (int64_t element = thread; element < width; element += threads) {
-      Acc sum = 0;
-      ALPHAEXT_UNROLL(8)
-      for (int64_t f = 0; f < num_few; ++f) sum += rows[f * width + element];
-      out[element] = narrowed<T>(sum);
-    }
-  };
-  if (params.shared_second && params.grad_b2 != nullptr) add_up(grad_raw, members, static_cast<T*>(params.grad_b2));
-  if (params.shared_first && params.grad_b1 != nullptr) add_up(grad_preactivation, hidden, static_cast<T*>(params.grad_b1));
+  if (params.shared_second && params.grad_b2 != nullptr) {
+    sum_columns(
+        members, num_few, shared, [&](int64_t f, int64_t k) { return grad_raw[f * members + k]; },
+        [&](int64_t k, Acc sum) { static_cast<T*>(params.grad_b2)[k] = narrowed<T>(sum); });
+  }
+  if (params.shared_first && params.grad_b1 != nullptr) {
+    sum_columns(
+        hidden, num_few, shared, [&](int64_t f, int64_t h) { return grad_preactivation[f * hidden + h]; },
+        [&](int64_t h, Acc sum) { static_cast<T*>(params.grad_b1)[h] = narrowed<T>(sum); });
+  }
 }
 
 template <typename T, int kBlockSide>
@@ -364,7 +384,7 @@ __global__ void __launch_bounds__(kBlockSide* kBlockSide, blocks_of_head<T>)
   if (!waits) return;
   grid_barrier();
 
-  sum_over_classes<T>(params);
+  sum_over_classes<T>(params, shared);
   // Four products of a float32 (float64) array with one of T, all through one copy of the code.
   const Acc* const grad_logits = static_cast<const Acc*>(params.grad_logits);
   const Acc* const grad_preactivation = static_cast<const Acc*>(params.grad_preactivation);

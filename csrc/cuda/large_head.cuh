@@ -58,20 +58,41 @@ __device__ __forceinline__ void copy_logits(const From* logits, accumulate_t<T>*
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const bool aligned = rows_are_aligned<From>(logits, 0) && reinterpret_cast<uintptr_t>(scores) % sizeof(Pack<T, kSize>) == 0;
   const int64_t vectors = aligned ? count / kSize : 0;
-  for (int64_t v = thread; v < vectors; v += threads) {
-    Vector<From> loaded = load_vector<true>(logits, v * kSize, count);
-    Pack<T, kSize> made;
-    int64_t c = bias != nullptr ? v * kSize % num_classes : 0;
-    for (int i = 0; i < kSize; ++i) {
-      Acc logit = wide(loaded.values[i]);
-      if (bias != nullptr) {
-        logit += wide(bias[c]);
-        c = c + 1 < num_classes ? c + 1 : 0;
-        with_bias[v * kSize + i] = logit;
-      }
-      made.values[i] = narrowed<T>(logit);
+  constexpr int kAtOnce = 4;
+  for (int64_t first = thread; first < vectors; first += kAtOnce * threads) {
+    // All loads before the first store: `scores` might be what is read next, for all that the compiler knows.
+    Vector<From> loaded[kAtOnce];
+    Acc added[kAtOnce][kSize];
+    ALPHAEXT_UNROLL(4)
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t v = first + u * threads;
+      loaded[u] = load_vector<true>(logits, v < vectors ? v * kSize : count, count);
     }
-    *reinterpret_cast<Pack<T, kSize>*>(scores + v * kSize) = made;
+    if (bias != nullptr) {
+      ALPHAEXT_UNROLL(4)
+      for (int u = 0; u < kAtOnce; ++u) {
+        int64_t c = (first + u * threads) * kSize % num_classes;
+        for (int i = 0; i < kSize; ++i) {
+          added[u][i] = wide(bias[c]);
+          c = c + 1 < num_classes ? c + 1 : 0;
+        }
+      }
+    }
+    ALPHAEXT_UNROLL(4)
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t v = first + u * threads;
+      if (v >= vectors) break;
+      Pack<T, kSize> made;
+      Pack<Acc, kSize> sums;
+      for (int i = 0; i < kSize; ++i) {
+        Acc logit = wide(loaded[u].values[i]);
+        if (bias != nullptr) logit += added[u][i];
+        sums.values[i] = logit;
+        made.values[i] = narrowed<T>(logit);
+      }
+      if (bias != nullptr) *reinterpret_cast<Pack<Acc, kSize>*>(with_bias + v * kSize) = sums;
+      *reinterpret_cast<Pack<T, kSize>*>(scores + v * kSize) = made;
+    }
   }
   for (int64_t i = vectors * kSize + thread; i < count; i += threads) {
     Acc logit = wide(logits[i]);
@@ -86,7 +107,7 @@ __device__ __forceinline__ void copy_logits(const From* logits, accumulate_t<T>*
 // The original classifier's logit.
 template <typename T>
 __device__ __forceinline__ accumulate_t<T> given_logit(const HeadParams& params, int64_t place) {
-  if (params.weight == nullptr) return wide(static_cast<const T*>(params.input)[place]);
+  if (params.logits == nullptr) return wide(static_cast<const T*>(params.input)[place]);
   return static_cast<const accumulate_t<T>*>(params.logits)[place];
 }
 
@@ -109,7 +130,9 @@ __device__ __forceinline__ void mix_rows(const HeadParams& params, int64_t few, 
     const Acc removed = exists && bias != nullptr && k != 0 ? wide(bias[id]) : Acc(0);
     ALPHAEXT_UNROLL(4)
     for (int r = 0; r < kRowsAtOnce; ++r) {
-      if (r < rows) sums[r] += factor * (given_logit<T>(params, (row + r) * num_classes + (exists ? id : 0)) - removed);
+      // Rows that do not exist read the last one that does: no branch, so all loads are on their way at once.
+      const int64_t here = row + (r < rows ? r : rows - 1);
+      sums[r] += factor * (given_logit<T>(params, here * num_classes + (exists ? id : 0)) - removed);
     }
   }
   ALPHAEXT_UNROLL(4)
@@ -138,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of_head<T>)
     }
     const int64_t count = p.batch * p.num_classes;
     T* const scores = static_cast<T*>(p.scores);
-    if (p.weight == nullptr) {
+    if (p.logits == nullptr) {
       copy_logits<T>(static_cast<const T*>(p.input), static_cast<Acc*>(nullptr), static_cast<const T*>(nullptr), scores, count,
                      p.num_classes);
     } else {
@@ -193,10 +216,10 @@ inline int64_t large_head_backward_blocks(const LargeHeadBackwardParams& params,
   int64_t most = p.grad_w1 != nullptr ? p.num_few * p.hidden : p.num_few;
   for (const int64_t jobs : {
            p.grad_logits != nullptr ? tiles_along(p.batch, kRowsAtOnce) * columns : int64_t{0},
-           p.grad_bias != nullptr ? columns : int64_t{0},
-           p.grad_z != nullptr ? p.num_few * tiles_along(p.inputs, grad_z_columns(p.dtype == ScalarType::Float64 ? 8 : 2)) : int64_t{0},
-           of_weights ? tiles_along(p.members * p.hidden, threads) : int64_t{0},
-           p.shared_first && p.grad_b1 != nullptr ? tiles_along(p.hidden, threads) : int64_t{0},
+           p.grad_bias != nullptr ? tiles_along(p.num_classes, kWarp) : int64_t{0},
+           p.grad_z != nullptr ? p.num_few * tiles_along(p.inputs, grad_z_columns(size_of(p.dtype))) : int64_t{0},
+           of_weights ? tiles_along(p.members * p.hidden, kWarp) : int64_t{0},
+           p.shared_first && p.grad_b1 != nullptr ? tiles_along(p.hidden, kWarp) : int64_t{0},
            int64_t{1},
        }) {
     most = jobs > most ? jobs : most;
@@ -229,34 +252,45 @@ __device__ __forceinline__ void gather_column(const LargeHeadBackwardParams& par
       if (r < rows) sums[r] += factor * wide(grad_scores[r * num_classes + own]);
     }
   }
-  T* const grad_logits = static_cast<T*>(p.grad_logits) + row * num_classes + column;
+  const int64_t place = row * num_classes + column;
   ALPHAEXT_UNROLL(4)
   for (int r = 0; r < kRowsAtOnce; ++r) {
     if (r < rows) {
       const Acc sum = is_few ? sums[r] : sums[r] + wide(grad_scores[r * num_classes + column]);
-      grad_logits[r * num_classes] = narrowed<T>(sum);
+      if (params.keeps_wide) {
+        static_cast<Acc*>(p.grad_logits)[place + r * num_classes] = sum;
+      } else {
+        static_cast<T*>(p.grad_logits)[place + r * num_classes] = narrowed<T>(sum);
+      }
     }
   }
 }
 
-// The bias's gradient, a thread per class, rows in order; from grad_logits as they were kept.
 template <typename T>
-__device__ __forceinline__ void sum_over_batch(const HeadBackwardParams& p) {
+__device__ __forceinline__ accumulate_t<T> kept_gradient(const LargeHeadBackwardParams& params, int64_t place) {
+  if (params.keeps_wide) return static_cast<const accumulate_t<T>*>(params.head.grad_logits)[place];
+  return wide(static_cast<const T*>(params.head.grad_logits)[place]);
+}
+
+// The bias's gradient, from grad_logits as they were kept.
+template <typename T>
+__device__ __forceinline__ void sum_over_batch(const LargeHeadBackwardParams& params, accumulate_t<T>* shared) {
   using Acc = accumulate_t<T>;
+  const HeadBackwardParams& p = params.head;
   const int64_t num_classes = p.num_classes;
   const bool keeps_own = p.rule.rule == Rule::L1;      // then a bias reaches its own score only
-  const bool given = p.weight == nullptr;              // the logits hold the biases already: l1 only takes them out
+  const bool given = p.logits == nullptr;              // the logits hold the biases already: l1 only takes them out
   const bool through_logits = keeps_own == given;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (int64_t c = thread; c < num_classes; c += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    Acc of_logits = 0, of_scores = 0;
-    ALPHAEXT_UNROLL(4)
-    for (int64_t b = 0; b < p.batch; ++b) {
-      if (through_logits) of_logits += wide(static_cast<const T*>(p.grad_logits)[b * num_classes + c]);
-      if (keeps_own) of_scores += wide(static_cast<const T*>(p.grad_scores)[b * num_classes + c]);
-    }
-    static_cast<T*>(p.grad_bias)[c] = narrowed<T>(keeps_own ? of_scores - of_logits : of_logits);
-  }
+  sum_columns(
+      num_classes, p.batch, shared,
+      [&](int64_t b, int64_t c) {
+        const int64_t place = b * num_classes + c;
+        Acc sum = 0;
+        if (keeps_own) sum += wide(static_cast<const T*>(p.grad_scores)[place]);
+        if (through_logits) sum += keeps_own ? -kept_gradient<T>(params, place) : kept_gradient<T>(params, place);
+        return sum;
+      },
+      [&](int64_t c, Acc sum) { static_cast<T*>(p.grad_bias)[c] = narrowed<T>(sum); });
 }
 
 template <typename T>
@@ -277,8 +311,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of_head<T>)
     if (stages & kSums) grid_barrier();
   }
   if (stages & kSums) {
-    sum_over_classes<T>(p);
-    if (p.grad_bias != nullptr) sum_over_batch<T>(p);
+    sum_over_classes<T>(p, shared);
+    if (p.grad_bias != nullptr) sum_over_batch<T>(params, shared);
     differentiate_all_inputs<T>(p, shared);
   }
 }

@@ -202,6 +202,7 @@ struct HeadCase {
   struct Results {
     Buffer<T> input, weight, bias, z, w1, b1, w2, b2;
     Buffer<T> kept_logits;    // large heads: the logits' gradient, for cuBLAS
+    Buffer<Acc> wide_logits;  // or so, for float16
     Buffer<Acc> kept_before;  // and the pre-activation's
   };
   enum Asked { kInput = 1, kWeight = 2, kBias = 4, kZ = 8, kW1 = 16, kB1 = 32, kW2 = 64, kB2 = 128, kAll = 255 };
@@ -224,7 +225,7 @@ struct HeadCase {
   Results room_for(int asked) const {
     const auto room = [&](Asked bit, const Buffer<T>& of) { return Buffer<T>(asked & bit ? of.size() : 0, s.lead); };
     return {room(kInput, input), room(kWeight, weight), room(kBias, bias), room(kZ, z),     room(kW1, w1),
-            room(kB1, b1),       room(kW2, w2),         room(kB2, b2),     Buffer<T>(0), Buffer<Acc>(0)};
+            room(kB1, b1),       room(kW2, w2),         room(kB2, b2),     Buffer<T>(0), Buffer<Acc>(0), Buffer<Acc>(0)};
   }
 
   HeadBackwardParams backward_params(const Start& start, const Results& out, void* grad_logits, void* grad_raw,
@@ -260,7 +261,11 @@ struct HeadCase {
   Results run_large_backward(const Start& start, int asked, int cut, bool staged) const {
     Results out = room_for(asked & ~(kInput | kWeight | (shared_first ? kW1 | kZ : 0)));
     const bool bias_through_logits = (asked & kBias) && (s.rule.rule == Rule::L1) != from_features;
-    if ((asked & (kInput | kWeight)) || bias_through_logits) out.kept_logits = Buffer<T>(s.batch * s.num_classes, s.lead);
+    const bool keeps_wide = from_features && std::is_same_v<T, float16>;
+    if ((asked & (kInput | kWeight)) || bias_through_logits) {
+      if (keeps_wide) out.wide_logits = Buffer<Acc>(s.batch * s.num_classes, s.lead);
+      else out.kept_logits = Buffer<T>(s.batch * s.num_classes, s.lead);
+    }
     if ((asked & kZ) || (shared_first && (asked & (kW1 | kB1)))) out.kept_before = Buffer<Acc>(s.num_few * s.hidden, s.lead);
     const bool of_shared_second = s.shared_second && (asked & (kW2 | kB2));
     const Buffer<Acc> grad_raw(of_shared_second || !staged ? s.num_few * s.members : 0, s.lead);
@@ -273,8 +278,9 @@ struct HeadCase {
       offsets.data()[c] = std::count_if(id_values.begin(), id_values.end(), [&](int64_t id) { return id < c; });
     }
     const LargeHeadBackwardParams p{
-        backward_params(start, out, out.kept_logits.data(), grad_raw.data(), out.kept_before.data()), entries.data(),
-        offsets.data()};
+        backward_params(start, out, keeps_wide ? static_cast<void*>(out.wide_logits.data()) : out.kept_logits.data(),
+                        grad_raw.data(), out.kept_before.data()),
+        entries.data(), offsets.data(), keeps_wide};
     int64_t bytes = staged ? (2 * s.members + kBlock) * static_cast<int64_t>(sizeof(Acc)) : kBlock * static_cast<int64_t>(sizeof(Acc));
     if (out.z.data() != nullptr) bytes = std::max<int64_t>(bytes, kBlock * (16 / static_cast<int64_t>(sizeof(T))) * static_cast<int64_t>(sizeof(Acc)));
     launch_stages(cuda::large_head_backward_kernel<T>, p, cuda::large_head_backward_stages(p),
@@ -288,7 +294,8 @@ struct HeadCase {
     CHECK(equal(one.input, two.input) && equal(one.weight, two.weight) && equal(one.bias, two.bias));
     CHECK(equal(one.z, two.z) && equal(one.w1, two.w1) && equal(one.b1, two.b1));
     CHECK(equal(one.w2, two.w2) && equal(one.b2, two.b2));
-    CHECK(equal(one.kept_logits, two.kept_logits) && equal(one.kept_before, two.kept_before));
+    CHECK(equal(one.kept_logits, two.kept_logits) && equal(one.wide_logits, two.wide_logits));
+    CHECK(equal(one.kept_before, two.kept_before));
   }
 
   void backward() {
@@ -339,6 +346,7 @@ struct HeadCase {
       check(all.input, mix.logits, s.num_few, 1, "grad_input");
     }
     check(all.kept_logits, mix.logits, s.num_few, 1, "grad_logits");
+    check(all.wide_logits, mix.logits, s.num_few, 1, "grad_logits, wide");
     // A large head's sums over the batch are of what was kept, rounded to T.
     const Doubles of_logits =
         naive::sum_rows(s.batch, s.num_classes, all.kept_logits.size() > 0 ? all.kept_logits.doubles() : mix.logits);

@@ -82,7 +82,7 @@ struct Head {
             all ? grad_bias.data() : nullptr, all ? grad_z.data() : nullptr, grad_w1.data(), grad_b1.data(), grad_w2.data(),
             grad_b2.data(), all ? grad_logits.data() : nullptr, nullptr, all ? grad_preactivation.data() : nullptr};
   }
-  LargeHeadBackwardParams large_backward(bool all) const { return {backward(all), entries.data(), offsets.data()}; }
+  LargeHeadBackwardParams large_backward(bool all) const { return {backward(all), entries.data(), offsets.data(), false}; }
 };
 
 void test_launches() {
