@@ -4,8 +4,9 @@
     python tests/emulated_gpu.py build/emulated --test   # and run the tests that it can run
     ALPHAEXT_EMULATED_GPU=build/emulated pytest -m gpu   # those that need a GPU
 
-Every CUDA source is compiled by the C++ compiler against tests/cpp/cuda_shim.h and cuda_runtime_shim.h; then GPU tests run on
-CPU tensors (conftest.py). What it cannot show: streams, graphs, a GPU's memory order, and speed.
+Needs pybind11 and a compiler with C++20. Every CUDA source is compiled by the C++ compiler against tests/cpp/cuda_shim.h and
+cuda_runtime_shim.h; then GPU tests run on CPU tensors (conftest.py). What it cannot show: streams, graphs, a GPU's memory
+order, and speed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _KEPT: list[object] = []
 
 def flags() -> list[str]:
     """Of the compiler, for every source."""
-    import pybind11
+    try:
+        import pybind11
+    except ImportError:
+        raise SystemExit('the emulated GPU is built with pybind11: pip install "pybind11>=2.13"') from None
     from torch.utils import cpp_extension
 
     defined = {"ALPHAEXT_WITH_CUDA": "1", "ALPHAEXT_EMULATED_GPU": "1", "SHIM_FIBERS": "1", "TORCH_EXTENSION_NAME": "_C"}
