@@ -36,27 +36,11 @@ struct DenseCall {
         z(as_contiguous(call.z)), w1(as_contiguous(call.w1)) {}
 };
 
-// ---- Forward -----------------------------------------------------------------------------------------------------------
-
-// The logits by cuBLAS, and whether they still lack the bias. float32 is multiplied in TF32 only where torch allows it. 16-bit
-// operands go to the tensor cores, whose float32 sums are kept; that product takes no bias along.
-std::pair<Tensor, bool> product_with_classifier(const HeadCall& call) {
-  const TorchType type = call.type(), wide = call.wide();
-  const bool is_empty = call.s.batch == 0 || call.s.num_classes == 0 || call.input.size(1) == 0;
-  if (type != wide && !is_empty) {
-    const Tensor transposed = torch::stable::transpose(*call.weight, 0, 1);
-    return {as_contiguous(aten::mm(call.input, transposed, wide)), call.bias.has_value()};
-  }
-  std::optional<Tensor> bias;
-  if (call.bias) bias = as_type(*call.bias, wide);
-  return {as_contiguous(aten::linear(as_type(call.input, wide), as_type(*call.weight, wide), bias)), false};
-}
-
-// What both kinds of launch are told. `logits` is null where the logits are the input.
-HeadParams forward_params(const HeadCall& call, const DenseCall& given, const HeadResults& results) {
-  const auto& [scores, preactivation, raw, alpha, logits] = results;
+// What every launch is told of the call.
+template <typename Params>
+Params params_of(const HeadCall& call, const DenseCall& given) {
   const Sizes& s = call.s;
-  HeadParams p{};
+  Params p{};
   p.dtype = kernel_type(call.type());
   p.rule = call.rule;
   p.batch = s.batch;
@@ -74,8 +58,31 @@ HeadParams forward_params(const HeadCall& call, const DenseCall& given, const He
   p.member_ids = static_cast<const int64_t*>(call.ids.const_data_ptr());
   p.z = given.w1 ? data_of(given.z) : nullptr;
   p.w1 = data_of(given.w1);
-  p.b1 = given.b1.const_data_ptr();
   p.w2 = given.w2.const_data_ptr();
+  return p;
+}
+
+// ---- Forward -----------------------------------------------------------------------------------------------------------
+
+// The logits by cuBLAS, and whether they still lack the bias. float32 is multiplied in TF32 only where torch allows it. 16-bit
+// operands go to the tensor cores, whose float32 sums are kept; that product takes no bias along.
+std::pair<Tensor, bool> product_with_classifier(const HeadCall& call) {
+  const TorchType type = call.type(), wide = call.wide();
+  const bool is_empty = call.s.batch == 0 || call.s.num_classes == 0 || call.input.size(1) == 0;
+  if (type != wide && !is_empty) {
+    const Tensor transposed = torch::stable::transpose(*call.weight, 0, 1);
+    return {as_contiguous(aten::mm(call.input, transposed, wide)), call.bias.has_value()};
+  }
+  std::optional<Tensor> bias;
+  if (call.bias) bias = as_type(*call.bias, wide);
+  return {as_contiguous(aten::linear(as_type(call.input, wide), as_type(*call.weight, wide), bias)), false};
+}
+
+// `logits` is null where the logits are the input.
+HeadParams forward_params(const HeadCall& call, const DenseCall& given, const HeadResults& results) {
+  const auto& [scores, preactivation, raw, alpha, logits] = results;
+  HeadParams p = params_of<HeadParams>(call, given);
+  p.b1 = given.b1.const_data_ptr();
   p.b2 = given.b2.const_data_ptr();
   p.preactivation = preactivation.mutable_data_ptr();
   p.raw = raw.mutable_data_ptr();
@@ -149,26 +156,7 @@ struct BackwardRoom {
 
 HeadBackwardParams backward_params(const HeadCall& call, const DenseCall& given, const BackwardCall& backward,
                                    const Gradients& gradients, const BackwardRoom& room) {
-  const Sizes& s = call.s;
-  HeadBackwardParams p{};
-  p.dtype = kernel_type(call.type());
-  p.rule = call.rule;
-  p.batch = s.batch;
-  p.features = call.input.size(1);
-  p.num_classes = s.num_classes;
-  p.num_few = s.num_few;
-  p.hidden = s.hidden;
-  p.members = s.members;
-  p.inputs = s.inputs;
-  p.shared_first = s.shared_first_layer;
-  p.shared_second = s.shared_second_layer;
-  p.input = given.input.const_data_ptr();
-  p.weight = given.with_products ? data_of(given.weight) : nullptr;
-  p.bias = data_of(given.bias);
-  p.member_ids = static_cast<const int64_t*>(call.ids.const_data_ptr());
-  p.z = given.w1 ? data_of(given.z) : nullptr;
-  p.w1 = data_of(given.w1);
-  p.w2 = given.w2.const_data_ptr();
+  HeadBackwardParams p = params_of<HeadBackwardParams>(call, given);
   p.preactivation = backward.preactivation.const_data_ptr();
   p.raw = backward.raw.const_data_ptr();
   p.alpha = backward.alpha.const_data_ptr();

@@ -27,7 +27,6 @@ GPU = "cpu" if DIRECTORY else "cuda"
 # What is run beside the GPU tests: heads and trainings against the plain reference. Long trainings are left out.
 TESTS = ["test_modules.py", "test_direct.py", "test_training_options.py", "test_engines.py"]
 LONG = "not 300_steps and not long_trainings"
-SOURCES = ("ops.cpp", "cpu_head.cpp", "gpu_head.cpp", "training_ops.cpp", "module.cpp")
 
 
 _KEPT: list[object] = []
@@ -60,7 +59,8 @@ def build(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "c++")
     listed = (ROOT / "csrc" / "sources.txt").read_text(encoding="utf-8").splitlines()
-    names = [*SOURCES, *(name for line in listed if (name := line.partition("#")[0].strip()))]
+    operators = sorted(path.name for path in (ROOT / "csrc").glob("*.cpp"))
+    names = [*operators, *(name for line in listed if (name := line.partition("#")[0].strip()))]
     common = flags()
     newest = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*.*h"), *ROOT.glob("tests/cpp/*shim*"), Path(__file__)])
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,6 +306,15 @@ NOT_NATIVE = {
     "the head is a OwnHead, which may compute something else than AlphaNet": (own_class, None),
     "b2 does not ask for a gradient": (frozen, None),
 }
+
+
+@pytest.mark.parametrize("trains_there", [True, False])
+def test_a_gpu_that_cannot_train_leaves_it_to_the_cpu(monkeypatch, trains_there):
+    gpu = torch.device("cuda", 0)
+    head = SimpleNamespace(weight=SimpleNamespace(is_cuda=True, device=gpu))
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    monkeypatch.setattr(torch.ops.alphaext, "trains_on", lambda tensor: trains_there)
+    assert engines.native_device(head) == (gpu if trains_there else torch.device("cpu"))
 
 
 @pytest.mark.parametrize("reason", NOT_NATIVE)

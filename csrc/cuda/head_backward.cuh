@@ -63,8 +63,9 @@ int64_t head_backward_blocks(const HeadBackwardParams& p) {
   return most;
 }
 
-template <typename T>
-__device__ __forceinline__ accumulate_t<T> saved_logit(const HeadBackwardParams& params, int64_t place) {
+// The original classifier's logit, where `logits` or else `input` holds it.
+template <typename T, typename Params>
+__device__ __forceinline__ accumulate_t<T> saved_logit(const Params& params, int64_t place) {
   if (params.logits == nullptr) return wide(static_cast<const T*>(params.input)[place]);
   return static_cast<const accumulate_t<T>*>(params.logits)[place];
 }

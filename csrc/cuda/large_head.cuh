@@ -104,13 +104,6 @@ __device__ __forceinline__ void copy_logits(const From* logits, accumulate_t<T>*
   }
 }
 
-// The original classifier's logit.
-template <typename T>
-__device__ __forceinline__ accumulate_t<T> given_logit(const HeadParams& params, int64_t place) {
-  if (params.logits == nullptr) return wide(static_cast<const T*>(params.input)[place]);
-  return static_cast<const accumulate_t<T>*>(params.logits)[place];
-}
-
 // The scores of a few class in some rows, by one thread.
 template <typename T>
 __device__ __forceinline__ void mix_rows(const HeadParams& params, int64_t few, int64_t row, int64_t rows) {
@@ -132,7 +125,7 @@ __device__ __forceinline__ void mix_rows(const HeadParams& params, int64_t few, 
     for (int r = 0; r < kRowsAtOnce; ++r) {
       // Rows that do not exist read the last one that does: no branch, so all loads are on their way at once.
       const int64_t here = row + (r < rows ? r : rows - 1);
-      sums[r] += factor * (given_logit<T>(params, here * num_classes + (exists ? id : 0)) - removed);
+      sums[r] += factor * (saved_logit<T>(params, here * num_classes + (exists ? id : 0)) - removed);
     }
   }
   ALPHAEXT_UNROLL(4)
