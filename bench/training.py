@@ -3,7 +3,7 @@
     python bench/training.py --results NAME          # all parts, some five minutes on two cores
     python bench/training.py --parts training sweep
 
-On a GPU: bench/gpu_training.py.
+On a GPU: the stage "training" of bench/gpu.py.
 
 Class counts are those of ImageNet-LT and Places-LT, features and classifiers are drawn at random. Peers that would take minutes
 or hours are timed over enough steps for a median, and multiplied; the table says so. Each part writes its results as soon as it

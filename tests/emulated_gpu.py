@@ -27,6 +27,8 @@ GPU = "cpu" if DIRECTORY else "cuda"
 # What is run beside the GPU tests: heads and trainings against the plain reference. Long trainings are left out.
 TESTS = ["test_modules.py", "test_direct.py", "test_training_options.py", "test_engines.py"]
 LONG = "not 300_steps and not long_trainings"
+# The command that proves the package on a GPU, from its first stage to its last.
+ORDER = "bench/test_gpu_order.py"
 
 
 _KEPT: list[object] = []
@@ -100,7 +102,7 @@ def test(directory: Path) -> int:
     """Run the tests; returns pytest's exit code, the worse of two."""
     environment = {**os.environ, "ALPHAEXT_EMULATED_GPU": str(directory.resolve()), "OMP_NUM_THREADS": "1"}
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    selections = [["-m", "gpu"], ["-k", LONG, *(str(ROOT / "tests" / name) for name in TESTS)]]
+    selections = [["-m", "gpu"], ["-k", LONG, *(str(ROOT / "tests" / name) for name in [*TESTS, ORDER])]]
     return max(subprocess.run([*pytest, *selected], cwd=ROOT, env=environment).returncode for selected in selections)
 
 

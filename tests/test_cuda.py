@@ -305,6 +305,7 @@ def test_graph_of_forward_and_backward(monkeypatch, first_layer, crossing):
 
 
 @real_gpu
+@pytest.mark.streams
 def test_two_streams_at_once():
     problems = [make_problem(seed=seed, dtype=torch.float32, device=GPU, **SIZES["aligned"]).requires_grad() for seed in (0, 1)]
     gradient = torch.randn(64, 200, device=GPU)

@@ -5,15 +5,18 @@
 //   SHIM_BLOCKS       blocks that a multiprocessor holds at most (1)
 //   SHIM_COOPERATES   0: blocks of one launch cannot wait for each other (1)
 //   SHIM_SHARED       bytes of shared memory that a block may ask for (227 KiB)
+//   SHIM_HANGS        the launch, counted from 1, that never ends (0: none)
 #pragma once
 
 #include "cuda_shim.h"
 
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -95,6 +98,7 @@ cudaError_t start(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** a
   if (room == 0) return report(cudaErrorInvalidValue);
   if (cooperative && grid.x > room) return report(cudaErrorCooperativeLaunchTooLarge);
   ++(cooperative ? cooperative_launches : launches);
+  while (launches + cooperative_launches == setting("SHIM_HANGS", 0)) std::this_thread::sleep_for(std::chrono::seconds(1));
   call(kernel, {.grid = grid.x, .block = block.x, .shared_bytes = shared_bytes, .cooperative = cooperative}, arguments,
        std::index_sequence_for<Parameters...>{});
   return cudaSuccess;

@@ -1,29 +1,34 @@
-"""The limits of the card that the figures are held against: bandwidths, matrix rates, the cost of a launch.
-
-``python bench/gpu_limits.py --output FILE`` writes JSON after each measurement; ``python bench/gpu.py --stage limits`` runs it.
-"""
+"""The limits of the card that the figures are held against: bandwidths, the cost of a launch, matrix rates."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_probe import compile_probe
-from gpu_timing import Task, captured, time_interleaved, write_json
 from machine import seconds_to_read
 
+from gpu_proof.parts import Part
+from gpu_proof.probe import ROOT, compile_probe
+from gpu_proof.timing import Task, captured, time_interleaved
+
 # Far more than any cache holds.
-COPY_BYTES = 2**31
-MATRIX_SIZE = 8192
+COPY_BYTES, SMALL_BYTES = 2**31, 2**18
+MATRIX_SIZE, SMALL_MATRIX = 8192, 32
+# Where the probe is compiled.
+PROBE = ROOT / "build" / "gpu" / "probe"
 
 
 def _median_ms(function: Callable[[], object], device: str, rounds: int = 15) -> float:
     return time_interleaved({"": Task(function)}, device, rounds=rounds)[""].median_ms
+
+
+def rounded(value: float) -> float:
+    """Four digits of it."""
+    return float(f"{value:.4g}")
 
 
 def usable_bytes(device: str, wanted: int = COPY_BYTES) -> int:
@@ -68,53 +73,33 @@ def smallest_kernel_us(device: str) -> float:
     return 1000 * time_interleaved({"": task}, device, head_start=True)[""].median_ms
 
 
-def launch_costs(directory: Path) -> dict[str, Any]:
+def launch_costs(directory: Path = PROBE) -> dict[str, Any]:
     """What the compiled probe measures: an empty launch, and a cooperative one with a single barrier of the whole grid."""
     program = compile_probe(directory, "{}.{}".format(*torch.cuda.get_device_capability()))
     if isinstance(program, str):
-        return {"probe": f"left out: {program}"}
+        raise RuntimeError(f"there is no probe: {program}")
     finished = subprocess.run([str(program), "limits"], capture_output=True, text=True, timeout=60, check=False)
     if finished.returncode != 0:
-        return {"probe": f"failed: {finished.stderr.strip()[-300:]}"}
+        raise RuntimeError(f"the probe failed: {finished.stderr.strip()[-300:]}")
     costs: dict[str, Any] = json.loads(finished.stdout)
     return costs
 
 
-def measure(
-    device: str, output: Path | None, directory: Path, *, num_bytes: int = COPY_BYTES, size: int = MATRIX_SIZE
-) -> dict[str, Any]:
-    """Every limit; the file is written after each."""
-    limits: dict[str, Any] = {}
-    num_bytes = usable_bytes(device, num_bytes)
-    steps: list[tuple[str, Callable[[], float]]] = [
-        ("copy_gb_per_s", lambda: copy_bandwidth(device, num_bytes) / 1e9),
-        ("read_gb_per_s", lambda: read_bandwidth(device, num_bytes) / 1e9),
-        ("float32_tflop_per_s", lambda: matrix_rate(device, "float32", size) / 1e12),
-        ("tf32_tflop_per_s", lambda: matrix_rate(device, "tf32", size) / 1e12),
-        ("bfloat16_tflop_per_s", lambda: matrix_rate(device, "bfloat16", size) / 1e12),
-        ("smallest_torch_kernel_us", lambda: smallest_kernel_us(device)),
-    ]
-    for name, step in steps:
-        limits[name] = float(f"{step():.4g}")
-        print(f"{name} {limits[name]}", flush=True)
-        write_json(output, limits)
+def memory_and_launches(device: str, small: bool) -> Iterator[Part]:
+    """What the tables of the heads and of the training are held against."""
+
+    def bandwidth(measure: Callable[[str, int], float]) -> float:
+        return rounded(measure(device, SMALL_BYTES if small else usable_bytes(device)) / 1e9)
+
+    yield Part("copy_gb_per_s", lambda: bandwidth(copy_bandwidth))
     if device == "cuda":
-        limits.update(launch_costs(directory))
-        write_json(output, limits)
-    return limits
+        yield Part("launches", launch_costs)
+    yield Part("read_gb_per_s", lambda: bandwidth(read_bandwidth))
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--directory", type=Path, default=Path("build/gpu/probe"), help="where the probe is compiled")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("needs a GPU: torch sees none")
-    print(json.dumps(measure(options.device, options.output, options.directory)))
-
-
-if __name__ == "__main__":
-    main()
+def rates(device: str, small: bool) -> Iterator[Part]:
+    """Matrix rates, and PyTorch's own smallest kernel."""
+    size = SMALL_MATRIX if small else MATRIX_SIZE
+    for kind in ("float32", "tf32", "bfloat16"):
+        yield Part(f"{kind}_tflop_per_s", lambda kind=kind: rounded(matrix_rate(device, kind, size) / 1e12))
+    yield Part("smallest_torch_kernel_us", lambda: rounded(smallest_kernel_us(device)))

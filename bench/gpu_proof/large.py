@@ -1,27 +1,25 @@
 """Large heads on a GPU: where cuBLAS's products overtake the head in one launch, and what the rest costs beside such a product.
 
-``python bench/gpu_large.py --output FILE`` writes JSON after each row; ``python bench/gpu.py --stage large`` runs it. Heads are
-factored, the classifier is frozen: what differs between the two ways is then the product and the launches alone.
+Heads are factored, the classifier is frozen: what differs between the two ways is then the product and the launches alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_limits import copy_bandwidth, usable_bytes
-from gpu_timing import Task, captured, captured_backward, require_gpu, time_interleaved, write_json
 from torch import Tensor
 from torch.nn import functional
 
 from alphaext import ops
+from gpu_proof.parts import Part
+from gpu_proof.timing import Task, captured, captured_backward, time_interleaved
 
 # The variable that moves the crossing point: the most scores of a head that goes in one launch.
 FUSED_SCORES = "ALPHAEXT_FUSED_SCORES"
@@ -46,6 +44,7 @@ class LargeSize:
 _CROSSING = [(64, 1000), (256, 1000), (64, 10_000), (256, 4000), (256, 10_000), (1024, 4000), (1024, 10_000), (256, 40_000)]
 CROSSING = [LargeSize(batch, classes, classes // 8) for batch, classes in _CROSSING]
 LARGE = [LargeSize(4096, 100_000, 30_000), LargeSize(4096, 8142, 3224)]
+TINY = LargeSize(6, 40, 5, in_features=8, hidden=7)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -154,9 +153,7 @@ def bytes_of_large(size: LargeSize, element: int) -> dict[str, int]:
     return {"forward": forward, "backward": backward}
 
 
-def measure_large(
-    size: LargeSize, dtype: str, device: str, copy_bytes_per_s: float, rounds: int, budget: float
-) -> list[dict[str, Any]]:
+def measure_large(size: LargeSize, dtype: str, device: str, rounds: int, budget: float) -> list[dict[str, Any]]:
     """A large head beside the product that it holds, which PyTorch's linear layer takes, too."""
     problem = make_problem(size, device, DTYPES[dtype])
 
@@ -174,60 +171,27 @@ def measure_large(
         )
         taken, beside = times["ours"].median_ms, times["linear"].median_ms
         rows.append({"size": str(size), "dtype": dtype, "mode": mode, "ms": taken, "linear_ms": beside})
-        rows[-1] |= {"over_linear": taken / beside, "floor_of_the_rest_ms": 1e3 * moved[mode] / copy_bytes_per_s}
+        rows[-1] |= {"over_linear": taken / beside, "bytes_of_the_rest": moved[mode]}
     return rows
 
 
-def measure(
+def parts(
     device: str,
-    output: Path | None,
+    small: bool,
     *,
     crossing: Sequence[LargeSize] = tuple(CROSSING),
     large: Sequence[LargeSize] = tuple(LARGE),
     dtypes: Sequence[str] = tuple(DTYPES),
     rounds: int = 9,
     budget: float = 0.5,
-    num_bytes: int = 2**30,
-) -> dict[str, Any]:
-    """Both tables; the file is written after each row."""
-    report: dict[str, Any] = {"crossing": [], "large": [], "errors": []}
-    copy_bytes_per_s = copy_bandwidth(device, usable_bytes(device, num_bytes))
-
-    def rows_of(table: str, size: LargeSize, dtype: str) -> list[dict[str, Any]]:
-        if table == "crossing":
-            return measure_crossing(size, dtype, device, rounds, budget)
-        return measure_large(size, dtype, device, copy_bytes_per_s, rounds, budget)
-
-    jobs = [
-        (table, size, dtype)
-        for dtype in dtypes
-        for table, sizes in (("crossing", crossing), ("large", large))
-        for size in sizes
-    ]
-    for table, size, dtype in jobs:
-        try:
-            report[table] += rows_of(table, size, dtype)
-        except Exception as error:  # too little memory for one size leaves the others
-            report["errors"].append(f"{size}, {dtype}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
-        write_json(output, report)
-        print(f"{table}: {size}, {dtype}", flush=True)
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return report
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args()
-    require_gpu(options.device)
-    report = measure(options.device, options.output)
-    if report["errors"]:
-        raise SystemExit("\n".join(report["errors"]))
-
-
-if __name__ == "__main__":
-    main()
+) -> Iterator[Part]:
+    """Rows of both tables: first what decides the crossing point."""
+    if small:
+        crossing, large, rounds = [TINY], [TINY], 2
+    for table, measured, sizes in (("crossing", measure_crossing, crossing), ("large", measure_large, large)):
+        for dtype in dtypes:
+            for size in sizes:
+                yield Part(f"{table}: {size}, {dtype}", partial(measured, size, dtype, device, rounds, budget))
+                gc.collect()
+                if device == "cuda":
+                    torch.cuda.empty_cache()

@@ -1,30 +1,25 @@
-"""Every operator, forward and backward, at small sizes: what the sanitizers watch. Wrong results end it with an error, too.
+"""Every operator, forward and backward, at small sizes, against the reference; the sanitizers watch the same cases.
 
-``python bench/gpu_small.py``; ``python bench/gpu.py --stage sanitizers`` runs it under each of compute-sanitizer's tools. All
-dtypes, rules and forms of the layers, ragged sizes, arrays that start unaligned or are not dense, several blocks a kernel.
+All dtypes, rules and forms of the layers, ragged sizes, arrays that start unaligned or are not dense, several blocks a kernel.
+A name holds what the sanitizers choose by: the dtype, "one launch" or "products apart".
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import test_cuda_training as training  # of tests/, which __main__.py puts on the path
 import torch
-from gpu_timing import require_gpu
+from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import test_cuda_training as training
-from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
-
 from alphaext import ops, reference
+from gpu_proof.parts import Part
 
 # The operators that the cases below run; a test holds this against those that have CUDA kernels.
 COVERED = {"head", "head_backward", "trains_on", "train_epoch", "validate", "train_epoch_many", "validate_many"}
@@ -145,47 +140,25 @@ def check_validation(dtype: torch.dtype, device: str) -> None:
 
 
 def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every check by its description."""
-    for case in cases():
-        way = "products apart" if case.products_apart else "one launch"
-        text = f"{case.name}, {case.dtype}, {case.rule}, {case.layout}, {way}, {case.sizes}"
-        yield text, partial(check, case, device)
+    """Every check by its description: trainings first, whose kernel has most to go wrong."""
     for dtype in (torch.float32, torch.float64):
         for shape in training.SHAPES:
             yield f"training, {dtype}, {shape}", partial(check_training, dtype, shape, device)
         yield f"validation, {dtype}", partial(check_validation, dtype, device)
+    for case in cases():
+        way = "products apart" if case.products_apart else "one launch"
+        text = f"{case.name}, {case.dtype}, {case.rule}, {case.layout}, {way}, {case.sizes}"
+        text += ", projected gradient" if case.projected_gradient else ""
+        yield text, partial(check, case, device)
 
 
-def run(device: str, only: str = "") -> int:
-    """Every case whose description holds ``only``; returns how many were wrong."""
-    count = wrong = 0
-    for text, checked in checks(device):
-        if only not in text:
-            continue
-        count += 1
-        try:
-            checked()
-            if device == "cuda":
-                torch.cuda.synchronize()
-        except Exception as error:  # one wrong case must not hide the next
-            wrong += 1
-            print(f"WRONG: {text}: {type(error).__name__}: {error}", flush=True)
-            if isinstance(error, torch.AcceleratorError):
-                break  # the device does nothing more for this process
-    print(f"{count} cases on {device}, {wrong} wrong")
-    return wrong if count else 1
+def parts(device: str, small: bool) -> Iterator[Part]:
+    """Every check, waited for."""
 
+    def checked(work: Callable[[], None]) -> None:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--only", default="", help="run the cases whose description holds this")
-    options = parser.parse_args()
-    require_gpu(options.device)
-    torch.set_num_threads(1)
-    sys.exit(1 if run(options.device, options.only) else 0)
-
-
-if __name__ == "__main__":
-    main()
+    for text, work in itertools.islice(checks(device), 0, None, 6 if small else 1):
+        yield Part(text, partial(checked, work), 15.0)

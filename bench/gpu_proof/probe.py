@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # The planted kernels' names hold "alphaext", by which the sanitizers are told whom to watch.
 SOURCE = r"""
@@ -148,22 +149,28 @@ def load_build_support(name: str) -> ModuleType:
 
 
 def compile_probe(directory: Path, architecture: str, seconds: float = 60) -> Path | str:
-    """The compiled program for a GPU such as "9.0", or why there is none."""
+    """The program for a GPU such as "9.0", compiled where it is not there yet, or why there is none."""
+    number = architecture.replace(".", "")
+    name = f"probe-{number}-{hashlib.sha256(SOURCE.encode()).hexdigest()[:12]}"
+    source, program = directory / f"{name}.cu", directory / name
+    if program.exists():
+        return program
     search = load_build_support("cuda").find_toolkit(os.environ)
     if search.toolkit is None:
         return "no CUDA toolkit was found: " + "; ".join(search.rejected)
     toolkit = search.toolkit
     directory.mkdir(parents=True, exist_ok=True)
-    source, program = directory / "probe.cu", directory / "probe"
     source.write_text(SOURCE)
-    number = architecture.replace(".", "")
+    unfinished = program.with_suffix(".new")
     command = [str(toolkit.nvcc), "-std=c++17", "-O3", f"-gencode=arch=compute_{number},code=sm_{number}"]
     command += [f"-isystem={place}" for place in toolkit.include_directories]
-    command += [f"-L{toolkit.library_directory}", str(source), "-o", str(program)]
+    command += [f"-L{toolkit.library_directory}", str(source), "-o", str(unfinished)]
     try:
         finished = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
         return f"nvcc took longer than {seconds:.0f} s"
-    return program if finished.returncode == 0 else f"nvcc failed: {finished.stdout[-500:]}"
+    if finished.returncode != 0:
+        return f"nvcc failed: {finished.stdout[-500:]}"
+    return unfinished.replace(program)

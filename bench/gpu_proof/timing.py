@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from gpu_report import write_whole
 
 # Cycles that the GPU spins before a timed replay, about 0.1 ms: meanwhile the CPU submits the replay, so that its own time
 # stays out of the figure.
@@ -42,12 +38,6 @@ def summarise(milliseconds: Sequence[float]) -> Times:
         return Times(milliseconds[0], 0.0, len(milliseconds))
     low, middle, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
     return Times(middle, high - low, len(milliseconds))
-
-
-def write_json(path: Path | None, value: Any) -> None:
-    """The value as JSON; without a path nothing is written."""
-    if path is not None:
-        write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def require_gpu(device: str) -> None:

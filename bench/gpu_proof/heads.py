@@ -1,27 +1,23 @@
-"""The head against its peers on a GPU: each captured in a CUDA graph and eagerly, in turns, beside the floor that memory sets.
-
-``python bench/gpu_heads.py --output FILE`` writes JSON after each table; ``python bench/gpu.py --stage bench`` runs it.
-"""
+"""The head against its peers on a GPU: each captured in a CUDA graph and eagerly, in turns, beside the bytes it must move."""
 
 from __future__ import annotations
 
-import argparse
 import gc
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_limits import copy_bandwidth, usable_bytes
-from gpu_timing import Task, Times, captured, captured_backward, require_gpu, time_interleaved, write_json
 from providers import PROVIDERS, SIZES, Problem, Size, make_problem, make_step
 from torch import Tensor, nn
 from torch.nn import functional
 
 from alphaext import reference
+from gpu_proof.parts import Part
+from gpu_proof.timing import Task, Times, captured, captured_backward, time_interleaved
 
 MODES = ("forward", "backward", "forward+backward", "sgd step")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,9 +25,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # of the saved inputs on the way.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 # A step that is shorter than this is captured several times into one graph, so that what lies between two replays does not
-# count; only where its data fits into the cache anyhow, since a second step finds it there.
+# count, if its data fits into the cache: there a second step finds it anyhow.
 SHORT_MS = 0.2
 MOST_STEPS = 50
+# Steps whose data exceeds the cache are timed alone in a graph, and so many of them in one, too.
+STEPS_BEYOND_CACHE = 8
+
+OWN = tuple(name for name in PROVIDERS if name.startswith("alphaext"))
+COMPILED = tuple(name for name in PROVIDERS if "compile" in name)
+LARGEST = (SIZES["imagenet-lt"],)
+TINY = (Size("tiny", num_classes=12, num_few=3, pca_dim=4, few_samples=5, top_k=2, in_features=8, batch=4),)
 
 
 # ---- Floors --------------------------------------------------------------------------------------------------------------
@@ -65,11 +68,13 @@ def bytes_moved(size: Size, element: int, form: str, mode: str) -> int:
     return {"forward": forward, "backward": backward}.get(mode, forward + backward + (update if mode == "sgd step" else 0))
 
 
-def steps_in_graph(step_ms: float, num_bytes: int, cache_bytes: int) -> int:
-    """How many steps one graph holds."""
-    if step_ms >= SHORT_MS or 2 * num_bytes > cache_bytes:
-        return 1
-    return max(1, min(MOST_STEPS, math.ceil(2 * SHORT_MS / max(step_ms, 1e-4))))
+def steps_in_graph(step_ms: float, num_bytes: int, cache_bytes: int) -> tuple[int, int]:
+    """How many steps the graph holds whose figure counts, and how many another one beside it (0: there is none)."""
+    if 2 * num_bytes > cache_bytes:
+        return 1, STEPS_BEYOND_CACHE
+    if step_ms >= SHORT_MS:
+        return 1, 0
+    return max(1, min(MOST_STEPS, math.ceil(2 * SHORT_MS / max(step_ms, 1e-4)))), 0
 
 
 # ---- What is timed -------------------------------------------------------------------------------------------------------
@@ -148,8 +153,8 @@ def measure_mode(
     mode: str,
     device: str,
     *,
-    copy_bytes_per_s: float,
     cache_bytes: int = 0,
+    eager: bool = True,
     rounds: int = 15,
     budget: float = 2.0,
 ) -> list[dict[str, Any]]:
@@ -167,31 +172,38 @@ def measure_mode(
                 traceback.print_exc()
         return tasks
 
-    eager_tasks = tasks_of(lambda name: eager_task(modules[name], problem, PROVIDERS[name][1], mode), list(modules))
-    eager = _time_safely(eager_tasks, errors, device, False, rounds, budget)
-    del eager_tasks
-    graphs: dict[str, Times] = {}
-    steps = dict.fromkeys(modules, 1)
+    times: dict[str, dict[str, Times]] = {"eager": {}, "graph": {}, "several": {}}
+    if eager or device != "cuda":
+        eager_tasks = tasks_of(lambda name: eager_task(modules[name], problem, PROVIDERS[name][1], mode), list(modules))
+        times["eager"] = _time_safely(eager_tasks, errors, device, False, rounds, budget)
+        del eager_tasks
+    steps = dict.fromkeys(modules, (1, 0))
     if device == "cuda":
 
-        def make_graph(name: str) -> Task:
+        def make_graph(name: str, count: int) -> Task:
             module, cached_logits = modules[name], PROVIDERS[name][1]
             for parameter in trained(module):
                 parameter.grad = None  # it would be in memory that the graph does not own
-            task = graph_task(module, problem, cached_logits, mode, 1)
+            return graph_task(module, problem, cached_logits, mode, count)
+
+        def make_first(name: str) -> Task:
+            task = make_graph(name, 1)
             once = time_interleaved({name: task}, device, rounds=5, head_start=True)[name].median_ms
             steps[name] = steps_in_graph(once, moved[name], cache_bytes)
-            return task if steps[name] == 1 else graph_task(module, problem, cached_logits, mode, steps[name])
+            return task if steps[name][0] == 1 else make_graph(name, steps[name][0])
 
-        graph_tasks = tasks_of(make_graph, list(eager))
-        graphs = _time_safely(graph_tasks, errors, device, True, rounds, budget)
-        del graph_tasks
+        running = [name for name in modules if name not in errors]
+        tasks = tasks_of(make_first, running)
+        times["graph"] = _time_safely(tasks, errors, device, True, rounds, budget)
+        tasks = {}
+        tasks = tasks_of(lambda name: make_graph(name, steps[name][1]), [name for name in times["graph"] if steps[name][1]])
+        times["several"] = _time_safely(tasks, errors, device, True, rounds, budget)
+        del tasks
     rows = []
     for name in modules:
         row: dict[str, Any] = {"size": problem.size.name, "dtype": dtype, "mode": mode, "provider": name, "device": device}
-        row |= {"bytes": moved[name], "floor_ms": 1e3 * moved[name] / copy_bytes_per_s}
-        row |= {"graph": asdict(graphs[name]) if name in graphs else None, "steps_in_graph": steps[name]}
-        row |= {"eager": asdict(eager[name]) if name in eager else None}
+        row |= {"bytes": moved[name], "steps_in_graph": steps[name][0]}
+        row |= {kind: asdict(found[name]) if name in found else None for kind, found in times.items()}
         rows.append(row | ({"error": errors[name]} if name in errors else {}))
     for module in modules.values():
         for parameter in module.parameters():
@@ -206,97 +218,91 @@ def _collect(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(
+class Bench:
+    """A problem and its providers, made when they are first asked for."""
+
+    def __init__(self, device: str, size: Size, dtype: str, providers: Sequence[str]) -> None:
+        self.device, self.size, self.dtype, self.providers = device, size, dtype, providers
+        self.problem: Problem | None = None
+        self.modules: dict[str, nn.Module] = {}
+        self.errors: dict[str, str] = {}
+
+    def made(self) -> Problem:
+        if self.problem is None:
+            # Otherwise the compiler, having seen other sizes, would compile for sizes in general.
+            torch.compiler.reset()
+            self.problem = make_problem(self.size, self.device, DTYPES[self.dtype])
+            for name in self.providers:
+                torch.manual_seed(0)
+                try:
+                    self.modules[name] = PROVIDERS[name][0](self.problem)
+                except Exception as error:  # too little memory for a peer leaves the others
+                    self.errors[name] = _message(error)
+        return self.problem
+
+    def scores(self) -> float:
+        """The error of the scores."""
+        problem = self.made()
+        return float(f"{check_scores(self.modules['alphaext dense'], problem, self.dtype):.2g}")
+
+    def rows(self, mode: str, **options: Any) -> list[dict[str, Any]]:
+        """A row for each provider; an error is a row's, and fails the part only where the package itself has one."""
+        problem = self.made()
+        cache_bytes = 0
+        if self.device == "cuda":
+            cache_bytes = int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0))
+        rows = measure_mode(self.modules, problem, self.dtype, mode, self.device, cache_bytes=cache_bytes, **options)
+        base = {"size": self.size.name, "dtype": self.dtype, "mode": mode, "device": self.device}
+        rows += [{**base, "provider": name, "error": error} for name, error in self.errors.items()]
+        _collect(self.device)
+        return rows
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self.problem, self.modules = None, {}
+        _collect(self.device)
+
+
+def parts(
     device: str,
-    output: Path | None,
     *,
     sizes: Sequence[Size] = tuple(SIZES.values()),
     dtypes: Sequence[str] = tuple(DTYPES),
     modes: Sequence[str] = MODES,
     providers: Sequence[str] = tuple(PROVIDERS),
-    rounds: int = 15,
-    budget: float = 2.0,
-    num_bytes: int = 2**30,
-) -> dict[str, Any]:
-    """All tables, the largest problem first; the file is written after each."""
-    num_bytes = usable_bytes(device, num_bytes)
-    copy_bytes_per_s = copy_bandwidth(device, num_bytes)
-    cache_bytes = int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)) if device == "cuda" else 0
-    report: dict[str, Any] = {"copy_gb_per_s": round(copy_bytes_per_s / 1e9, 1), "cache_bytes": cache_bytes}
-    report |= {"score_errors": {}, "rows": []}
+    seconds: float = 25.0,
+    **options: Any,
+) -> Iterator[Part]:
+    """All tables, the largest problem first."""
     for size in sizes:
         for dtype in dtypes:
-            # Otherwise the compiler, having seen other sizes, would compile for sizes in general.
-            torch.compiler.reset()
-            problem = make_problem(size, device, DTYPES[dtype])
-            modules: dict[str, nn.Module] = {}
-            for name in providers:
-                torch.manual_seed(0)
-                try:
-                    modules[name] = PROVIDERS[name][0](problem)
-                except Exception as error:
-                    row = {"size": size.name, "dtype": dtype, "mode": "-", "provider": name, "device": device}
-                    report["rows"].append(row | {"graph": None, "eager": None, "error": _message(error)})
-            if "alphaext dense" in modules:
-                try:
-                    error_of_scores = check_scores(modules["alphaext dense"], problem, dtype)
-                    report["score_errors"][f"{size.name}, {dtype}"] = float(f"{error_of_scores:.2g}")
-                except Exception as error:
-                    row = {"size": size.name, "dtype": dtype, "mode": "check", "provider": "alphaext dense", "device": device}
-                    report["rows"].append(row | {"graph": None, "eager": None, "error": _message(error)})
-            _collect(device)
+            bench = Bench(device, size, dtype, providers)
             for mode in modes:
-                report["rows"] += measure_mode(
-                    modules,
-                    problem,
-                    dtype,
-                    mode,
-                    device,
-                    copy_bytes_per_s=copy_bytes_per_s,
-                    cache_bytes=cache_bytes,
-                    rounds=rounds,
-                    budget=budget,
-                )
-                write_json(output, report)
-                _collect(device)
-                print(f"{size.name}, {dtype}, {mode}", flush=True)
-            del modules, problem
-            _collect(device)
-    return report
+                yield Part(f"heads: {size.name}, {dtype}, {mode}", partial(bench.rows, mode, **options), seconds)
+            if "alphaext dense" in providers:
+                yield Part(f"scores: {size.name}, {dtype}", bench.scores, seconds)
+            bench.forget()
 
 
-def own_failures(report: dict[str, Any]) -> list[str]:
+def peers(device: str, small: bool) -> Iterator[Part]:
+    """The package beside all peers but the compiled ones."""
+    names = [name for name in PROVIDERS if name not in COMPILED]
+    yield from parts(device, sizes=TINY if small else tuple(SIZES.values()), providers=names)
+
+
+def compiled_peers(device: str, small: bool) -> Iterator[Part]:
+    """The package beside the compiled peers, which take long to make."""
+    names = [name for name in PROVIDERS if name in COMPILED or name == "alphaext dense"]
+    if small:
+        yield from parts(device, sizes=TINY, dtypes=["float32"], modes=["forward"], providers=names, seconds=60.0)
+    else:
+        yield from parts(device, providers=names, seconds=60.0)
+
+
+def own_failures(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What did not run of this package itself; a peer that fails is a note in the table."""
     return [
         f"{row['provider']}, {row['size']}, {row['dtype']}, {row['mode']}: {row['error']}"
-        for row in report["rows"]
+        for row in rows
         if "error" in row and row["provider"].startswith("alphaext")
     ]
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--size", choices=list(SIZES), action="append", help="default: all")
-    parser.add_argument("--dtype", choices=list(DTYPES), action="append", help="default: all")
-    parser.add_argument("--mode", choices=list(MODES), action="append", help="default: all")
-    parser.add_argument("--provider", choices=list(PROVIDERS), action="append", help="default: all")
-    options = parser.parse_args()
-    require_gpu(options.device)
-    report = measure(
-        options.device,
-        options.output,
-        sizes=[SIZES[name] for name in options.size or SIZES],
-        dtypes=options.dtype or list(DTYPES),
-        modes=options.mode or list(MODES),
-        providers=options.provider or list(PROVIDERS),
-    )
-    failures = own_failures(report)
-    if failures:
-        raise SystemExit("\n".join(failures))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,27 +1,29 @@
 """Whole trainings on a GPU: the persistent kernel against the cost of a launch and against its best rival in Python.
 
-``python bench/gpu_training.py --output FILE`` writes JSON after each part; ``python bench/gpu.py --stage training`` runs it.
 Problems are those of bench/training.py: published class counts, features and classifiers drawn at random.
 """
 
 from __future__ import annotations
 
-import argparse
-import warnings
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import torch
 import training
-from gpu_timing import Task, captured, require_gpu, time_interleaved, write_json
 from torch import nn
 
 import alphaext
 from alphaext.engines import NativeEngine
+from gpu_proof.parts import Part
+from gpu_proof.timing import Task, captured, time_interleaved
 
 FEW_CLASSES = (10, 100, 1_000, 10_000)
+# For a single epoch: the sizes of ImageNet-LT, but few validation samples, which take time to draw.
+ONE_EPOCH = replace(training.DATASETS["imagenet-lt"], samples=6_000, val_samples=1_000)
+TINY = training.Dataset("tiny", 40, 6, 50, 1000, 70, in_features=16, pca_dim=8, top_k=3)
 GAMMAS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 
@@ -53,11 +55,13 @@ def whole_training(problem: training.Problem, device: str, repeats: int, epochs:
     run = problem.run(epochs=epochs, lr=0.01, select="best_all")
     milliseconds, steps = epoch_ms(problem, device)
     rival = rival_step_ms(problem, device)
+    on_gpu_s = 1e-3 * epochs * (milliseconds + native["validation_ms"])
     return {
         "steps": native["steps"],
         "training_s": native["training_s"],
         "prepare_s": training.timed(lambda: run.prepare(None, None, native=True)),
         "validation_ms": native["validation_ms"],
+        "host_s": native["training_s"] - on_gpu_s,
         "step_us": 1e3 * milliseconds / steps,
         "rival_step_us": 1e3 * rival,
         "faster_than_rival": rival * steps / milliseconds,
@@ -80,58 +84,41 @@ def sweep(problem: training.Problem, device: str, seeds: int, epochs: int) -> di
             )
         )
     )  # fmt: skip
-    return {"runs": len(runs), "seconds": seconds, "failed": [run.error for run in runs if run.error]}
+    failed = [run.error for run in runs if run.error]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed, the first: {failed[0]}")
+    return {"runs": len(runs), "seconds": seconds}
 
 
-def step_by_few_classes(counts: Sequence[int], device: str) -> dict[str, float]:
+def step_us(few: int, device: str, pca_dim: int = 500) -> float:
     """Microseconds of a step with so many few classes; the state of the last ones fits into no shared memory."""
-    base = training.Dataset("scaling", 1136, 136, 1643, 6000, 64, in_features=64, pca_dim=500)
-    found = {}
-    for few in counts:
-        samples = max(few, 1280)
-        dataset = replace(base, num_classes=few + 1000, num_few=few, few_samples=samples, samples=samples + 4000)
-        milliseconds, steps = epoch_ms(training.make_problem(dataset, device), device)
-        found[str(few)] = 1e3 * milliseconds / steps
-    return found
+    base = training.Dataset("scaling", 1136, 136, 1643, 6000, 64, in_features=64, pca_dim=pca_dim)
+    samples = max(few, 1280)
+    dataset = replace(base, num_classes=few + 1000, num_few=few, few_samples=samples, samples=samples + 4000)
+    milliseconds, steps = epoch_ms(training.make_problem(dataset, device), device)
+    return 1e3 * milliseconds / steps
 
 
-def measure(
-    device: str,
-    output: Path | None,
-    *,
-    datasets: Sequence[training.Dataset] = tuple(training.DATASETS.values()),
-    few_classes: Sequence[int] = FEW_CLASSES,
-    repeats: int = 3,
-    epochs: int = 80,
-    seeds: int = 10,
-) -> dict[str, Any]:
-    """All parts; the file is written after each."""
-    report: dict[str, Any] = {"trainings": {}}
-    problems = [training.make_problem(dataset, device) for dataset in datasets]
-    for dataset, problem in zip(datasets, problems, strict=True):
-        report["trainings"][dataset.name] = whole_training(problem, device, repeats, epochs)
-        write_json(output, report)
-        print(f"{dataset.name}: {report['trainings'][dataset.name]}", flush=True)
-    report["step_us_by_few_classes"] = step_by_few_classes(few_classes, device)
-    write_json(output, report)
-    report["sweep"] = sweep(problems[0], device, seeds, epochs)
-    write_json(output, report)
-    print(f"sweep: {report['sweep']}", flush=True)
-    return report
+def epoch_parts(device: str, small: bool) -> Iterator[Part]:
+    """One epoch of training: the step."""
+
+    def one_epoch() -> dict[str, Any]:
+        milliseconds, steps = epoch_ms(training.make_problem(TINY if small else ONE_EPOCH, device), device)
+        return {"epoch_ms": milliseconds, "steps": steps, "step_us": 1e3 * milliseconds / steps}
+
+    yield Part("training: an epoch", one_epoch)
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args()
-    require_gpu(options.device)
-    warnings.filterwarnings("ignore", message=".*with replacement")
-    report = measure(options.device, options.output)
-    if report["sweep"]["failed"]:
-        raise SystemExit(f"runs of the sweep failed: {report['sweep']['failed'][0]}")
-
-
-if __name__ == "__main__":
-    main()
+def parts(device: str, small: bool) -> Iterator[Part]:
+    """Whole trainings, then steps by the number of few classes, then the sweep."""
+    datasets = [TINY] if small else list(training.DATASETS.values())
+    repeats, epochs, seeds = (1, 2, 1) if small else (3, 80, 10)
+    problem_of = cache(lambda name: training.make_problem({d.name: d for d in datasets}[name], device))
+    for dataset in datasets:
+        work = lambda name: whole_training(problem_of(name), device, repeats, epochs)  # noqa: E731
+        yield Part(f"training: {dataset.name}", partial(work, dataset.name), 40.0)
+    for few, pca_dim in [(5, 8)] if small else [(few, 500) for few in FEW_CLASSES]:
+        yield Part(f"step: {few} few classes", partial(step_us, few, device, pca_dim))
+    yield Part("sweep", lambda: sweep(problem_of(datasets[0].name), device, seeds, epochs), 60.0)
+    problem_of.cache_clear()
+    gc.collect()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,19 @@ LIMIT_TEXTS = {
     "empty_launch_graph_us": "empty launch in a graph, us",
     "barrier_launch_us": "empty cooperative launch with one grid barrier, us",
     "barrier_launch_graph_us": "empty cooperative launch with one grid barrier in a graph, us",
-    "probe": "the probe of launches",
 }
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old text or the new, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader finds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+# Of a log what is kept in the archive: its beginning and its end.
+LOG_BYTES = 1 << 20
 
 
 def write_report(directory: Path, name: str, report: dict[str, Any]) -> None:
@@ -38,6 +43,23 @@ def write_report(directory: Path, name: str, report: dict[str, Any]) -> None:
     page = as_markdown(report)
     write_whole(directory / f"{name}.json", json.dumps(report, indent=1) + "\n")
     write_whole(directory / f"{name}.md", page)
+
+
+def write_logs(work: Path, target: Path) -> None:
+    """What the stages' processes printed and wrote, in one archive."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for path in sorted(work.glob("*")):
+            if path.suffix not in (".log", ".json", ".jsonl", ".txt"):
+                continue
+            data = path.read_bytes()
+            if len(data) > LOG_BYTES:
+                half = LOG_BYTES // 2
+                data = data[:half] + b"\n[...]\n" + data[-half:]
+            member = tarfile.TarInfo(path.name)
+            member.size, member.mtime = len(data), int(path.stat().st_mtime)
+            archive.addfile(member, io.BytesIO(data))
+    write_whole(target, packed.getvalue())
 
 
 def merged(old: dict[str, Any] | None, machine: dict[str, Any], stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -58,13 +80,25 @@ def read_report(path: Path) -> dict[str, Any] | None:
     return report if isinstance(report, dict) else None
 
 
-def result_of(report: dict[str, Any], stage: str) -> dict[str, Any]:
-    """What a stage measured; empty where it did not run."""
+def found_by(report: dict[str, Any], stage: str) -> dict[str, Any]:
+    """What the parts of a stage found, by their names; empty where it did not run."""
     for entry in report["stages"]:
         if entry["name"] == stage:
-            result: dict[str, Any] = entry.get("result") or {}
-            return result
+            parts = (entry.get("result") or {}).get("parts", {})
+            return {name: part["result"] for name, part in parts.items() if part["status"] == "done"}
     return {}
+
+
+def limits_of(report: dict[str, Any]) -> dict[str, float]:
+    """The card's limits."""
+    found = found_by(report, "core")
+    return {name: value for name, value in (found | found.get("launches", {})).items() if name in LIMIT_TEXTS}
+
+
+def floor_ms(num_bytes: float | None, limits: dict[str, float]) -> float | None:
+    """The time to move so many bytes."""
+    copy = limits.get("copy_gb_per_s")
+    return None if not copy or num_bytes is None else 1e-6 * num_bytes / copy
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -94,20 +128,28 @@ def eager_ms(row: dict[str, Any] | None) -> float | None:
     return None if row is None or not row.get("eager") else float(row["eager"]["median_ms"])
 
 
-def compared(rows: list[dict[str, Any]], barrier_launch_us: float | None) -> list[dict[str, Any]]:
+def several_ms(row: dict[str, Any]) -> float | None:
+    """A row's median of a step among several in one graph."""
+    return float(row["several"]["median_ms"]) if row.get("several") else None
+
+
+def compared(rows: list[dict[str, Any]], limits: dict[str, float]) -> list[dict[str, Any]]:
     """The rows of a table with their ratios, graph against graph: to the floor, a launch, the paper's loop, the best rival."""
     by_name = {row["provider"]: row for row in rows}
     paper = graph_ms(by_name.get("paper loop"))
     rival = min((ms for ms in (graph_ms(by_name.get(name)) for name in RIVALS) if ms is not None), default=None)
-    launch_ms = None if barrier_launch_us is None else barrier_launch_us / 1000
+    barrier = limits.get("barrier_launch_graph_us", limits.get("barrier_launch_us"))
+    launch_ms = None if barrier is None else barrier / 1000
     result = []
     for row in rows:
-        ms = graph_ms(row)
+        ms, floor = graph_ms(row), floor_ms(row.get("bytes"), limits)
         few_bytes = "factored" in row["provider"]  # their floor is the launch, not the memory
         result.append(
             {
                 **row,
-                "over_floor": ratio(ms, row.get("floor_ms")),
+                "floor_ms": floor,
+                "over_floor": ratio(ms, floor),
+                "several_over_floor": ratio(several_ms(row), floor),
                 "over_launch": ratio(ms, launch_ms) if few_bytes else None,
                 "faster_than_paper": ratio(paper, ms),
                 "faster_than_rival": ratio(rival, ms) if row["provider"].startswith("alphaext") else None,
@@ -116,52 +158,60 @@ def compared(rows: list[dict[str, Any]], barrier_launch_us: float | None) -> lis
     return result
 
 
-def bench_lines(result: dict[str, Any], limits: dict[str, Any]) -> list[str]:
-    """The tables of the benchmark."""
-    if not result.get("rows"):
+def head_lines(found: dict[str, Any], limits: dict[str, float]) -> list[str]:
+    """The tables of the heads."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for name, rows in found.items():
+        for row in rows if name.startswith("heads: ") else []:
+            groups.setdefault((row["size"], row["dtype"], row["mode"]), []).append(row)
+    if not groups:
         return []
-    barrier = limits.get("barrier_launch_graph_us", limits.get("barrier_launch_us"))
     lines = [
         "Medians of repeats timed with CUDA events, the peers in turns. In a graph: a CUDA graph of the step, replayed; a step",
-        "shorter than 0.2 ms whose data fits the cache is captured several times into one graph. Eager: as PyTorch runs it,",
-        f"launches and all. Floor: the fewest bytes of the step over {result.get('copy_gb_per_s')} GB/s, the copy bandwidth",
-        "measured beside. All ratios are of the figures in graphs; the best rival is the faster of batched baddbmm and",
-        "torch.compile. Over launch: against an empty cooperative launch with one grid barrier.",
+        "shorter than 0.2 ms whose data fits the cache is captured several times into one graph. Among several: a step whose",
+        "data exceeds the cache, beside it alone, several times in one graph. Eager: as PyTorch runs it, launches and all.",
+        f"Floor: the fewest bytes of the step over the copy bandwidth of the stage core, {limits.get('copy_gb_per_s')} GB/s.",
+        "Ratios are of the step alone in a graph, but for the column that says otherwise. The best rival is the faster of",
+        "batched baddbmm and torch.compile. Over launch: against an empty cooperative launch with one grid barrier.",
     ]
-    for name, error in result.get("score_errors", {}).items():
-        lines.append(f"Largest error of the scores against float64, {name}: {error:.1e} of the largest score.")
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in result.get("rows", []):
-        groups.setdefault((row["size"], row["dtype"], row["mode"]), []).append(row)
+    lines += [f"Largest error against float64, {name}: {error:.1e} of the largest score." for name, error in found.items()
+              if name.startswith("scores: ")]  # fmt: skip
     for group, rows in groups.items():
         lines += ["", f"### {', '.join(group)}", ""]
-        header = ["", "graph ms", "quartile range", "eager ms", "floor ms", "over floor", "over launch"]
-        header += ["faster than the paper's loop", "faster than the best rival"]
+        header = ["", "graph ms", "quartile range", "among several, ms", "eager ms", "floor ms", "over floor"]
+        header += ["among several, over floor", "over launch", "faster than the paper's loop", "faster than the best rival"]
         cells = [
             [
                 row["provider"],
                 text_of(graph_ms(row), 4),
                 text_of((row.get("graph") or {}).get("iqr_ms"), 4),
+                text_of(several_ms(row), 4),
                 text_of(eager_ms(row), 4),
-                text_of(row.get("floor_ms"), 4),
+                text_of(row["floor_ms"], 4),
                 text_of(row["over_floor"]),
+                text_of(row["several_over_floor"]),
                 text_of(row["over_launch"]),
                 text_of(row["faster_than_paper"]),
                 text_of(row["faster_than_rival"]),
             ]
-            for row in compared(rows, barrier)
+            for row in compared(rows, limits)
         ]
         lines += table(header, cells)
         lines += [f"- {row['provider']} failed: {row['error']}" for row in rows if "error" in row]
     return lines
 
 
-def limit_lines(result: dict[str, Any]) -> list[str]:
-    """The card's limits."""
-    if not result:
-        return []
-    rows = [[LIMIT_TEXTS.get(name, name), value if isinstance(value, str) else f"{value:g}"] for name, value in result.items()]
-    return table(["", "measured"], rows)
+def core_lines(found: dict[str, Any], limits: dict[str, float]) -> list[str]:
+    """The card's limits, the heads, an epoch."""
+    lines = table(["", "measured"], [[LIMIT_TEXTS[name], f"{value:g}"] for name, value in limits.items()]) if limits else []
+    epoch = found.get("training: an epoch")
+    if epoch:
+        lines += [
+            "",
+            f"An epoch of training: {epoch['epoch_ms']:.4f} ms for {epoch['steps']} steps, {epoch['step_us']:.2f} us each.",
+        ]
+    heads = head_lines(found, limits)
+    return [*lines, *(["", *heads] if heads else [])]
 
 
 def list_lines(result: dict[str, Any]) -> list[str]:
@@ -169,10 +219,16 @@ def list_lines(result: dict[str, Any]) -> list[str]:
     return [f"- {name}: {value}" for name, value in result.items() if not isinstance(value, dict | list)]
 
 
-def large_lines(result: dict[str, Any]) -> list[str]:
+def rows_of(found: dict[str, Any], table_name: str) -> list[dict[str, Any]]:
+    """All rows of the parts of a table."""
+    return [row for name, rows in found.items() if name.startswith(f"{table_name}: ") for row in rows]
+
+
+def large_lines(found: dict[str, Any], limits: dict[str, float]) -> list[str]:
     """Both ways of a head on either side of the crossing point, and very large heads."""
     lines: list[str] = []
-    if result.get("crossing"):
+    crossing, large = rows_of(found, "crossing"), rows_of(found, "large")
+    if crossing:
         header = ["", "scores", "products inside, ms", "products apart, ms", "apart over inside"]
         rows = [
             [
@@ -182,11 +238,11 @@ def large_lines(result: dict[str, Any]) -> list[str]:
                 text_of(row["products_apart_ms"], 4),
                 text_of(row["apart_over_one_launch"]),
             ]
-            for row in sorted(result["crossing"], key=lambda row: (row["dtype"], row["mode"], row["scores"]))
+            for row in sorted(crossing, key=lambda row: (row["dtype"], row["mode"], row["scores"]))
         ]
         lines += ["Factored heads. Below 1 the products apart are faster: there the crossing point belongs.", ""]
         lines += table(header, rows)
-    if result.get("large"):
+    if large:
         header = ["", "ms", "PyTorch's linear layer, ms", "ratio", "floor of the rest, ms"]
         rows = [
             [
@@ -194,26 +250,25 @@ def large_lines(result: dict[str, Any]) -> list[str]:
                 text_of(row["ms"], 3),
                 text_of(row["linear_ms"], 3),
                 text_of(row["over_linear"]),
-                text_of(row["floor_of_the_rest_ms"], 3),
+                text_of(floor_ms(row["bytes_of_the_rest"], limits), 3),
             ]
-            for row in result["large"]
+            for row in large
         ]
         lines += ["", *table(header, rows)]
-    return lines + [f"- {error}" for error in result.get("errors", [])]
+    return lines
 
 
-def training_lines(result: dict[str, Any], limits: dict[str, Any]) -> list[str]:
+def training_lines(found: dict[str, Any], limits: dict[str, float]) -> list[str]:
     """Whole trainings, steps by size, and the sweep."""
-    if not result:
-        return []
     barrier = limits.get("barrier_launch_graph_us", limits.get("barrier_launch_us"))
-    header = ["", "steps", "training s", "shared s", "preparation s", "validation ms", "step us", "over an empty launch"]
-    header += ["eager identities in a graph, us", "faster than they"]
+    header = ["", "steps", "training s", "of it the host's", "shared s", "preparation s", "validation ms", "step us"]
+    header += ["over an empty launch", "eager identities in a graph, us", "faster than they"]
     rows = [
         [
-            name,
+            name.removeprefix("training: "),
             str(entry["steps"]),
             text_of(entry["training_s"], 4),
+            text_of(entry["host_s"], 4),
             text_of(entry["shared_s"], 4),
             text_of(entry["prepare_s"], 3),
             text_of(entry["validation_ms"], 3),
@@ -222,15 +277,23 @@ def training_lines(result: dict[str, Any], limits: dict[str, Any]) -> list[str]:
             text_of(entry["rival_step_us"]),
             text_of(entry["faster_than_rival"]),
         ]
-        for name, entry in result.get("trainings", {}).items()
+        for name, entry in found.items()
+        if name.startswith("training: ")
     ]
-    lines = table(header, rows)
-    if "step_us_by_few_classes" in result:
-        steps = ", ".join(f"{few}: {us:.2f}" for few, us in result["step_us_by_few_classes"].items())
-        lines += ["", f"Microseconds of a step, by the number of few classes: {steps}."]
-    if "sweep" in result:
-        lines += ["", f"Sweep from features to {result['sweep']['runs']} heads: {result['sweep']['seconds']:.2f} s."]
+    lines = table(header, rows) if rows else []
+    steps = [f"{name.removeprefix('step: ')}: {us:.2f}" for name, us in found.items() if name.startswith("step: ")]
+    lines += ["", f"Microseconds of a step: {', '.join(steps)}."] if steps else []
+    if "sweep" in found:
+        lines += ["", f"Sweep from features to {found['sweep']['runs']} heads: {found['sweep']['seconds']:.2f} s."]
     return lines
+
+
+def profile_lines(result: dict[str, Any]) -> list[str]:
+    """What the profiler counted, a row a launch."""
+    kernels = result.get("kernels", [])
+    names = list(dict.fromkeys(name for row in kernels for name in row if name not in ("case", "kernel")))
+    rows = [[row["case"], row["kernel"], *(text_of(row.get(name)) for name in names)] for row in kernels]
+    return table(["", "kernel", *names], rows, left=2) if rows else []
 
 
 def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
@@ -239,25 +302,25 @@ def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
     return table(["stage", "", "seconds", "commit", "when", ""], rows, left=6)
 
 
+def body_of(stage: dict[str, Any], report: dict[str, Any]) -> list[str]:
+    """A stage's tables."""
+    name, limits, found = stage["name"], limits_of(report), found_by(report, stage["name"])
+    if name in ("peers", "compiled"):
+        return head_lines(found, limits)
+    tables = {"core": core_lines, "large": large_lines, "training": training_lines}
+    if name in tables:
+        return tables[name](found, limits)
+    return profile_lines(stage["result"]) if name == "profile" else list_lines(stage["result"])
+
+
 def as_markdown(report: dict[str, Any]) -> str:
     """The whole page."""
     lines = [f"# {report['machine'].get('gpu', 'GPU')}: build, tests, sanitizers, limits, benchmarks", ""]
     lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
     lines += ["", *stage_lines(report["stages"])]
     for stage in report["stages"]:
-        result = stage.get("result") or {}
-        if stage["name"] == "bench":
-            body = bench_lines(result, result_of(report, "limits"))
-        elif stage["name"] == "limits":
-            body = limit_lines(result)
-        elif stage["name"] == "large":
-            body = large_lines(result)
-        elif stage["name"] == "training":
-            body = training_lines(result, result_of(report, "limits"))
-        else:
-            body = list_lines(result)
-        parts = [body, [f"- {note}" for note in stage["notes"]]]
-        if stage["status"] != "passed" and stage["tail"]:
+        parts = [body_of(stage, report), [f"- {note}" for note in stage["notes"]]]
+        if stage["tail"]:
             parts.append(["```", *stage["tail"].splitlines(), "```"])
         parts = [part for part in parts if part]
         lines += ["", f"## {stage['name']}"] if parts else []
