@@ -13,11 +13,12 @@ except ImportError as error:
     ) from error
 
 from . import ops, reference
+from ._environment import __version__
 from .backbones import make_model
 from .baselines import BASELINES, BaselineResult, run_baseline
 from .checkpoints import Checkpoint, read_checkpoint, save_linear, write_repaired
 from .class_table import class_table, write_class_table
-from .classes import ClassSplit, class_counts, split_classes
+from .classes import ClassSplit, class_counts, class_means, split_classes
 from .comparison import Comparison, compare
 from .data import open_images
 from .doctor import check_classifier_order, check_data
@@ -31,7 +32,6 @@ from .metrics import per_class_accuracy, split_accuracy
 from .modules import AlphaNet
 from .neighbors import (
     build_members,
-    class_means,
     nearest_classes,
     neighbor_distances,
     pool_classes,
@@ -46,8 +46,6 @@ from .repair import Repair, repair
 from .splitting import SplitModel, find_classifier, split_model
 from .sweep import SweepRun, fit_many
 from .training import FitResult, fit
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BASELINES",
@@ -66,6 +64,7 @@ __all__ = [
     "SplitModel",
     "SweepRun",
     "TrainResult",
+    "__version__",
     "bootstrap_intervals",
     "build_info",
     "build_members",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import TensorLike, check_integer, check_labels, format_ids
-from .neighbors import seeded_generator
+from ._checks import check_integer, format_ids
+from ._seeds import seeded_generator
+from ._tensors import TensorLike, check_labels
 
 __all__ = ["ClassBalancedSampler"]
 

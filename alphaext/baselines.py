@@ -14,14 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from ._checks import TensorLike, check_choice
+from ._checks import check_choice
+from ._linear import linear_parameters, wide
+from ._tensors import TensorLike
 from .classes import ClassSplit, split_classes
 from .classes import class_counts as count_classes
-from .modules import linear_parameters
+from .few_bias import choose_few_bias, few_bias
 from .ncm import ncm
-from .post_hoc import choose_few_bias, choose_logit_adjustment, choose_tau, few_bias, logit_adjusted, tau_normalized
+from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from .retraining import RETRAINING_PRESETS, crt, lws
-from .selection import BaselineResult, Rescaling, Validation, wide
+from .selection import BaselineResult, Rescaling, Validation
 
 __all__ = [
     "BASELINES",

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._checks import check_finite, check_floating, check_integer, check_shape
+from ._checks import check_integer
 from ._files import PathLike
+from ._tensors import check_finite, check_floating, check_shape
 from .checkpoint_files import Payload, read_payload
 from .checkpoint_formats import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, tensor_at
 

@@ -8,16 +8,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ._checks import TensorLike, as_tensor, check_finite, check_floating, check_integral, check_shape
 from ._files import PathLike, check_output_file, whole_file, write_json
+from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_integral, check_shape
 from .classes import ClassSplit
 from .comparison import check_same_samples
 from .evaluation import PARTS, Predictions, check_split, part_of_class, per_class
-from .modules import AlphaNet
 
 __all__ = ["ClassRow", "class_table", "read_class_table", "write_class_table"]
 
@@ -33,6 +32,24 @@ SORT_KEYS = (
     "own_alpha",
     "distance",
 )
+
+
+@runtime_checkable
+class ComposedClassifier(Protocol):
+    """A classifier whose few rows are composed, as those of :class:`alphaext.AlphaNet` are.
+
+    Attributes:
+        members: ``[F, K+1]`` int64 class ids: the few class itself, then its neighbours.
+    """
+
+    members: Tensor
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+
+    def alphas(self) -> Tensor:
+        """Their coefficients, ``[F, K+1]``."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,7 @@ def class_table(
     counts: TensorLike,
     *,
     class_names: Sequence[str] | None = None,
-    head: AlphaNet | None = None,
+    head: ComposedClassifier | None = None,
     class_means: TensorLike | None = None,
     sort_by: str = "class_id",
     descending: bool = False,
@@ -280,14 +297,14 @@ def _check_counts(counts: TensorLike, num_classes: int) -> list[int]:
 
 
 def _composition(
-    head: AlphaNet | None, class_means: TensorLike | None, num_classes: int, names: list[str]
+    head: ComposedClassifier | None, class_means: TensorLike | None, num_classes: int, names: list[str]
 ) -> dict[int, dict[str, Any]]:
     """Of each class that ``head`` repairs, the fields of its row that tell what it is composed of."""
     if head is None:
         if class_means is not None:
             raise ValueError("class_means tell distances to a head's neighbours: give head as well")
         return {}
-    if not isinstance(head, AlphaNet):
+    if not isinstance(head, ComposedClassifier):
         raise TypeError(f"head must be an AlphaNet, got {type(head).__name__}")
     if head.out_features != num_classes:
         raise ValueError(f"head must be of the split's {num_classes} classes, got {head.out_features}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import __version__
+from ._environment import __version__
 from ._files import without_nan
 from .commands import COMMANDS, CONFIGURABLE, Extract, Train
 from .commands.shared import is_main_process, started_by_torchrun

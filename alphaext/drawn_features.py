@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ._checks import format_ids
-from .neighbors import nearest_classes, seeded_generator
+from ._seeds import seeded_generator
+from .neighbors import nearest_classes
 
 __all__ = ["DrawnFeatures", "draw_features"]
 

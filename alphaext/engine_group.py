@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .engines import NativeEngine, TrainingDiverged
+from .engine import TrainingDiverged
+from .engines import NativeEngine
 
 __all__ = ["EngineGroup", "group_key"]
 

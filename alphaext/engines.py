@@ -6,81 +6,21 @@ native one is allowed (docs/exactness.md): SGD, a frozen classifier, float32 or 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from ._checks import check_finite
-from .classes import ClassSplit
-from .member_logits import Columns, Samples, TrainingLogits, ValidationLogits
-from .metrics import label_ranks
-from .modules import AlphaNet, clamped_outputs, first_layer_scale
-from .options import Sgd, TrainingOptions
+from . import member_logits, ops
+from .engine import TrainingData, TrainingDiverged
+from .first_layer import first_layer_scale
+from .member_logits import Columns, TrainingLogits, ValidationLogits
+from .modules import AlphaNet, clamped_outputs
+from .options import TrainingOptions
 from .sampling import EpochSampler
-
-ENGINES = ("auto", "native", "autograd")
-
-# The most bytes of cached logits of training samples; beyond it those of base samples are computed anew each epoch.
-CACHE_BYTES = 2 << 30
+from .sgd import Sgd
 
 _TILE = 16  # hidden units, as in csrc/training.h
-
-
-class TrainingDiverged(FloatingPointError):
-    """Something is no longer finite; the message names the class where one can be named."""
-
-
-class Engine(Protocol):
-    """What :func:`alphaext.fit` asks of an engine."""
-
-    name: str
-    steps_per_epoch: int
-
-    @property
-    def sgd(self) -> Sgd | None:
-        """The numbers of the SGD that trains; None for another optimiser."""
-
-    def train(self, epoch: int, multiplier: float) -> float:
-        """Train one epoch at ``multiplier`` times the learning rate; the mean loss."""
-
-    def learning_rate(self, multiplier: float) -> float: ...
-
-    def hits(self) -> Tensor | None:
-        """``[2, N]``: of each class the validation samples ranked first and among the first five; None without validation."""
-
-    def original_hits(self) -> Tensor | None:
-        """The same of the original classifier."""
-
-    def clamped(self) -> int: ...
-
-    def snapshot(self) -> list[Tensor]:
-        """What is trained, copied."""
-
-    def restore(self, snapshot: list[Tensor], decay: float) -> None:
-        """Give the head what ``snapshot`` holds; ``decay`` is what weight decay has left of the start (:class:`DecayOfStart`).
-
-        Once, at the end: the native engine moves a dense first layer from where the training found it.
-        """
-
-    def state(self) -> dict[str, Any]:
-        """All that training goes on from, for a checkpoint."""
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Samples of a training, and the validation samples, if there are any."""
-
-    samples: Samples
-    sampler: EpochSampler
-    validation: Samples | None
-    num_real: int | None = None  # samples before those that were drawn; None where none were
 
 
 def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> str | None:
@@ -303,7 +243,7 @@ class SharedLogits:
             taken[sampler.used(epochs)] = True
         used = taken.nonzero().flatten()
         row_bytes = len(self.columns) * self.columns.few_penalty.element_size()
-        self.all_at_once = len(used) * row_bytes <= CACHE_BYTES
+        self.all_at_once = len(used) * row_bytes <= member_logits.CACHE_BYTES
         if not self.all_at_once:
             # Few samples take part in every epoch. Base ones get rows after them, anew each epoch.
             used = samplers[0].indices[: samplers[0].num_few]
@@ -325,200 +265,6 @@ class SharedLogits:
             self.training.fill(self.num_kept, self.samples, indices[base])
             rows[base] = self.num_kept + torch.arange(len(base), device="cpu")
         return rows.to(self.device)
-
-
-class AutogradEngine:
-    """Trains with torch's autograd and any of its optimisers.
-
-    With a frozen classifier the steps run on logits: those of few and validation samples are computed once, those of base
-    samples once an epoch for the ones drawn.
-    """
-
-    name = "autograd"
-
-    def __init__(
-        self,
-        head: AlphaNet,
-        options: TrainingOptions,
-        data: TrainingData,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        self.head, self.options, self.data, self.optimizer = head, options, data, optimizer
-        self.sampler = data.sampler
-        self.sgd = Sgd.of(optimizer)
-        self.steps_per_epoch = -(-len(self.sampler) // options.batch_size)
-        self.parameters = [p for p in head.parameters() if p.requires_grad]
-        self._lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        frozen = not any(p is not None and p.requires_grad for p in (head.weight, head.bias))
-        self.mixes_logits = frozen and head.residual is None
-        self._offset = self._identity = None
-        if options.prior_correction:
-            self._offset = self.sampler.log_prior.to(device=head.weight.device)
-        if options.regularize:
-            self._identity = head.identity_outputs()
-        self._few_inputs = self._inputs(data.samples, self.sampler.indices[: self.sampler.num_few])
-        self._validation_logits: Tensor | None = None
-        if data.validation is not None:
-            self._validation_logits = self._logits(data.validation, torch.arange(len(data.validation.labels), device="cpu"))
-            self._original_hits = self._count(self._validation_logits)
-
-    @torch.no_grad()
-    def _logits(self, samples: Samples, indices: Tensor) -> Tensor:
-        head = self.head
-        blocks = [nn.functional.linear(self._features(samples, block), head.weight, head.bias) for block in indices.split(8192)]
-        return torch.cat(blocks)
-
-    def _features(self, samples: Samples, indices: Tensor) -> Tensor:
-        features = samples.features[indices]
-        if not bool(features.isfinite().all()):
-            for index in indices.tolist():
-                check_finite(samples.features[index : index + 1], samples.name, first_row=index)
-        return features.to(device=self.head.weight.device, dtype=self.head.weight.dtype)
-
-    def _inputs(self, samples: Samples, indices: Tensor) -> Tensor:
-        return self._logits(samples, indices) if self.mixes_logits else self._features(samples, indices)
-
-    def _scores(self, inputs: Tensor) -> Tensor:
-        return self.head.mix_logits(inputs) if self.mixes_logits else self.head(inputs)
-
-    def learning_rate(self, multiplier: float) -> float:
-        return self._lrs[0] * multiplier
-
-    def train(self, epoch: int, multiplier: float) -> float:
-        for group, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
-            group["lr"] = lr * multiplier
-        order = self.sampler.draw(epoch)
-        is_few = order < self.sampler.num_few
-        # Few samples are kept in the order of their numbers; base ones are computed in the order they were drawn.
-        position = torch.where(is_few, order, self.sampler.num_few + (~is_few).cumsum(0) - 1)
-        indices = self.sampler.indices[order]
-        inputs = torch.cat([self._few_inputs, self._inputs(self.data.samples, indices[~is_few])])
-        inputs = inputs[position.to(inputs.device)]
-        targets = self.data.samples.labels[indices].to(inputs.device)
-        total = torch.zeros((), dtype=torch.float64, device=inputs.device)
-        size = self.options.batch_size
-        with torch.enable_grad():
-            for batch, batch_targets in zip(inputs.split(size), targets.split(size), strict=True):
-                total += self._step(batch, batch_targets) * len(batch)
-        loss = float(total) / len(inputs)
-        self._check_finite(loss)
-        return loss
-
-    def _step(self, batch: Tensor, targets: Tensor) -> Tensor:
-        losses: list[Tensor] = []
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            scores = self._scores(batch)
-            scores = scores if scores.dtype == torch.float64 else scores.float()
-            if self._offset is not None:
-                scores = scores + self._offset.to(scores.dtype)
-            loss = nn.functional.cross_entropy(scores, targets)
-            losses.append(loss.detach())
-            if self._identity is not None:
-                pulled = (self.head.outputs() - self._identity).to(scores.dtype).square().sum()
-                loss = loss + self.options.regularize / 2 * pulled
-            loss.backward()
-            return loss
-
-        self.optimizer.step(closure)  # type: ignore[arg-type]  # closures may return tensors, as torch's own examples do
-        return losses[0]
-
-    def _check_finite(self, loss: float) -> None:
-        finite = self.head._outputs()[0].isfinite().all(dim=1)
-        if not bool(finite.all()):
-            raise TrainingDiverged(f"class {int(self.head.few_classes[int((~finite).nonzero()[0, 0])])}")
-        with torch.no_grad():
-            if not math.isfinite(loss) or not bool(self._scores(self._few_inputs[:1]).isfinite().all()):
-                raise TrainingDiverged("the loss")
-
-    @torch.no_grad()
-    def hits(self) -> Tensor | None:
-        if self._validation_logits is None or self.data.validation is None:
-            return None
-        logits = self._validation_logits
-        if self.mixes_logits:
-            return self._count(self.head.mix_logits(logits))
-        blocks = torch.arange(len(logits), device="cpu").split(8192)
-        return self._count(torch.cat([self.head(self._features(self.data.validation, block)) for block in blocks]))
-
-    def _count(self, scores: Tensor) -> Tensor:
-        assert self.data.validation is not None
-        labels = self.data.validation.labels
-        return _hits(label_ranks(scores, labels.to(scores.device)).cpu(), labels, self.head.out_features)
-
-    def original_hits(self) -> Tensor | None:
-        return None if self._validation_logits is None else self._original_hits
-
-    def clamped(self) -> int:
-        return int(self.head.clamped().sum())
-
-    def snapshot(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def restore(self, snapshot: list[Tensor], decay: float) -> None:
-        for parameter, value in zip(self.parameters, snapshot, strict=True):
-            parameter.copy_(value)
-
-    def state(self) -> dict[str, Any]:
-        return {"parameters": [p.detach() for p in self.parameters], "optimizer": self.optimizer.state_dict()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.restore(state["parameters"], 1.0)
-
-
-@torch.no_grad()
-def hits_of(linear: nn.Linear, samples: Samples) -> Tensor:
-    """``[2, N]``: of each class, the samples that ``linear`` ranks first, and those among its first five."""
-    weight, bias = linear.weight, linear.bias
-    ranks = []
-    for block in torch.arange(len(samples.labels), device="cpu").split(8192):
-        features = samples.features[int(block[0]) : int(block[-1]) + 1].to(device=weight.device, dtype=weight.dtype)
-        scores = nn.functional.linear(features, weight, bias)
-        ranks.append(label_ranks(scores, samples.labels[block].to(scores.device)).cpu())
-    return _hits(torch.cat(ranks), samples.labels, len(weight))
-
-
-def _hits(ranks: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    return torch.stack([torch.bincount(labels[ranks < k], minlength=num_classes) for k in (1, 5)])
-
-
-class SplitMetrics:
-    """Top-1 and top-5 accuracy for each part of a split, over samples and as mean over classes.
-
-    Keys are ``few``, ``medium``, ``many``, ``all``, each also with ``_top5``, ``_class_mean`` and ``_class_mean_top5``; a part
-    without samples is NaN.
-    """
-
-    def __init__(self, split: ClassSplit, counts: Tensor) -> None:
-        """``counts``: validation samples of each class."""
-        parts = {"few": split.few, "medium": split.medium, "many": split.many}
-        member = np.zeros((len(counts), 4), dtype=np.int64)
-        for column, ids in enumerate(parts.values()):
-            member[ids.numpy(), column] = 1
-        member[:, 3] = 1
-        self._names = (*parts, "all")
-        samples = counts.numpy()
-        self._member, self._totals = member, samples @ member
-        seen = member * (samples > 0)[:, None]
-        # Nothing to average is nan, without a warning: 0 / 0 is what is meant.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            self._weights = seen / (np.maximum(samples, 1)[:, None] * seen.sum(axis=0).astype(np.float64))
-
-    def of(self, hits: Tensor) -> dict[str, float]:
-        """The metrics of hits ``[2, N]``: of each class, samples ranked first, and samples among the first five."""
-        # NumPy, not torch: small operations of torch's may wait for a second thread, long on a busy machine.
-        numbers = hits.numpy()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            over_samples = (numbers @ self._member) / self._totals.astype(np.float64)
-        over_classes = np.where(self._totals > 0, numbers @ np.nan_to_num(self._weights), np.nan)
-        result: dict[str, float] = {}
-        for column, name in enumerate(self._names):
-            result[name], result[f"{name}_top5"] = over_samples[:, column].tolist()
-            result[f"{name}_class_mean"], result[f"{name}_class_mean_top5"] = over_classes[:, column].tolist()
-        return result
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ epoch, and takes its share of each batch.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ._seeds import derived_seed
 from .distributed import Group
 from .images import ImageReadError, LabelledImages
 from .transforms import ImageTransform
 
-__all__ = ["SAMPLINGS", "EpochBatches", "default_workers", "derived_seed", "epoch_order", "image_reader"]
+__all__ = ["SAMPLINGS", "EpochBatches", "default_workers", "epoch_order", "image_reader"]
 
 SAMPLINGS = ("instance", "class_balanced", "square_root")
 
@@ -28,17 +28,6 @@ SAMPLINGS = ("instance", "class_balanced", "square_root")
 _MOST_WORKERS = 12
 
 _Item: TypeAlias = tuple[Tensor, int] | ImageReadError
-
-
-def derived_seed(*parts: int | str) -> int:
-    """A seed in ``0 .. 2^63 - 1`` out of several numbers or texts; other parts, another seed.
-
-    Example:
-        >>> derived_seed(0, "order", 1) == derived_seed(0, "order", 2)
-        False
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def epoch_order(labels: Tensor, sampling: str, seed: int, epoch: int) -> Tensor:

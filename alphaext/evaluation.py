@@ -17,7 +17,7 @@ from torch import Tensor
 from ._checks import check_integer
 from .bootstrap import bootstrap_percentiles, check_confidence
 from .classes import ClassSplit
-from .engines import SplitMetrics
+from .metrics import SplitMetrics
 from .predictions import Predictions, predict, predict_logits
 
 __all__ = [

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._checks import TensorLike, check_floating
 from ._files import PathLike, check_output_file, whole_file
+from ._tensors import TensorLike, check_floating
 from .checkpoint_files import SAFETENSORS_HINT
 from .checkpoint_reader import Checkpoint, read_checkpoint
 from .checkpoint_writer import check_repaired, file_content, write_verified

@@ -28,8 +28,8 @@ from .distributed import Group, process_group
 from .extraction_folder import ExtractionFolder, wait_for
 from .features import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
 from .images import LabelledImages
-from .loading import ImageBatch, Transform, image_batches
-from .shards import IDENTITY_FILE, Batch, Shard, ShardPlan, Unreadable
+from .loading import Batch, ImageBatch, Transform, image_batches
+from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable
 
 __all__ = ["extract"]
 

@@ -255,7 +255,7 @@ def _size(count: float) -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    from . import __version__
+    from ._environment import __version__
 
     try:
         import torchvision

@@ -22,9 +22,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import classes, neighbors
-from ._checks import TensorLike, as_tensor, check_finite, check_floating, check_integer, check_labels
+from . import classes
+from ._checks import check_integer
 from ._files import PathLike, file_digest, read_json, whole_file, without_nan, write_json
+from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels
 from .images import check_class_names
 from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done, naming_path
 
@@ -102,7 +103,7 @@ class Features:
         Raises:
             ValueError: a class without rows.
         """
-        return neighbors.class_means(self.features, self.labels, self.num_classes)
+        return classes.class_means(self.features, self.labels, self.num_classes)
 
     def verify(self) -> None:
         """Check that ``features.npy`` still has the bytes that were written, by their SHA-256: it is read whole.

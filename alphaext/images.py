@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ._checks import TensorLike, check_integer, check_labels
+from ._checks import check_integer
+from ._tensors import TensorLike, check_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image

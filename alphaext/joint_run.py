@@ -18,13 +18,13 @@ from torch.nn import functional
 
 from ._files import whole_file, write_json
 from ._progress import progress_bar
+from ._seeds import derived_seed
 from .classes import ClassSplit
 from .distributed import Group
-from .engines import SplitMetrics
-from .epochs import EpochBatches, derived_seed, image_reader
+from .epochs import EpochBatches, image_reader
 from .images import LabelledImages
 from .joint_options import JointOptions
-from .metrics import label_ranks
+from .metrics import SplitMetrics, label_ranks
 from .splitting import evaluating, run_model
 from .transforms import ImageTransform
 

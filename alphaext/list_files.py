@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ._checks import TensorLike, check_labels
 from ._files import PathLike, check_output_file, whole_file
+from ._tensors import TensorLike, check_labels
 from .images import MOST_CLASSES, FileImages, check_class_names
 
 __all__ = ["read_list", "write_list"]

@@ -13,12 +13,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .images import ImageReadError, LabelledImages
-from .shards import Batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageBatch", "Transform", "image_batches", "image_seed"]
+__all__ = [
+    "Batch",
+    "ImageBatch",
+    "Transform",
+    "image_batches",
+    "image_seed",
+]
 
 
 class Transform(Protocol):
@@ -172,3 +177,16 @@ class _ReadBatches(Dataset[ImageBatch]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that go through the model together.
+
+    Attributes:
+        pass_number: from 0; above only where images are extracted several times.
+        images: their indices.
+    """
+
+    pass_number: int
+    images: range

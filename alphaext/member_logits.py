@@ -17,13 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from . import _C  # noqa: F401  (registers the operators)
-from ._checks import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .drawn_features import DrawnFeatures
 
 if TYPE_CHECKING:
     from .modules import AlphaNet
 
-__all__ = ["Columns", "Samples", "TrainingLogits", "ValidationLogits", "check_samples"]
+__all__ = [
+    "Columns",
+    "Samples",
+    "TrainingLogits",
+    "ValidationLogits",
+    "check_samples",
+]
+
+# The most bytes of cached logits of training samples; beyond it those of base samples are computed anew each epoch.
+CACHE_BYTES = 2 << 30
 
 # Elements of a block of logits: it stays in the processor's cache between the product and what is kept of it.
 _BLOCK_ELEMENTS = 1 << 20

@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import (
-    TensorLike,
-    as_tensor,
-    check_floating,
-    check_integer,
-    check_labels,
-    check_same_device,
-    check_shape,
-)
+from ._checks import check_integer
+from ._tensors import TensorLike, as_tensor, check_floating, check_labels, check_same_device, check_shape
 from .classes import ClassSplit
 
-__all__ = ["label_ranks", "per_class_accuracy", "split_accuracy"]
+__all__ = [
+    "label_ranks",
+    "per_class_accuracy",
+    "split_accuracy",
+]
 
 # Elements of one block of logits. On the CPU it stays in cache with the masks of its comparisons, and torch starts its
 # threads from 2**15 elements on: waiting for them costs more than such light work, many times more on a busy machine.
@@ -163,3 +161,39 @@ def split_accuracy(
         "many": accuracy(split.many.cpu()),
         "all": accuracy(torch.arange(split.num_classes, device="cpu")),
     }
+
+
+class SplitMetrics:
+    """Top-1 and top-5 accuracy for each part of a split, over samples and as mean over classes.
+
+    Keys are ``few``, ``medium``, ``many``, ``all``, each also with ``_top5``, ``_class_mean`` and ``_class_mean_top5``; a part
+    without samples is NaN.
+    """
+
+    def __init__(self, split: ClassSplit, counts: Tensor) -> None:
+        """``counts``: validation samples of each class."""
+        parts = {"few": split.few, "medium": split.medium, "many": split.many}
+        member = np.zeros((len(counts), 4), dtype=np.int64)
+        for column, ids in enumerate(parts.values()):
+            member[ids.numpy(), column] = 1
+        member[:, 3] = 1
+        self._names = (*parts, "all")
+        samples = counts.numpy()
+        self._member, self._totals = member, samples @ member
+        seen = member * (samples > 0)[:, None]
+        # Nothing to average is nan, without a warning: 0 / 0 is what is meant.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self._weights = seen / (np.maximum(samples, 1)[:, None] * seen.sum(axis=0).astype(np.float64))
+
+    def of(self, hits: Tensor) -> dict[str, float]:
+        """The metrics of hits ``[2, N]``: of each class, samples ranked first, and samples among the first five."""
+        # NumPy, not torch: small operations of torch's may wait for a second thread, long on a busy machine.
+        numbers = hits.numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            over_samples = (numbers @ self._member) / self._totals.astype(np.float64)
+        over_classes = np.where(self._totals > 0, numbers @ np.nan_to_num(self._weights), np.nan)
+        result: dict[str, float] = {}
+        for column, name in enumerate(self._names):
+            result[name], result[f"{name}_top5"] = over_samples[:, column].tolist()
+            result[f"{name}_class_mean"], result[f"{name}_class_mean_top5"] = over_classes[:, column].tolist()
+        return result

@@ -11,18 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from ._checks import (
-    as_tensor,
-    check_choice,
-    check_class_ids,
-    check_finite,
-    check_floating,
-    check_gamma,
-    check_integer,
-    check_same_device,
-    check_shape,
-)
+from ._checks import check_choice, check_gamma, check_integer
+from ._linear import check_classifier, check_dtype, linear_parameters
+from ._tensors import as_tensor, check_class_ids, check_finite, check_same_device, check_shape
+from .choices import COEFFICIENTS, FIRST_LAYERS, INITS
 from .classes import ClassSplit, split_classes
+from .first_layer import _wide, first_layer_scale, initial_first_layer, move_first_layer
 from .neighbors import (
     build_members,
     check_members,
@@ -31,10 +25,6 @@ from .neighbors import (
     residual_directions,
     submodule_inputs,
 )
-
-INITS = ("identity", "default")
-FIRST_LAYERS = ("dense", "factored")
-COEFFICIENTS = ("mlp", "direct")
 
 # Where softmax saturates its gradient vanishes, so "identity" starts no closer to 1 than this.
 _LARGEST_SOFTMAX_START = 0.99
@@ -129,7 +119,7 @@ class AlphaNet(nn.Module):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         assert z is not None
         check_same_device(weight=weight, bias=bias, members=members, z=z)
-        _check_classifier(weight, bias)
+        check_classifier(weight, bias)
         members = check_members(members, weight.shape[0])
         num_few, num_members = members.shape
         if num_few == weight.shape[0]:
@@ -138,7 +128,7 @@ class AlphaNet(nn.Module):
             check_shape(z, "z", (num_few, "(K+1)*P"))
             if z.shape[1] == 0 or z.shape[1] % num_members:
                 raise ValueError(f"z must have a multiple of K+1 = {num_members} columns, got {z.shape[1]}")
-            _check_dtype(z, "z", weight)
+            check_dtype(z, "z", weight)
             check_finite(z, "z")
             if hidden_dim is None:
                 hidden_dim = z.shape[1] // num_members
@@ -306,7 +296,7 @@ class AlphaNet(nn.Module):
             self.register_buffer("gradient_scale", first_layer_scale(self.z, networks))
             return
         if self.first_layer == "dense":
-            w1, b1 = _initial_first_layer(networks, hidden_dim, z, seed)
+            w1, b1 = initial_first_layer(networks, hidden_dim, z, seed)
             self.w1 = nn.Parameter(w1.to(self.z))
             self.b1 = nn.Parameter(b1.to(self.z))
             return
@@ -470,16 +460,16 @@ class AlphaNet(nn.Module):
             raise ValueError("this head's state does not say the seed of its first layer, so its weights cannot be drawn again")
         networks, hidden = self.w2.shape[0], self.w2.shape[2]
         z = self.z.detach().to(device="cpu", dtype=_wide(self.z.dtype)).contiguous()
-        w1, b1 = _initial_first_layer(networks, hidden, z, self.seed)
+        w1, b1 = initial_first_layer(networks, hidden, z, self.seed)
         start = torch.ops.alphaext.initial_preactivation(z, hidden, networks == 1, self.seed)
         now = self.preactivation.detach().cpu().double()
-        _move_first_layer(w1, b1, z, now - self.first_layer_decay * start.double(), self.first_layer_decay)
+        move_first_layer(w1, b1, z, now - self.first_layer_decay * start.double(), self.first_layer_decay)
         return w1.to(self.z), b1.to(self.z)
 
     @torch.no_grad()
     def _move_outputs(self, moved: Tensor, decay: float) -> None:
         """Change a dense first layer the way SGD would have to move its outputs by ``moved`` ``[F, H]``."""
-        _move_first_layer(self.w1, self.b1, self.z, moved.to(self.z.device), decay)
+        move_first_layer(self.w1, self.b1, self.z, moved.to(self.z.device), decay)
 
     @torch.no_grad()
     def _preactivations(self) -> Tensor:
@@ -650,15 +640,6 @@ def _identity_outputs(rule: str, gamma: float, top_k: int, dtype: torch.dtype) -
     return p.log().to(dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _check_dtype(tensor: Tensor, name: str, weight: Tensor) -> None:
-    if tensor.dtype != weight.dtype:
-        raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
-
-
 def clamped_outputs(raw: Tensor, rule: str, gamma: float) -> Tensor:
     """``[F]`` bool: which classes' own coefficient is held by the clamp, from the sub-modules' outputs ``[F, K+1]``."""
     if rule == "l1":
@@ -666,40 +647,6 @@ def clamped_outputs(raw: Tensor, rule: str, gamma: float) -> Tensor:
     value = raw[:, 0] if rule == "clamp" else raw.softmax(dim=1)[:, 0]
     low = min(reference.ALPHA_FLOOR, gamma) if rule == "clamp" else 0.0
     return (value > gamma) | (value < low)
-
-
-def first_layer_scale(z: Tensor, networks: int) -> Tensor:
-    """What SGD's step on a first layer's outputs is multiplied by (docs/exactness.md): ``[F]``, or ``[F, F]`` with one network.
-
-    SGD moves w1 along z and b1 along 1, so it moves w1 z + b1 along z.z' + 1.
-    """
-    wide = z.detach().double()
-    scale = wide @ wide.t() + 1 if networks == 1 else wide.square().sum(dim=1) + 1
-    return scale.to(_wide(z.dtype))
-
-
-def _initial_first_layer(networks: int, hidden: int, z: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    w1 = torch.empty(networks, hidden, z.shape[1], dtype=z.dtype, device="cpu")
-    b1 = torch.empty(networks, hidden, dtype=z.dtype, device="cpu")
-    torch.ops.alphaext.initial_first_layer(w1, b1, seed, 0)
-    return w1, b1
-
-
-def _move_first_layer(w1: Tensor, b1: Tensor, z: Tensor, moved: Tensor, decay: float) -> None:
-    """Make ``w1``, ``b1`` what SGD makes of them while it moves their outputs by ``moved`` ``[F, H]`` (float64).
-
-    Every step adds a multiple u of (z, 1) to a row of (w1, b1), which moves its output by (|z|^2 + 1) u. With one network the
-    Gram matrix takes the place of |z|^2 + 1; where it is singular, every solution u gives the same weights.
-    """
-    scale = first_layer_scale(z.double(), len(w1))
-    if scale.dim() == 2:
-        u = torch.linalg.lstsq(scale.cpu(), moved.cpu(), driver="gelsd").solution.to(moved.device)
-        b1.mul_(decay).add_(u.sum(dim=0).to(b1.dtype))
-        w1[0].addmm_(u.t().to(w1.dtype), z.to(w1.dtype), beta=decay)
-        return
-    u = moved / scale.unsqueeze(1)
-    b1.mul_(decay).add_(u.to(b1.dtype))
-    w1.baddbmm_(u.to(w1.dtype).unsqueeze(2), z.to(w1.dtype).unsqueeze(1), beta=decay)
 
 
 def _check_directions(
@@ -727,32 +674,10 @@ def _check_directions(
         if value is not None:
             check_same_device(weight=weight, **{name: value})
             check_shape(value, name, shape)
-            _check_dtype(value, name, weight)
+            check_dtype(value, name, weight)
             check_finite(value, name)
     if len(directions) == 0:
         raise ValueError("directions must have at least one row")
-
-
-def _check_classifier(weight: Tensor, bias: Tensor | None) -> None:
-    check_floating(weight, "weight")
-    check_shape(weight, "weight", ("N", "D"))
-    check_finite(weight, "weight")
-    if bias is not None:
-        _check_dtype(bias, "bias", weight)
-        check_shape(bias, "bias", (weight.shape[0],))
-        check_finite(bias, "bias")
-
-
-def linear_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight ``[N, D]`` and bias ``[N]`` or None of a linear layer, checked."""
-    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"linear must have a weight [num_classes, in_features], such as nn.Linear; got {type(linear).__name__}")
-    if bias is not None and not isinstance(bias, Tensor):
-        raise TypeError(f"linear.bias must be a tensor or None, got {type(bias).__name__}")
-    check_same_device(weight=weight, bias=bias)
-    _check_classifier(weight, bias)
-    return weight.detach(), None if bias is None else bias.detach()
 
 
 def _split(

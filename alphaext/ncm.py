@@ -7,9 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ._checks import TensorLike, as_tensor, check_choice, check_finite, format_ids
-from .neighbors import Rows, class_sums
-from .selection import make_linear
+from ._checks import check_choice, format_ids
+from ._linear import make_linear
+from ._tensors import TensorLike, as_tensor, check_finite
+from .classes import Rows, class_sums
 
 __all__ = ["NCM_METRICS", "ncm"]
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ._text import percent
 from .drawing import INK, MUTED, own_style, render, require_matplotlib, series_color, series_marker
-from .tables import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,16 +13,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from ._checks import (
-    TensorLike,
-    as_tensor,
-    check_finite,
-    check_floating,
-    check_integer,
-    check_labels,
-    check_shape,
-)
+from ._checks import check_integer
 from ._progress import progress_bar
+from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .metrics import label_ranks
 
 __all__ = ["Predictions", "predict", "predict_logits"]

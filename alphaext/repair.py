@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ._checks import TensorLike, check_labels
+from ._linear import linear_parameters
+from ._tensors import TensorLike, check_labels
 from .classes import ClassSplit, class_counts, split_classes
-from .modules import AlphaNet, linear_parameters
+from .modules import AlphaNet
 from .neighbors import pool_size
 from .presets import preset_options
 from .sweep import fit_many

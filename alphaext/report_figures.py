@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ._text import percent
 from .drawing import Picture, render, series_color, series_marker, shortened
 from .report_content import DataTable, FigureBlock, TextBlock
 from .report_data import Group, Study, group_rows, setting_text, varied
@@ -26,7 +27,6 @@ from .report_plots import (
 from .report_tables import accuracy_table, classes_table, sharing_table
 from .study_plans import EXPERIMENTS
 from .study_rows import Row
-from .tables import percent
 
 __all__ = ["class_blocks", "experiment_blocks", "rank_correlation"]
 

@@ -14,16 +14,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import engines
-from ._checks import TensorLike, as_tensor, check_finite, check_floating, check_integer, check_labels, check_shape
+from . import member_logits
+from ._checks import check_integer
+from ._linear import linear_parameters, make_linear, wide
+from ._seeds import seeded_generator
+from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .balanced_sampling import ClassBalancedSampler
 from .balanced_training import BalancedTraining, check_checkpoint, fingerprint
 from .classes import ClassSplit, split_classes
 from .member_logits import Samples, check_samples
-from .modules import linear_parameters
-from .neighbors import seeded_generator
 from .options import TrainingOptions
-from .selection import BaselineResult, Policy, Rescaling, Validation, make_linear, wide
+from .selection import BaselineResult, Policy, Rescaling, Validation
 
 __all__ = ["RETRAINING_PRESETS", "crt", "lws"]
 
@@ -289,7 +290,7 @@ class _Scales:
         for epoch in range(1, options.epochs + 1):
             drawn[sampler.draw(epoch)] = True
         self._drawn = drawn.nonzero()[:, 0]
-        fits = len(self._drawn) * len(weight) * weight.dtype.itemsize <= engines.CACHE_BYTES
+        fits = len(self._drawn) * len(weight) * weight.dtype.itemsize <= member_logits.CACHE_BYTES
         self._rows = max(1, _BLOCK_ELEMENTS // max(weight.shape))
         self.blocks = -(-len(self._drawn) // self._rows) if fits else 0
         self._logits: Tensor | None = None

@@ -14,15 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import engines
-from ._checks import TensorLike, check_finite
+from . import member_logits
 from ._files import without_nan
+from ._tensors import TensorLike, check_finite
 from .classes import ClassSplit
 from .member_logits import check_samples
 from .metrics import label_ranks
 from .options import selection_score
 
-__all__ = ["BaselineResult", "Policy", "Rescaling", "Validation"]
+__all__ = [
+    "BaselineResult",
+    "Policy",
+    "Rescaling",
+    "Validation",
+]
 
 # Elements of a block of logits: few enough to stay in a processor's cache between the product and the candidates.
 _BLOCK_ELEMENTS = 1 << 20
@@ -231,7 +236,7 @@ class Validation:
 
     def keep(self, weight: Tensor) -> None:
         """Keep the products with ``weight``, which are asked for time and again, if they fit the bound of cached logits."""
-        if len(self.samples.labels) * len(weight) * weight.dtype.itemsize <= engines.CACHE_BYTES:
+        if len(self.samples.labels) * len(weight) * weight.dtype.itemsize <= member_logits.CACHE_BYTES:
             self._kept = weight, list(self.products(weight))
 
 
@@ -242,18 +247,3 @@ def check_split(split: ClassSplit, num_classes: int) -> ClassSplit:
     if split.num_classes != num_classes:
         raise ValueError(f"split must be of the classifier's {num_classes} classes, got one of {split.num_classes}")
     return ClassSplit(few=split.few.cpu(), medium=split.medium.cpu(), many=split.many.cpu())
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The same in float32 where it is narrower, which no sum should be kept in."""
-    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
-
-
-def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A plain linear layer of these numbers, copied."""
-    # On "meta", because initial values that nobody reads would be drawn from the caller's random numbers.
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear

@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ._files import read_json, whole_file, write_json
+from .loading import Batch
 
 __all__ = [
     "IDENTITY_FILE",
     "PARTS_FOLDER",
-    "Batch",
     "Shard",
     "ShardPlan",
     "Unreadable",
@@ -49,19 +49,6 @@ IDENTITY_FILE = "extraction.json"
 IMAGES_PER_SHARD = 256
 
 _FORMAT = "alphaext extraction 1"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images that go through the model together.
-
-    Attributes:
-        pass_number: from 0; above only where images are extracted several times.
-        images: their indices.
-    """
-
-    pass_number: int
-    images: range
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,10 @@ from ._estimators import (
     last_step,
     with_rows,
 )
+from .choices import INITS, METRICS, POOLS
 from .classes import split_classes
-from .modules import INITS, AlphaNet
-from .neighbors import METRICS, POOLS, build_members, reduce_classifiers, submodule_inputs
+from .modules import AlphaNet
+from .neighbors import build_members, reduce_classifiers, submodule_inputs
 from .options import TrainingOptions
 from .training import FitResult, fit
 

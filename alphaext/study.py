@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from ._checks import check_integer
 from ._files import PathLike, folder_lock, read_json, write_json
+from ._linear import linear_parameters, make_linear
 from .classes import split_classes
 from .features import Features, as_json, differences, read_features
-from .modules import linear_parameters
-from .selection import make_linear
 from .study_plans import EXPERIMENTS, POLICIES, StudyOptions, choose
 from .study_rivals import compare_rivals
 from .study_rows import ResultsFile, read_rows, row_key, summarize

@@ -14,8 +14,9 @@ from .baselines import run_baseline
 from .class_table import class_table, write_class_table
 from .confusions import confusion_changes, write_confusions
 from .features import Features
+from .few_bias import choose_few_bias, few_bias
 from .ncm import ncm
-from .post_hoc import choose_few_bias, choose_logit_adjustment, choose_tau, few_bias, logit_adjusted, tau_normalized
+from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from .predictions import predict
 from .selection import BaselineResult
 from .study_plans import CANDIDATES, METHODS, RETRAINED, Trial, choose

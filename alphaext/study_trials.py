@@ -11,14 +11,15 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from . import engines
-from ._checks import as_tensor, check_integer
+from . import member_logits
+from ._checks import check_integer
 from ._progress import progress_bar
+from ._seeds import seeded_generator
+from ._tensors import as_tensor
 from .classes import ClassSplit
 from .evaluation import expected_calibration_error, split_metrics
 from .features import Features
 from .modules import AlphaNet
-from .neighbors import seeded_generator
 from .predictions import predict
 from .study_plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
 from .study_rows import METRICS, ORIGINAL, ResultsFile, Row, make_row, row_key, without_nan
@@ -267,7 +268,7 @@ class Trainings:
         """The trainings of each call of :func:`alphaext.fit_many`: as many as see the same samples and fit into memory."""
         weight = self.problem.linear.weight
         columns = 2 * len(weight)  # under l1 a class's logits are kept with and without bias
-        together = len(self.problem.parts["train"]) * columns * weight.element_size() <= engines.CACHE_BYTES
+        together = len(self.problem.parts["train"]) * columns * weight.element_size() <= member_logits.CACHE_BYTES
         groups: dict[tuple[Any, ...], list[_Training]] = {}
         for configuration, seed in trainings:
             cut = () if configuration.few_samples is None else (configuration.few_samples, seed)

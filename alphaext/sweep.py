@@ -18,23 +18,18 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from ._checks import TensorLike, as_tensor, check_integer
+from ._checks import check_integer
+from ._linear import linear_parameters
 from ._progress import progress_bar
-from .classes import ClassSplit, class_counts, split_classes
+from ._tensors import TensorLike, as_tensor
+from .choices import METRICS, POOLS
+from .classes import ClassSplit, class_counts, class_means, split_classes
+from .engine import TrainingData
 from .engine_group import EngineGroup, group_key
-from .engines import NativeEngine, SharedLogits, TrainingData, why_not_native
+from .engines import NativeEngine, SharedLogits, why_not_native
 from .member_logits import Samples, check_samples
-from .modules import AlphaNet, linear_parameters
-from .neighbors import (
-    METRICS,
-    POOLS,
-    build_members,
-    class_means,
-    pool_classes,
-    reduce_classifiers,
-    residual_directions,
-    submodule_inputs,
-)
+from .modules import AlphaNet
+from .neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from .options import TrainingOptions
 from .training import FitResult, Run, check_selection, sampled, with_drawn
 

@@ -10,27 +10,19 @@ from rich.table import Table
 from rich.text import Text
 
 from ._checks import check_integer
+from ._text import percent
 from .class_table import ClassRow
 from .comparison import Comparison
 
-__all__ = ["class_rows_table", "comparison_table", "losses_table", "metrics_table", "percent"]
+__all__ = [
+    "class_rows_table",
+    "comparison_table",
+    "losses_table",
+    "metrics_table",
+]
 
 _PARTS = ("few", "medium", "many", "all")
 _VERDICT_STYLES = {"better": "green", "worse": "red"}
-
-
-def percent(fraction: float | None, *, sign: bool = False) -> str:
-    """A fraction of 1 as percent with one decimal; "-" for NaN and None.
-
-    Example:
-        >>> percent(0.4567), percent(0.0123, sign=True), percent(-0.00001, sign=True), percent(float("nan"))
-        ('45.7', '+1.2', '0.0', '-')
-    """
-    if fraction is None or math.isnan(fraction):
-        return "-"
-    text = f"{100 * fraction:+.1f}" if sign else f"{100 * fraction:.1f}"
-    # What rounds to nothing has no direction.
-    return "0.0" if text in ("+0.0", "-0.0") else text
 
 
 def metrics_table(

@@ -17,28 +17,21 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from ._checks import TensorLike, check_integer
+from ._checks import check_integer
 from ._progress import progress_bar
-from .classes import ClassSplit
+from ._tensors import TensorLike
+from .autograd_engine import AutogradEngine
+from .classes import ClassSplit, class_means
 from .drawn_features import draw_features
-from .engines import (
-    ENGINES,
-    AutogradEngine,
-    Engine,
-    NativeEngine,
-    SharedLogits,
-    SplitMetrics,
-    TrainingData,
-    TrainingDiverged,
-    hits_of,
-    why_not_native,
-)
+from .engine import ENGINES, Engine, TrainingData, TrainingDiverged, hits_of
+from .engines import NativeEngine, SharedLogits, why_not_native
+from .few_bias import choose_few_bias
 from .member_logits import Samples, check_samples
+from .metrics import SplitMetrics
 from .modules import AlphaNet
-from .neighbors import class_means
-from .options import DecayOfStart, Sgd, TrainingOptions, selection_score
-from .post_hoc import choose_few_bias
+from .options import TrainingOptions, selection_score
 from .sampling import EpochSampler
+from .sgd import DecayOfStart, Sgd
 
 # The native engine's epochs are short: writing a checkpoint after each would take longer than they do.
 _SECONDS_BETWEEN_CHECKPOINTS = 0.5

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import alphaext
-from alphaext import AlphaNet, FitResult, engines, fit, reference, training
-from alphaext.options import DecayOfStart, Sgd, TrainingOptions
+from alphaext import AlphaNet, FitResult, engines, fit, member_logits, reference, training
+from alphaext.options import TrainingOptions
 from alphaext.sampling import EpochSampler
+from alphaext.sgd import DecayOfStart, Sgd
 
 # The same numbers, in sums of another order: a step's rounding is handed on, a little larger, to the next. Over the steps of
 # most tests here no more than this comes of it; the long trainings state their own.
@@ -383,7 +384,7 @@ def test_a_cache_that_is_too_small_changes_nothing(monkeypatch, options, how):
     data, how = make_data(), {"epochs": 3, "batch_size": 7, "select": "last", **validation(), **how}
     cached, anew = make_head(**options), make_head(**options)
     expected = fit(cached, *data, **how)
-    monkeypatch.setattr(engines, "CACHE_BYTES", 0)
+    monkeypatch.setattr(member_logits, "CACHE_BYTES", 0)
     result = fit(anew, *data, **how)
     assert result.engine == expected.engine == "native"
     assert_same(trained(anew), trained(cached), 1e-13)

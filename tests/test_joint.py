@@ -21,9 +21,10 @@ from torch import nn
 pytest.importorskip("torchvision")
 
 from alphaext import joint_run
+from alphaext._seeds import derived_seed
 from alphaext.backbones import SmallConvNet, make_model
 from alphaext.distributed import Group
-from alphaext.epochs import SAMPLINGS, EpochBatches, default_workers, derived_seed, epoch_order
+from alphaext.epochs import SAMPLINGS, EpochBatches, default_workers, epoch_order
 from alphaext.images import ArrayImages, ImageReadError
 from alphaext.joint import train_model
 from alphaext.joint_options import JointOptions

@@ -13,10 +13,10 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 import alphaext.neighbors
+from alphaext.classes import class_means
 from alphaext.neighbors import (
     build_members,
     check_members,
-    class_means,
     nearest_classes,
     neighbor_distances,
     reduce_classifiers,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alphaext import AlphaNet, engines, retraining
+from alphaext import AlphaNet, member_logits, retraining
+from alphaext._seeds import seeded_generator
 from alphaext.balanced_sampling import ClassBalancedSampler
-from alphaext.classes import ClassSplit, split_classes
+from alphaext.classes import ClassSplit, class_means, split_classes
 from alphaext.metrics import split_accuracy
-from alphaext.neighbors import class_means, seeded_generator
 from alphaext.retraining import RETRAINING_PRESETS, crt, lws
 
 NUM_CLASSES, IN_FEATURES = 8, 12
@@ -114,9 +114,9 @@ def train_by_torch(module, parameters, forward, sampler, features, labels, epoch
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cache_bytes", [engines.CACHE_BYTES, 0], ids=["logits kept", "logits of a batch"])
+@pytest.mark.parametrize("cache_bytes", [member_logits.CACHE_BYTES, 0], ids=["logits kept", "logits of a batch"])
 def test_lws_is_sgd_on_the_scales(bias, cache_bytes, monkeypatch):
-    monkeypatch.setattr(engines, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(member_logits, "CACHE_BYTES", cache_bytes)
     monkeypatch.setattr(retraining, "_BLOCK_ELEMENTS", 500)
     features, labels = make_data(dtype=torch.float64)
     linear = make_joint(torch.float64, bias)

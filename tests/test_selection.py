@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from alphaext import engines, selection
+from alphaext import member_logits, selection
 from alphaext.classes import ClassSplit
 from alphaext.metrics import split_accuracy
 from alphaext.selection import BaselineResult, Policy, Rescaling, Validation
@@ -51,7 +51,7 @@ def test_kept_products_are_used_for_their_own_classifier_alone(monkeypatch):
     assert next(iter(validation.products(weight)))[0] is next(iter(validation.products(weight)))[0]
     other = weight.flip(0).contiguous()
     assert not next(iter(validation.products(other)))[0].equal(next(iter(validation.products(weight)))[0])
-    monkeypatch.setattr(engines, "CACHE_BYTES", 40 * 5 * 4 - 1)
+    monkeypatch.setattr(member_logits, "CACHE_BYTES", 40 * 5 * 4 - 1)
     fresh, weight = make_validation()
     fresh.keep(weight)
     assert next(iter(fresh.products(weight)))[0] is not next(iter(fresh.products(weight)))[0]

@@ -8,7 +8,7 @@ import torch
 from test_training import interrupt, make_data
 from torch import nn
 
-from alphaext import AlphaNet, class_means, engines, fit, fit_many, sweep
+from alphaext import AlphaNet, class_means, engines, fit, fit_many, member_logits, sweep
 
 FEATURES, LABELS = make_data(per_base=30)
 VALIDATION = dict(zip(("val_features", "val_labels"), make_data(seed=5), strict=True))
@@ -54,10 +54,10 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("cache_bytes", [engines.CACHE_BYTES, 0], ids=["all logits kept", "logits of an epoch kept"])
+@pytest.mark.parametrize("cache_bytes", [member_logits.CACHE_BYTES, 0], ids=["all logits kept", "logits of an epoch kept"])
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_each_gives_the_bits_it_gives_alone(linear, jobs, cache_bytes, monkeypatch):
-    monkeypatch.setattr(engines, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(member_logits, "CACHE_BYTES", cache_bytes)
     runs = fit_many(linear, FEATURES, LABELS, CONFIGS, jobs=jobs, **VALIDATION)
     assert [run.config for run in runs] == CONFIGS
     for run, config in zip(runs, CONFIGS, strict=True):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from alphaext import AlphaNet, engines, fit, training
-from alphaext._checks import as_tensor
+from alphaext import AlphaNet, autograd_engine, engines, fit, training
+from alphaext._tensors import as_tensor
 
 NUM_CLASSES, IN_FEATURES = 8, 12
 FEW = [6, 7]
@@ -195,7 +195,7 @@ def test_selection_policies():
     assert unreachable.after["all"] == max(entry["all"] for entry in unreachable.history)
 
 
-ENGINES = {"native": engines.NativeEngine, "autograd": engines.AutogradEngine}
+ENGINES = {"native": engines.NativeEngine, "autograd": autograd_engine.AutogradEngine}
 
 
 def after_calls(monkeypatch, engine: str, calls: int, action) -> None:

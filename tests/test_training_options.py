@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphaext import AlphaNet, fit, fit_many, reference
+from alphaext.few_bias import choose_few_bias
 from alphaext.options import TrainingOptions
-from alphaext.post_hoc import choose_few_bias
 from alphaext.sampling import EpochSampler
 from alphaext.training import training_data
 
@@ -242,12 +242,13 @@ def test_samples_are_drawn_where_a_base_class_has_none():
 
 
 def test_few_logits_that_do_not_fit_are_made_anew(monkeypatch):
-    from alphaext import engines
 
     features, labels = make_data()
     heads = []
-    for limit in (engines.CACHE_BYTES, 0):
-        monkeypatch.setattr(engines, "CACHE_BYTES", limit)
+    from alphaext import member_logits
+
+    for limit in (member_logits.CACHE_BYTES, 0):
+        monkeypatch.setattr(member_logits, "CACHE_BYTES", limit)
         heads.append(direct_head())
         fit(heads[-1], features, labels, **OPTIONS["drawn"], **SHORT)
     assert torch.equal(trained(heads[0]), trained(heads[1]))

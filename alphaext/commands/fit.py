@@ -18,11 +18,13 @@ from rich.text import Text
 
 from .._checks import check_gamma
 from .._files import whole_file
+from .._text import percent
+from ..choices import COEFFICIENTS, INITS, METRICS, POOLS
 from ..classes import ClassSplit
 from ..config import option
 from ..evaluation import split_metrics
-from ..modules import COEFFICIENTS, INITS, AlphaNet
-from ..neighbors import METRICS, POOLS, pool_size
+from ..modules import AlphaNet
+from ..neighbors import pool_size
 from ..options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
 from ..predictions import predict
 from ..presets import PRESETS, preset_options
@@ -30,7 +32,6 @@ from ..reference import RULES
 from ..study_plans import POLICIES, check_policy
 from ..study_plans import choose as choose_row
 from ..sweep import SweepRun, fit_many
-from ..tables import percent
 from . import shared
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
