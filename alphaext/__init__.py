@@ -43,9 +43,10 @@ from .ops import build_info
 from .predictions import Predictions, predict, predict_logits
 from .presets import PRESETS, preset_options
 from .repair import Repair, repair
+from .result import FitResult
 from .splitting import SplitModel, find_classifier, split_model
 from .sweep import SweepRun, fit_many
-from .training import FitResult, fit
+from .training import fit
 
 __all__ = [
     "BASELINES",

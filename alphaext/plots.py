@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ._text import percent
 from .drawing import INK, MUTED, own_style, render, require_matplotlib, series_color, series_marker
@@ -14,7 +14,6 @@ from .drawing import INK, MUTED, own_style, render, require_matplotlib, series_c
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .training import FitResult
 
 __all__ = ["history_html", "plot_history"]
 
@@ -22,7 +21,21 @@ _PARTS = ("few", "medium", "many", "all")
 _MOST_ROWS = 12
 
 
-def plot_history(result: FitResult) -> Figure:
+class Training(Protocol):
+    """What is shown of a training: fields of :class:`alphaext.FitResult`."""
+
+    history: list[dict[str, float]]
+    selected_epoch: int
+    selection: str
+    metrics_before: dict[str, float] | None
+    metrics_after: dict[str, float] | None
+    clamped: int
+    engine: str
+    engine_reason: str
+    seconds: float
+
+
+def plot_history(result: Training) -> Figure:
     """Return a figure of a training: its loss, and with validation data few accuracy and accuracy over all, by epoch.
 
     Args:
@@ -60,7 +73,7 @@ def plot_history(result: FitResult) -> Figure:
     return figure
 
 
-def _measured(result: FitResult) -> list[str]:
+def _measured(result: Training) -> list[str]:
     """Which of few and all were measured, in any epoch."""
     return [part for part in ("few", "all") if any(_known(entry.get(part)) for entry in result.history)]
 
@@ -69,14 +82,14 @@ def _known(value: float | None) -> bool:
     return value is not None and not math.isnan(value)
 
 
-def _draw_loss(axes: Any, result: FitResult) -> None:
+def _draw_loss(axes: Any, result: Training) -> None:
     known = [entry for entry in result.history if _known(entry.get("loss"))]
     axes.plot([entry["epoch"] for entry in known], [entry["loss"] for entry in known], color=series_color(4), label="loss")
     axes.set_ylabel("loss")
     _mark(axes, result)
 
 
-def _draw_accuracy(axes: Any, result: FitResult) -> None:
+def _draw_accuracy(axes: Any, result: Training) -> None:
     for part, place in (("few", 0), ("all", None)):
         if part not in _measured(result):
             continue
@@ -98,12 +111,12 @@ def _draw_accuracy(axes: Any, result: FitResult) -> None:
     _mark(axes, result)
 
 
-def _mark(axes: Any, result: FitResult) -> None:
+def _mark(axes: Any, result: Training) -> None:
     label = f"selected: epoch {result.selected_epoch}"
     axes.axvline(result.selected_epoch, color=MUTED, linestyle="--", linewidth=1.1, label=label)
 
 
-def history_html(result: FitResult) -> str:
+def history_html(result: Training) -> str:
     """Return a training as HTML for notebooks: accuracies before and after, epochs, and a figure if matplotlib is there.
 
     Args:
@@ -130,7 +143,7 @@ def _text(text: object) -> str:
     return escape(str(text))
 
 
-def _accuracies(result: FitResult) -> str:
+def _accuracies(result: Training) -> str:
     before, after = result.metrics_before, result.metrics_after
     if before is None or after is None:
         return ""
@@ -141,7 +154,7 @@ def _accuracies(result: FitResult) -> str:
     return _table(["validation accuracy, %", *_PARTS], rows)
 
 
-def _figure(result: FitResult) -> str:
+def _figure(result: Training) -> str:
     """One small picture a number; nothing where there is no matplotlib."""
     try:
         require_matplotlib()
@@ -158,7 +171,7 @@ def _figure(result: FitResult) -> str:
     return f'<div style="display:flex;flex-wrap:wrap">{"".join(_on_white(picture.inline) for picture in pictures)}</div>'
 
 
-def _axes(axes: Any, result: FitResult, draw: Any) -> None:
+def _axes(axes: Any, result: Training, draw: Any) -> None:
     draw(axes, result)
     axes.set_xlabel("epoch")
 
@@ -171,7 +184,7 @@ def _on_white(inline: str) -> str:
     return inline
 
 
-def _described(result: FitResult, name: str) -> str:
+def _described(result: Training, name: str) -> str:
     known = [entry for entry in result.history if _known(entry.get(name))]
     if not known:
         return f"no {name}"
@@ -181,7 +194,7 @@ def _described(result: FitResult, name: str) -> str:
     return f"{name} accuracy {percent(first[name])}% in epoch {first['epoch']:g}, {percent(last[name])}% in {last['epoch']:g}"
 
 
-def _epochs(result: FitResult) -> str:
+def _epochs(result: Training) -> str:
     """Some epochs, the first, the last and the selected one among them."""
     total = len(result.history)
     step = max(1, math.ceil(total / _MOST_ROWS))
@@ -201,7 +214,7 @@ def _epochs(result: FitResult) -> str:
     return f"<details><summary>Epochs</summary>{table}</details>"
 
 
-def _selected(entry: Mapping[str, float], result: FitResult) -> bool:
+def _selected(entry: Mapping[str, float], result: Training) -> bool:
     return entry["epoch"] == result.selected_epoch
 
 

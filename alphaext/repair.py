@@ -13,8 +13,8 @@ from .classes import ClassSplit, class_counts, split_classes
 from .modules import AlphaNet
 from .neighbors import pool_size
 from .presets import preset_options
+from .result import FitResult
 from .sweep import fit_many
-from .training import FitResult
 
 __all__ = ["Repair", "repair"]
 

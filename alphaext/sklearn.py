@@ -45,7 +45,8 @@ from .classes import split_classes
 from .modules import AlphaNet
 from .neighbors import build_members, reduce_classifiers, submodule_inputs
 from .options import TrainingOptions
-from .training import FitResult, fit
+from .result import FitResult
+from .training import fit
 
 __all__ = ["AlphaNetClassifier", "AlphaNetWarning"]
 

@@ -21,10 +21,10 @@ from .evaluation import expected_calibration_error, split_metrics
 from .features import Features
 from .modules import AlphaNet
 from .predictions import predict
+from .result import FitResult
 from .study_plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
 from .study_rows import METRICS, ORIGINAL, ResultsFile, Row, make_row, row_key, without_nan
 from .sweep import SweepRun, fit_many
-from .training import FitResult
 
 __all__ = ["Problem", "Trainings", "cut_few_samples"]
 

@@ -31,7 +31,8 @@ from .member_logits import Samples, check_samples
 from .modules import AlphaNet
 from .neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from .options import TrainingOptions
-from .training import FitResult, Run, check_selection, sampled, with_drawn
+from .result import FitResult
+from .training import Run, check_selection, sampled, with_drawn
 
 _HEAD_OPTIONS = ("coefficients", "hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
 _NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "metric": "euclidean", "neighbor_seed": 0, "pca_dim": 500, "residual": 0}
