@@ -13,7 +13,6 @@ except ImportError as error:
     ) from error
 
 from . import ops, reference
-from ._environment import __version__
 from .backbones import make_model
 from .baselines import BASELINES, BaselineResult, run_baseline
 from .checkpoints import Checkpoint, read_checkpoint, save_linear, write_repaired
@@ -47,6 +46,7 @@ from .result import FitResult
 from .splitting import SplitModel, find_classifier, split_model
 from .sweep import SweepRun, fit_many
 from .training import fit
+from .utils.environment import __version__
 
 __all__ = [
     "BASELINES",

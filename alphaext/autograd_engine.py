@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._tensors import check_finite
 from .engine import TrainingData, TrainingDiverged, _hits
 from .member_logits import Samples
 from .metrics import label_ranks
 from .modules import AlphaNet
 from .options import TrainingOptions
 from .sgd import Sgd
+from .utils.tensors import check_finite
 
 
 class AutogradEngine:

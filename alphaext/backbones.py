@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_integer
 from .splitting import SplitModel, find_classifier, linear_layers, split_model
+from .utils.checks import check_integer
 
 __all__ = ["SmallConvNet", "SplitModel", "find_classifier", "make_model", "model_names", "split_model"]
 

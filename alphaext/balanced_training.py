@@ -18,12 +18,12 @@ import torch
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from torch import Tensor, nn
 
-from ._files import whole_file
-from ._progress import progress_bar
 from .balanced_sampling import ClassBalancedSampler
 from .member_logits import Samples
 from .options import TrainingOptions
 from .selection import BaselineResult, Policy, Validation
+from .utils.files import whole_file
+from .utils.progress import progress_bar
 
 # What a checkpoint holds.
 _CHECKPOINT: dict[str, type | tuple[type, ...]] = {

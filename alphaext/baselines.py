@@ -14,9 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from ._checks import check_choice
-from ._linear import linear_parameters, wide
-from ._tensors import TensorLike
 from .classes import ClassSplit, split_classes
 from .classes import class_counts as count_classes
 from .few_bias import choose_few_bias, few_bias
@@ -24,6 +21,9 @@ from .ncm import ncm
 from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from .retraining import RETRAINING_PRESETS, crt, lws
 from .selection import BaselineResult, Rescaling, Validation
+from .utils.checks import check_choice
+from .utils.linear import linear_parameters, wide
+from .utils.tensors import TensorLike
 
 __all__ = [
     "BASELINES",

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._checks import check_integer
-from ._files import PathLike
-from ._tensors import check_finite, check_floating, check_shape
 from .checkpoint_files import Payload, read_payload
 from .checkpoint_formats import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, tensor_at
+from .utils.checks import check_integer
+from .utils.files import PathLike
+from .utils.tensors import check_finite, check_floating, check_shape
 
 FORMATS = ("classifier-balancing", "state_dict", "linear", "ride")
 

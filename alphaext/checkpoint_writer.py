@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._files import PathLike, check_output_file, whole_file, without_nan
-from ._linear import linear_parameters
-from ._tensors import TensorLike, check_class_ids
 from .checkpoint_bytes import RowEdit, changed_bytes, check_copy, copy_with
 from .checkpoint_files import SAFETENSORS_HINT, container
 from .checkpoint_formats import KeyPath
 from .checkpoint_reader import Checkpoint, read_checkpoint
 from .modules import AlphaNet
+from .utils.files import PathLike, check_output_file, whole_file, without_nan
+from .utils.linear import linear_parameters
+from .utils.tensors import TensorLike, check_class_ids
 
 # How many rounding errors of its dtype a number may be off: a division and a multiplication back, and sums in another order.
 _ROUNDINGS = 8

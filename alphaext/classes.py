@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ._checks import check_integer, format_ids
-from ._tensors import (
+from .utils.checks import check_integer, format_ids
+from .utils.tensors import (
     TensorLike,
     as_tensor,
     check_class_ids,

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ._checks import check_integer
 from .bootstrap import bootstrap_percentiles, check_confidence
 from .classes import ClassSplit
 from .evaluation import PARTS, Predictions, check_split, part_of_class
 from .metrics import SplitMetrics
+from .utils.checks import check_integer
 
 __all__ = ["ClassLoss", "Comparison", "Confusion", "PartComparison", "check_same_samples", "compare", "mcnemar_p_value"]
 

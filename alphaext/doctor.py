@@ -8,9 +8,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_integer
-from ._linear import linear_parameters
-from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .classes import class_means, split_classes
 from .data_checks import (
     coverage_problems,
@@ -27,6 +24,9 @@ from .data_report import LEVELS, DataReport, Finding
 from .image_checks import content_problems, missing_problems, reading_problems, repeat_problems, truncation_problems
 from .image_reading import read_all
 from .images import LabelledImages, check_class_names
+from .utils.checks import check_integer
+from .utils.linear import linear_parameters
+from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 
 __all__ = ["DataReport", "Finding", "check_classifier_order", "check_data"]
 

@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ._checks import check_integer
 from .bootstrap import bootstrap_percentiles, check_confidence
 from .classes import ClassSplit
 from .metrics import SplitMetrics
 from .predictions import Predictions, predict, predict_logits
+from .utils.checks import check_integer
 
 __all__ = [
     "PARTS",

@@ -20,16 +20,16 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from ._checks import check_integer
-from ._files import PathLike
-from ._progress import ImagesPerSecond, progress_bar
 from .backbones import SplitModel
-from .distributed import Group, process_group
 from .extraction_folder import ExtractionFolder, wait_for
 from .features import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
 from .images import LabelledImages
 from .loading import Batch, ImageBatch, Transform, image_batches
 from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable
+from .utils.checks import check_integer
+from .utils.files import PathLike
+from .utils.processes import Group, process_group
+from .utils.progress import ImagesPerSecond, progress_bar
 
 __all__ = ["extract"]
 

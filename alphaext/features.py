@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from . import classes
-from ._checks import check_integer
-from ._files import PathLike, file_digest, read_json, whole_file, without_nan, write_json
-from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels
 from .images import check_class_names
 from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done, naming_path
+from .utils.checks import check_integer
+from .utils.files import PathLike, file_digest, read_json, whole_file, without_nan, write_json
+from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels
 
 __all__ = ["DTYPES", "Features", "read_features", "write_features"]
 

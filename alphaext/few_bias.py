@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ._linear import linear_parameters, make_linear, wide
-from ._tensors import TensorLike, check_class_ids, check_finite, check_list
 from .classes import ClassSplit
 from .selection import BaselineResult, Policy, Validation, check_split
+from .utils.linear import linear_parameters, make_linear, wide
+from .utils.tensors import TensorLike, check_class_ids, check_finite, check_list
 
 # Of a choice among thousands of offsets, the rows that the table shows.
 _TABLE_ROWS = 41

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ._checks import check_integer
-from ._files import PathLike, folder_lock
-from .distributed import process_group
 from .epochs import default_workers
 from .images import LabelledImages
 from .joint_options import JointOptions
 from .joint_run import JointRun
 from .transforms import ImageTransform
+from .utils.checks import check_integer
+from .utils.files import PathLike, folder_lock
+from .utils.processes import process_group
 
 __all__ = ["TrainResult", "train_model"]
 

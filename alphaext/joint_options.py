@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._checks import check_choice, check_integer, check_number
 from .epochs import SAMPLINGS
+from .utils.checks import check_choice, check_integer, check_number
 
 __all__ = ["JointOptions"]
 

@@ -16,17 +16,17 @@ from rich.progress import BarColumn, TextColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._files import whole_file, write_json
-from ._progress import progress_bar
-from ._seeds import derived_seed
 from .classes import ClassSplit
-from .distributed import Group
 from .epochs import EpochBatches, image_reader
 from .images import LabelledImages
 from .joint_options import JointOptions
 from .metrics import SplitMetrics, label_ranks
 from .splitting import evaluating, run_model
 from .transforms import ImageTransform
+from .utils.files import whole_file, write_json
+from .utils.processes import Group
+from .utils.progress import progress_bar
+from .utils.seeds import derived_seed
 
 __all__ = ["JointRun"]
 

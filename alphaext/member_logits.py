@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _C  # noqa: F401  (registers the operators)
-from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .drawn_features import DrawnFeatures
+from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 
 if TYPE_CHECKING:
     from .modules import AlphaNet

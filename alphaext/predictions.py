@@ -13,10 +13,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from ._checks import check_integer
-from ._progress import progress_bar
-from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .metrics import label_ranks
+from .utils.checks import check_integer
+from .utils.progress import progress_bar
+from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 
 __all__ = ["Predictions", "predict", "predict_logits"]
 

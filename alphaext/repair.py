@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from ._linear import linear_parameters
-from ._tensors import TensorLike, check_labels
 from .classes import ClassSplit, class_counts, split_classes
 from .modules import AlphaNet
 from .neighbors import pool_size
 from .presets import preset_options
 from .result import FitResult
 from .sweep import fit_many
+from .utils.linear import linear_parameters
+from .utils.tensors import TensorLike, check_labels
 
 __all__ = ["Repair", "repair"]
 

@@ -8,22 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._files import PathLike, folder_lock, read_json, whole_file, write_json
-from .drawing import clean_text, require_matplotlib
 from .report_content import DataTable, FigureBlock, Section, TextBlock, markdown, pictures_of
 from .report_data import Study, read_studies
 from .report_figures import class_blocks, experiment_blocks
 from .report_front_figure import front_blocks
 from .report_html import page
-from .report_tables import (
-    calibration_table,
-    compare_table,
-    confusion_tables,
-    cost_table,
-    error_table,
-    settings_table,
-)
+from .report_tables import calibration_table, compare_table, confusion_tables, cost_table, error_table, settings_table
 from .study_plans import EXPERIMENTS
+from .utils.figures import clean_text, require_matplotlib
+from .utils.files import PathLike, folder_lock, read_json, whole_file, write_json
 
 __all__ = ["ReportFiles", "write_report"]
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._files import PathLike, read_json
 from .class_table import ClassRow, read_class_table
 from .confusions import ConfusionRow, read_confusions
-from .drawing import clean_text
 from .study import CLASSES, CONFUSIONS, RESULTS, ROWS
 from .study_plans import CANDIDATES, CONFIGURATION, EXPERIMENTS
 from .study_rows import FRONT, METRICS, ORIGINAL, Row, read_rows
+from .utils.figures import clean_text
+from .utils.files import PathLike, read_json
 
 __all__ = ["Group", "Study", "group_rows", "read_studies", "read_study", "setting_text", "value_text"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .drawing import INK, MUTED, Picture, render, series_color, series_marker
 from .report_content import FigureBlock, TextBlock
 from .report_data import Group, Study
 from .report_front import (
@@ -25,6 +24,7 @@ from .report_front import (
 from .report_plots import FRONT_PLACE, ORIGINAL_MARKER, Point, draw_points, method_places
 from .report_tables import front_table
 from .study_rows import ORIGINAL
+from .utils.figures import INK, MUTED, Picture, render, series_color, series_marker
 
 __all__ = ["front_blocks"]
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from .drawing import LINE, MUTED, PAPER, SERIES_COLORS, clean_text
 from .report_content import DataTable, FigureBlock, Section, TextBlock
+from .utils.figures import LINE, MUTED, PAPER, SERIES_COLORS, clean_text
 
 __all__ = ["page"]
 

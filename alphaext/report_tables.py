@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ._text import percent
 from .class_table import ClassRow
-from .drawing import clean_text
 from .report_content import DataTable
 from .report_data import COMPARE, PARTS, SETTINGS, Group, Study, group_rows, isolated, said_by_method, value_text, varied
 from .report_front import Height
 from .study_rows import Row
+from .utils.figures import clean_text
+from .utils.text import percent
 
 __all__ = [
     "accuracy_table",

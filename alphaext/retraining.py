@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from . import member_logits
-from ._checks import check_integer
-from ._linear import linear_parameters, make_linear, wide
-from ._seeds import seeded_generator
-from ._tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .balanced_sampling import ClassBalancedSampler
 from .balanced_training import BalancedTraining, check_checkpoint, fingerprint
 from .classes import ClassSplit, split_classes
 from .member_logits import Samples, check_samples
 from .options import TrainingOptions
 from .selection import BaselineResult, Policy, Rescaling, Validation
+from .utils.checks import check_integer
+from .utils.linear import linear_parameters, make_linear, wide
+from .utils.seeds import seeded_generator
+from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 
 __all__ = ["RETRAINING_PRESETS", "crt", "lws"]
 

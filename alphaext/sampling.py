@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  (registers the operators)
-from ._checks import format_ids
 from .options import TrainingOptions
+from .utils.checks import format_ids
 
 __all__ = ["EpochSampler"]
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from . import member_logits
-from ._files import without_nan
-from ._tensors import TensorLike, check_finite
 from .classes import ClassSplit
 from .member_logits import check_samples
 from .metrics import label_ranks
 from .options import selection_score
+from .utils.files import without_nan
+from .utils.tensors import TensorLike, check_finite
 
 __all__ = [
     "BaselineResult",

@@ -23,7 +23,6 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_para
 from torch import Tensor, nn
 
 from . import ops
-from ._checks import check_gamma, check_integer
 from ._estimators import (
     Array,
     Rows,
@@ -47,6 +46,7 @@ from .neighbors import build_members, reduce_classifiers, submodule_inputs
 from .options import TrainingOptions
 from .result import FitResult
 from .training import fit
+from .utils.checks import check_gamma, check_integer
 
 __all__ = ["AlphaNetClassifier", "AlphaNetWarning"]
 

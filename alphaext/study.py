@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_integer
-from ._files import PathLike, folder_lock, read_json, write_json
-from ._linear import linear_parameters, make_linear
 from .classes import split_classes
 from .features import Features, as_json, differences, read_features
 from .study_plans import EXPERIMENTS, POLICIES, StudyOptions, choose
 from .study_rivals import compare_rivals
 from .study_rows import ResultsFile, read_rows, row_key, summarize
 from .study_trials import CHECKPOINTS, Problem, Trainings
+from .utils.checks import check_integer
+from .utils.files import PathLike, folder_lock, read_json, write_json
+from .utils.linear import linear_parameters, make_linear
 
 __all__ = ["EXPERIMENTS", "POLICIES", "StudyOptions", "choose", "read_rows", "run_study", "summarize"]
 

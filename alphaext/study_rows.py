@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._files import PathLike, whole_file
 from .study_plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, METHODS, RETRAINED
+from .utils.files import PathLike, whole_file
 
 __all__ = ["COLUMNS", "FRONT", "METRICS", "ORIGINAL", "ResultsFile", "Row", "make_row", "read_rows", "summarize", "write_rows"]
 

@@ -12,10 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
 from . import member_logits
-from ._checks import check_integer
-from ._progress import progress_bar
-from ._seeds import seeded_generator
-from ._tensors import as_tensor
 from .classes import ClassSplit
 from .evaluation import expected_calibration_error, split_metrics
 from .features import Features
@@ -25,6 +21,10 @@ from .result import FitResult
 from .study_plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
 from .study_rows import METRICS, ORIGINAL, ResultsFile, Row, make_row, row_key, without_nan
 from .sweep import SweepRun, fit_many
+from .utils.checks import check_integer
+from .utils.progress import progress_bar
+from .utils.seeds import seeded_generator
+from .utils.tensors import as_tensor
 
 __all__ = ["Problem", "Trainings", "cut_few_samples"]
 

@@ -18,10 +18,6 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from ._checks import check_integer
-from ._linear import linear_parameters
-from ._progress import progress_bar
-from ._tensors import TensorLike, as_tensor
 from .choices import METRICS, POOLS
 from .classes import ClassSplit, class_counts, class_means, split_classes
 from .engine import TrainingData
@@ -33,6 +29,10 @@ from .neighbors import build_members, pool_classes, reduce_classifiers, residual
 from .options import TrainingOptions
 from .result import FitResult
 from .training import Run, check_selection, sampled, with_drawn
+from .utils.checks import check_integer
+from .utils.linear import linear_parameters
+from .utils.progress import progress_bar
+from .utils.tensors import TensorLike, as_tensor
 
 _HEAD_OPTIONS = ("coefficients", "hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
 _NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "metric": "euclidean", "neighbor_seed": 0, "pca_dim": 500, "residual": 0}

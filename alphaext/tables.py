@@ -9,10 +9,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ._checks import check_integer
-from ._text import percent
 from .class_table import ClassRow
 from .comparison import Comparison
+from .utils.checks import check_integer
+from .utils.text import percent
 
 __all__ = [
     "class_rows_table",

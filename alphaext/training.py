@@ -17,9 +17,6 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from ._checks import check_integer
-from ._progress import progress_bar
-from ._tensors import TensorLike
 from .autograd_engine import AutogradEngine
 from .classes import ClassSplit, class_means
 from .drawn_features import draw_features
@@ -33,6 +30,9 @@ from .options import TrainingOptions, selection_score
 from .result import FitResult
 from .sampling import EpochSampler
 from .sgd import DecayOfStart, Sgd
+from .utils.checks import check_integer
+from .utils.progress import progress_bar
+from .utils.tensors import TensorLike
 
 # The native engine's epochs are short: writing a checkpoint after each would take longer than they do.
 _SECONDS_BETWEEN_CHECKPOINTS = 0.5

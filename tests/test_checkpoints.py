@@ -1092,7 +1092,9 @@ def full(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("failing", ["alphaext._files.os.replace", "alphaext.checkpoint_bytes.shutil.copyfileobj", "os.fsync"])
+@pytest.mark.parametrize(
+    "failing", ["alphaext.utils.files.os.replace", "alphaext.checkpoint_bytes.shutil.copyfileobj", "os.fsync"]
+)
 def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     path, target = tmp_path / "m.pth", tmp_path / "new.pth"
     torch.save(small().state_dict(), path)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from alphaext import ClassSplit, split_classes
-from alphaext._files import write_json
 from alphaext.comparison import ClassLoss, Confusion, _part, compare, mcnemar_p_value
 from alphaext.evaluation import Predictions, predict_logits, split_metrics
+from alphaext.utils.files import write_json
 
 
 def by_hand(labels: list[int], predicted: list[int], num_classes: int) -> Predictions:

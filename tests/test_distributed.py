@@ -11,7 +11,7 @@ import pytest
 import torch
 from processes import free_port, run_processes, torchrun_environment
 
-from alphaext.distributed import Group, PeerError, process_group
+from alphaext.utils.processes import Group, PeerError, process_group
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def test_a_timeout_that_is_none():
 
 
 def test_devices_of_several_processes(monkeypatch):
-    from alphaext.distributed import _device
+    from alphaext.utils.processes import _device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

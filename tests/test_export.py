@@ -325,7 +325,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: st
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("alphaext._files.os.replace", full)
+    monkeypatch.setattr("alphaext.utils.files.os.replace", full)
     given: dict[str, Any] = {"model": small(), "example": images()} if format == "onnx" else {}
     with pytest.raises(OSError, match=r"No space left"):
         export(checkpoint, repaired(checkpoint), FEW, tmp_path / name, format=format, overwrite=True, **given)

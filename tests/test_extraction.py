@@ -23,14 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_images import WIDTH, RandomTransform, TinyImages, TinyModel, TinyTransform, loaded, tiny_model
 
-from alphaext import _files, extraction_folder, shards
-from alphaext._files import folder_lock
+from alphaext import extraction_folder, shards
 from alphaext.data import read_list
 from alphaext.extraction import extract
 from alphaext.extraction_folder import ExtractionFolder
 from alphaext.features import read_features
 from alphaext.images import ImageReadError
 from alphaext.loading import _ReadBatches, image_seed
+from alphaext.utils import files as _files
+from alphaext.utils.files import folder_lock
 
 FORK = multiprocessing.get_context("fork")
 COMPLETE = [".lock", "features.json", "features.npy", "labels.npy"]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import alphaext
-from alphaext import _files
 from alphaext.features import Features, array_file, read_features, write_features
+from alphaext.utils import files as _files
 
 
 @pytest.fixture

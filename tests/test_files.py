@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alphaext._files import check_output_file, file_digest, folder_lock, read_json, whole_file, write_json
+from alphaext.utils.files import check_output_file, file_digest, folder_lock, read_json, whole_file, write_json
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):

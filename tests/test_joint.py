@@ -21,14 +21,14 @@ from torch import nn
 pytest.importorskip("torchvision")
 
 from alphaext import joint_run
-from alphaext._seeds import derived_seed
 from alphaext.backbones import SmallConvNet, make_model
-from alphaext.distributed import Group
 from alphaext.epochs import SAMPLINGS, EpochBatches, default_workers, epoch_order
 from alphaext.images import ArrayImages, ImageReadError
 from alphaext.joint import train_model
 from alphaext.joint_options import JointOptions
 from alphaext.transforms import small_test_transform, small_train_transform
+from alphaext.utils.processes import Group
+from alphaext.utils.seeds import derived_seed
 
 TRAIN = small_train_transform(8, channels=1, flip=False)
 TEST = small_test_transform(8, channels=1)

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from alphaext import AlphaNet, member_logits, reference
-from alphaext._tensors import as_tensor
 from alphaext.member_logits import BLOCK_SAMPLES, TOP_CLASSES, Columns, Samples, TrainingLogits, ValidationLogits
 from alphaext.metrics import label_ranks
+from alphaext.utils.tensors import as_tensor
 
 IN_FEATURES = 6
 NOBODY = 2**31 - 1

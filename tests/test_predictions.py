@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import alphaext.predictions
 from alphaext import AlphaNet
-from alphaext._files import read_json, write_json
 from alphaext.metrics import label_ranks
 from alphaext.predictions import Predictions, predict, predict_logits
+from alphaext.utils.files import read_json, write_json
 
 
 def same(first: Predictions, second: Predictions) -> bool:

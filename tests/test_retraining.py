@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphaext import AlphaNet, member_logits, retraining
-from alphaext._seeds import seeded_generator
 from alphaext.balanced_sampling import ClassBalancedSampler
 from alphaext.classes import ClassSplit, class_means, split_classes
 from alphaext.metrics import split_accuracy
 from alphaext.retraining import RETRAINING_PRESETS, crt, lws
+from alphaext.utils.seeds import seeded_generator
 
 NUM_CLASSES, IN_FEATURES = 8, 12
 SIZES = torch.tensor([300, 220, 150, 90, 60, 40, 14, 9])

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from alphaext import AlphaNet, autograd_engine, engines, fit, training
-from alphaext._tensors import as_tensor
+from alphaext.utils.tensors import as_tensor
 
 NUM_CLASSES, IN_FEATURES = 8, 12
 FEW = [6, 7]

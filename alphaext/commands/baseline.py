@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .._text import percent
 from ..baselines import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS, run_baseline
 from ..classes import ClassSplit
 from ..config import option
 from ..features import Features
 from ..selection import BaselineResult
+from ..utils.text import percent
 from . import shared
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from .._checks import check_integer
 from ..config import Options, option
+from ..utils.checks import check_integer
 from . import shared
 
 

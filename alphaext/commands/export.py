@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from .._linear import make_linear
 from ..config import option
+from ..utils.linear import make_linear
 from . import shared
 from .shared import CommonOptions, ModelOptions
 

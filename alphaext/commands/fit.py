@@ -16,9 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .._checks import check_gamma
-from .._files import whole_file
-from .._text import percent
 from ..choices import COEFFICIENTS, INITS, METRICS, POOLS
 from ..classes import ClassSplit
 from ..config import option
@@ -32,6 +29,9 @@ from ..reference import RULES
 from ..study_plans import POLICIES, check_policy
 from ..study_plans import choose as choose_row
 from ..sweep import SweepRun, fit_many
+from ..utils.checks import check_gamma
+from ..utils.files import whole_file
+from ..utils.text import percent
 from . import shared
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 

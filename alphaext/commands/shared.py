@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .._checks import check_integer
-from .._files import folder_lock, read_json, write_json
 from ..classes import ClassSplit, split_classes
 from ..config import Options, option
 from ..doctor import check_classifier_order
 from ..modules import AlphaNet
+from ..utils.checks import check_integer
+from ..utils.files import folder_lock, read_json, write_json
 
 if TYPE_CHECKING:
     from ..backbones import SplitModel

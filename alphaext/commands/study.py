@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .._text import percent
 from ..config import option
 from ..study import ROWS, StudyOptions, run_study
 from ..study_plans import EXPERIMENTS, FORMS, POLICIES
+from ..utils.text import percent
 from . import shared
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ._checks import check_integer
+from .checks import check_integer
 
 __all__ = ["Group", "PeerError", "process_group"]
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ._checks import format_ids
+from .checks import format_ids
 
 TensorLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 """What users have at hand: a tensor, a NumPy array (also a read-only memory map), or nested lists of numbers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ._tensors import check_finite, check_floating, check_same_device, check_shape
+from .tensors import check_finite, check_floating, check_same_device, check_shape
 
 
 def check_dtype(tensor: Tensor, name: str, weight: Tensor) -> None:
