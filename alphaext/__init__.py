@@ -12,7 +12,7 @@ except ImportError as error:
         "if alphaext is installed, leave the checkout's directory, whose source tree hides the installed package"
     ) from error
 
-from . import ops, reference
+from . import reference
 from .backbones import make_model
 from .baselines import BASELINES, BaselineResult, run_baseline
 from .checkpoints import Checkpoint, read_checkpoint, save_linear, write_repaired
@@ -38,7 +38,8 @@ from .neighbors import (
     residual_directions,
     submodule_inputs,
 )
-from .ops import build_info
+from .ops import head as ops
+from .ops.head import build_info
 from .predictions import Predictions, predict, predict_logits
 from .presets import PRESETS, preset_options
 from .repair import Repair, repair

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import member_logits, ops
+from . import member_logits
 from .engine import TrainingData, TrainingDiverged
 from .first_layer import first_layer_scale
 from .member_logits import Columns, TrainingLogits, ValidationLogits
 from .modules import AlphaNet, clamped_outputs
+from .ops import head as ops
 from .options import TrainingOptions
 from .sampling import EpochSampler
 from .sgd import Sgd

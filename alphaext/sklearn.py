@@ -22,7 +22,6 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_parameter
 from torch import Tensor, nn
 
-from . import ops
 from ._estimators import (
     Array,
     Rows,
@@ -43,6 +42,7 @@ from .choices import INITS, METRICS, POOLS
 from .classes import split_classes
 from .modules import AlphaNet
 from .neighbors import build_members, reduce_classifiers, submodule_inputs
+from .ops import head as ops
 from .options import TrainingOptions
 from .result import FitResult
 from .training import fit

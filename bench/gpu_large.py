@@ -21,7 +21,7 @@ from gpu_timing import Task, captured, captured_backward, require_gpu, time_inte
 from torch import Tensor
 from torch.nn import functional
 
-from alphaext import ops
+from alphaext.ops import head as ops
 
 # The variable that moves the crossing point: the most scores of a head that goes in one launch.
 FUSED_SCORES = "ALPHAEXT_FUSED_SCORES"

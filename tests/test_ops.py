@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
 
-from alphaext import ops, reference
+from alphaext import reference
+from alphaext.ops import head as ops
 
 RULES = reference.RULES
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
+from .. import _C
 
 # The numbers of csrc/rules.h.
 RULE_NUMBERS = {"softmax": 0, "clamp": 1, "l1": 2}
