@@ -24,12 +24,8 @@ from .doctor import check_classifier_order, check_data
 from .evaluation import bootstrap_intervals, expected_calibration_error, per_class, split_metrics
 from .extraction import extract
 from .features import Features, read_features, write_features
-from .images import ImageReadError, LabelledImages
-from .joint import TrainResult, train_model
-from .long_tailed import make_long_tailed
-from .metrics import per_class_accuracy, split_accuracy
-from .modules import AlphaNet
-from .neighbors import (
+from .head.alphanet import AlphaNet
+from .head.neighbors import (
     build_members,
     nearest_classes,
     neighbor_distances,
@@ -38,6 +34,10 @@ from .neighbors import (
     residual_directions,
     submodule_inputs,
 )
+from .images import ImageReadError, LabelledImages
+from .joint import TrainResult, train_model
+from .long_tailed import make_long_tailed
+from .metrics import per_class_accuracy, split_accuracy
 from .ops import head as ops
 from .ops.head import build_info
 from .predictions import Predictions, predict, predict_logits

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .engine import TrainingData, TrainingDiverged, _hits
+from .head.alphanet import AlphaNet
 from .member_logits import Samples
 from .metrics import label_ranks
-from .modules import AlphaNet
 from .options import TrainingOptions
 from .sgd import Sgd
 from .utils.tensors import check_finite

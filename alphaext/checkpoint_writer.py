@@ -16,7 +16,7 @@ from .checkpoint_bytes import RowEdit, changed_bytes, check_copy, copy_with
 from .checkpoint_files import SAFETENSORS_HINT, container
 from .checkpoint_formats import KeyPath
 from .checkpoint_reader import Checkpoint, read_checkpoint
-from .modules import AlphaNet
+from .head.alphanet import AlphaNet
 from .utils.files import PathLike, check_output_file, whole_file, without_nan
 from .utils.linear import linear_parameters
 from .utils.tensors import TensorLike, check_class_ids

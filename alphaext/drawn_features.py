@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .neighbors import nearest_classes
+from .head.neighbors import nearest_classes
 from .utils.checks import format_ids
 from .utils.seeds import seeded_generator
 

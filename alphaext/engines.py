@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from . import member_logits
 from .engine import TrainingData, TrainingDiverged
-from .first_layer import first_layer_scale
+from .head.alphanet import AlphaNet, clamped_outputs
+from .head.first_layer import first_layer_scale
 from .member_logits import Columns, TrainingLogits, ValidationLogits
-from .modules import AlphaNet, clamped_outputs
 from .ops import head as ops
 from .options import TrainingOptions
 from .sampling import EpochSampler

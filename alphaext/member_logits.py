@@ -21,7 +21,7 @@ from .drawn_features import DrawnFeatures
 from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 
 if TYPE_CHECKING:
-    from .modules import AlphaNet
+    from .head.alphanet import AlphaNet
 
 __all__ = [
     "Columns",

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from .classes import ClassSplit, class_counts, split_classes
-from .modules import AlphaNet
-from .neighbors import pool_size
+from .head.alphanet import AlphaNet
+from .head.neighbors import pool_size
 from .presets import preset_options
 from .result import FitResult
 from .sweep import fit_many

@@ -38,10 +38,10 @@ from ._estimators import (
     last_step,
     with_rows,
 )
-from .choices import INITS, METRICS, POOLS
 from .classes import split_classes
-from .modules import AlphaNet
-from .neighbors import build_members, reduce_classifiers, submodule_inputs
+from .head.alphanet import AlphaNet
+from .head.choices import INITS, METRICS, POOLS
+from .head.neighbors import build_members, reduce_classifiers, submodule_inputs
 from .ops import head as ops
 from .options import TrainingOptions
 from .result import FitResult

@@ -15,7 +15,7 @@ from . import member_logits
 from .classes import ClassSplit
 from .evaluation import expected_calibration_error, split_metrics
 from .features import Features
-from .modules import AlphaNet
+from .head.alphanet import AlphaNet
 from .predictions import predict
 from .result import FitResult
 from .study_plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan

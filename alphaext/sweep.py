@@ -18,14 +18,14 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from .choices import METRICS, POOLS
 from .classes import ClassSplit, class_counts, class_means, split_classes
 from .engine import TrainingData
 from .engine_group import EngineGroup, group_key
 from .engines import NativeEngine, SharedLogits, why_not_native
+from .head.alphanet import AlphaNet
+from .head.choices import METRICS, POOLS
+from .head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from .member_logits import Samples, check_samples
-from .modules import AlphaNet
-from .neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from .options import TrainingOptions
 from .result import FitResult
 from .training import Run, check_selection, sampled, with_drawn

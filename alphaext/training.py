@@ -23,9 +23,9 @@ from .drawn_features import draw_features
 from .engine import ENGINES, Engine, TrainingData, TrainingDiverged, hits_of
 from .engines import NativeEngine, SharedLogits, why_not_native
 from .few_bias import choose_few_bias
+from .head.alphanet import AlphaNet
 from .member_logits import Samples, check_samples
 from .metrics import SplitMetrics
-from .modules import AlphaNet
 from .options import TrainingOptions, selection_score
 from .result import FitResult
 from .sampling import EpochSampler

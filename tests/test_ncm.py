@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import alphaext.neighbors
+import alphaext.head.neighbors
 from alphaext.ncm import ncm
 
 

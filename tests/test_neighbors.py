@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-import alphaext.neighbors
+import alphaext.head.neighbors
 from alphaext.classes import class_means
-from alphaext.neighbors import (
+from alphaext.head.neighbors import (
     build_members,
     check_members,
     nearest_classes,

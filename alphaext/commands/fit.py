@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..choices import COEFFICIENTS, INITS, METRICS, POOLS
 from ..classes import ClassSplit
 from ..config import option
 from ..evaluation import split_metrics
-from ..modules import AlphaNet
-from ..neighbors import pool_size
+from ..head.alphanet import AlphaNet
+from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS
+from ..head.neighbors import pool_size
 from ..options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
 from ..predictions import predict
 from ..presets import PRESETS, preset_options

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from .. import reference
+from ..classes import ClassSplit, split_classes
+from ..ops import head as ops
+from ..utils.checks import check_choice, check_gamma, check_integer
+from ..utils.linear import check_classifier, check_dtype, linear_parameters
+from ..utils.tensors import as_tensor, check_class_ids, check_finite, check_same_device, check_shape
 from .choices import COEFFICIENTS, FIRST_LAYERS, INITS
-from .classes import ClassSplit, split_classes
 from .first_layer import _wide, first_layer_scale, initial_first_layer, move_first_layer
 from .neighbors import build_members, check_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
-from .ops import head as ops
-from .utils.checks import check_choice, check_gamma, check_integer
-from .utils.linear import check_classifier, check_dtype, linear_parameters
-from .utils.tensors import as_tensor, check_class_ids, check_finite, check_same_device, check_shape
 
 # Where softmax saturates its gradient vanishes, so "identity" starts no closer to 1 than this.
 _LARGEST_SOFTMAX_START = 0.99

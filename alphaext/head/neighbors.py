@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..classes import ClassSplit
+from ..utils.checks import check_integer, format_ids
+from ..utils.seeds import seeded_generator
+from ..utils.tensors import TensorLike, as_tensor, check_class_ids, check_finite, check_floating, check_integral, check_shape
 from .choices import METRICS, POOLS
-from .classes import ClassSplit
-from .utils.checks import check_integer, format_ids
-from .utils.seeds import seeded_generator
-from .utils.tensors import TensorLike, as_tensor, check_class_ids, check_finite, check_floating, check_integral, check_shape
 
 __all__ = [
     "build_members",
