@@ -16,12 +16,9 @@ from . import reference
 from .backbones import make_model
 from .baselines import BASELINES, BaselineResult, run_baseline
 from .checkpoints import Checkpoint, read_checkpoint, save_linear, write_repaired
-from .class_table import class_table, write_class_table
 from .classes import ClassSplit, class_counts, class_means, split_classes
-from .comparison import Comparison, compare
 from .data import open_images
 from .doctor import check_classifier_order, check_data
-from .evaluation import bootstrap_intervals, expected_calibration_error, per_class, split_metrics
 from .extraction import extract
 from .features import Features, read_features, write_features
 from .head.alphanet import AlphaNet
@@ -37,10 +34,13 @@ from .head.neighbors import (
 from .images import ImageReadError, LabelledImages
 from .joint import TrainResult, train_model
 from .long_tailed import make_long_tailed
-from .metrics import per_class_accuracy, split_accuracy
+from .metrics.accuracy import per_class_accuracy, split_accuracy
+from .metrics.class_table import class_table, write_class_table
+from .metrics.comparison import Comparison, compare
+from .metrics.evaluation import bootstrap_intervals, expected_calibration_error, per_class, split_metrics
+from .metrics.predictions import Predictions, predict, predict_logits
 from .ops import head as ops
 from .ops.head import build_info
-from .predictions import Predictions, predict, predict_logits
 from .presets import PRESETS, preset_options
 from .repair import Repair, repair
 from .result import FitResult

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .engine import TrainingData, TrainingDiverged, _hits
 from .head.alphanet import AlphaNet
 from .member_logits import Samples
-from .metrics import label_ranks
+from .metrics.accuracy import label_ranks
 from .options import TrainingOptions
 from .sgd import Sgd
 from .utils.tensors import check_finite

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .classes import class_counts, class_means, split_classes
 from .head.alphanet import AlphaNet
-from .metrics import split_accuracy
+from .metrics.accuracy import split_accuracy
 from .training import fit
 
 # Training images of each class, in an order of classes that is drawn anew each time: 3 many, 4 medium and 3 few classes.

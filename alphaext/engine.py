@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .member_logits import Samples
-from .metrics import label_ranks
+from .metrics.accuracy import label_ranks
 from .sampling import EpochSampler
 from .sgd import Sgd
 

@@ -20,7 +20,7 @@ from .classes import ClassSplit
 from .epochs import EpochBatches, image_reader
 from .images import LabelledImages
 from .joint_options import JointOptions
-from .metrics import SplitMetrics, label_ranks
+from .metrics.accuracy import SplitMetrics, label_ranks
 from .splitting import evaluating, run_model
 from .transforms import ImageTransform
 from .utils.files import whole_file, write_json

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .class_table import ClassRow, read_class_table
-from .confusions import ConfusionRow, read_confusions
+from .metrics.class_table import ClassRow, read_class_table
+from .metrics.confusions import ConfusionRow, read_confusions
 from .study import CLASSES, CONFUSIONS, RESULTS, ROWS
 from .study_plans import CANDIDATES, CONFIGURATION, EXPERIMENTS
 from .study_rows import FRONT, METRICS, ORIGINAL, Row, read_rows

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .class_table import ClassRow
+from .metrics.class_table import ClassRow
 from .report_content import DataTable
 from .report_data import COMPARE, PARTS, SETTINGS, Group, Study, group_rows, isolated, said_by_method, value_text, varied
 from .report_front import Height

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import member_logits
 from .classes import ClassSplit
 from .member_logits import check_samples
-from .metrics import label_ranks
+from .metrics.accuracy import label_ranks
 from .options import selection_score
 from .utils.files import without_nan
 from .utils.tensors import TensorLike, check_finite

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from . import member_logits
 from .classes import ClassSplit
-from .evaluation import expected_calibration_error, split_metrics
 from .features import Features
 from .head.alphanet import AlphaNet
-from .predictions import predict
+from .metrics.evaluation import expected_calibration_error, split_metrics
+from .metrics.predictions import predict
 from .result import FitResult
 from .study_plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
 from .study_rows import METRICS, ORIGINAL, ResultsFile, Row, make_row, row_key, without_nan

@@ -25,7 +25,7 @@ from .engines import NativeEngine, SharedLogits, why_not_native
 from .few_bias import choose_few_bias
 from .head.alphanet import AlphaNet
 from .member_logits import Samples, check_samples
-from .metrics import SplitMetrics
+from .metrics.accuracy import SplitMetrics
 from .options import TrainingOptions, selection_score
 from .result import FitResult
 from .sampling import EpochSampler

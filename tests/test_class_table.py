@@ -18,10 +18,10 @@ from torch import nn
 
 import alphaext
 from alphaext import AlphaNet, ClassSplit
-from alphaext.class_table import ClassRow, class_table, write_class_table
-from alphaext.comparison import compare
-from alphaext.evaluation import Predictions, bootstrap_intervals, per_class, predict_logits, split_metrics
-from alphaext.tables import class_rows_table, comparison_table, losses_table, metrics_table
+from alphaext.metrics.class_table import ClassRow, class_table, write_class_table
+from alphaext.metrics.comparison import compare
+from alphaext.metrics.evaluation import Predictions, bootstrap_intervals, per_class, predict_logits, split_metrics
+from alphaext.metrics.terminal import class_rows_table, comparison_table, losses_table, metrics_table
 from alphaext.utils.text import percent
 
 

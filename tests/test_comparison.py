@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from alphaext import ClassSplit, split_classes
-from alphaext.comparison import ClassLoss, Confusion, _part, compare, mcnemar_p_value
-from alphaext.evaluation import Predictions, predict_logits, split_metrics
+from alphaext.metrics.comparison import ClassLoss, Confusion, _part, compare, mcnemar_p_value
+from alphaext.metrics.evaluation import Predictions, predict_logits, split_metrics
 from alphaext.utils.files import write_json
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from alphaext import ClassSplit, Predictions, predict, read_features, write_features
-from alphaext.confusions import ConfusionRow, confusion_changes, read_confusions, write_confusions
+from alphaext.metrics.confusions import ConfusionRow, confusion_changes, read_confusions, write_confusions
 from alphaext.study import CONFUSIONS, run_study
 from alphaext.study_plans import StudyOptions
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from alphaext import AlphaNet, ClassSplit, fit, per_class_accuracy, split_accuracy, split_classes
-from alphaext.bootstrap import bootstrap_percentiles
-from alphaext.evaluation import (
+from alphaext.metrics.bootstrap import bootstrap_percentiles
+from alphaext.metrics.evaluation import (
     Predictions,
     bootstrap_intervals,
     expected_calibration_error,
@@ -165,7 +165,7 @@ def test_intervals_of_nothing_and_of_certainty() -> None:
 def test_blocks_of_resamples_change_intervals_by_their_draws_only(monkeypatch: pytest.MonkeyPatch) -> None:
     predictions = of_classes([40, 30, 25, 20, 5, 10], [50] * 6)
     whole = bootstrap_intervals(predictions, SPLIT, resamples=2000)
-    monkeypatch.setattr("alphaext.bootstrap._BLOCK_ELEMENTS", 6 * 300)
+    monkeypatch.setattr("alphaext.metrics.bootstrap._BLOCK_ELEMENTS", 6 * 300)
     pieces = bootstrap_intervals(predictions, SPLIT, resamples=2000)
     # One image of a part is 0.01.
     assert all(pieces[name] == pytest.approx(whole[name], abs=0.011) for name in NAMES)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from alphaext import AlphaNet, member_logits, reference
 from alphaext.member_logits import BLOCK_SAMPLES, TOP_CLASSES, Columns, Samples, TrainingLogits, ValidationLogits
-from alphaext.metrics import label_ranks
+from alphaext.metrics.accuracy import label_ranks
 from alphaext.utils.tensors import as_tensor
 
 IN_FEATURES = 6

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, recall_score, top_k_accuracy_score
 from torch import Tensor
 
-import alphaext.metrics
+import alphaext.metrics.accuracy
 from alphaext.classes import ClassSplit, split_classes
-from alphaext.metrics import label_ranks, per_class_accuracy, split_accuracy
+from alphaext.metrics.accuracy import label_ranks, per_class_accuracy, split_accuracy
 
 
 def test_examples_in_docstrings() -> None:
@@ -36,7 +36,7 @@ def answers(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 def test_ranks_are_places_in_a_stable_sort(case: tuple[Tensor, Tensor], block: int) -> None:
     logits, labels = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(alphaext.metrics._BLOCK_ELEMENTS, "cpu", block)
+        patch.setitem(alphaext.metrics.accuracy._BLOCK_ELEMENTS, "cpu", block)
         ranks = label_ranks(logits, labels)
     order = logits.argsort(dim=1, descending=True, stable=True).tolist()
     assert ranks.tolist() == [places.index(label) for places, label in zip(order, labels.tolist(), strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alphaext import post_hoc
 from alphaext.classes import ClassSplit, split_classes
 from alphaext.few_bias import choose_few_bias, few_bias
-from alphaext.metrics import split_accuracy
+from alphaext.metrics.accuracy import split_accuracy
 from alphaext.post_hoc import TAUS, choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 
 COUNTS = torch.tensor([300, 200, 90, 50, 12, 6])

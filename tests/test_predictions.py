@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import alphaext.predictions
+import alphaext.metrics.predictions
 from alphaext import AlphaNet
-from alphaext.metrics import label_ranks
-from alphaext.predictions import Predictions, predict, predict_logits
+from alphaext.metrics.accuracy import label_ranks
+from alphaext.metrics.predictions import Predictions, predict, predict_logits
 from alphaext.utils.files import read_json, write_json
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from alphaext import AlphaNet, ClassSplit, fit, write_features
-from alphaext.class_table import read_class_table, write_class_table
+from alphaext.metrics.class_table import read_class_table, write_class_table
 from alphaext.plots import history_html, plot_history
 from alphaext.report import write_report
 from alphaext.report_content import markdown_text

@@ -14,7 +14,7 @@ from torch.nn import functional
 from alphaext import AlphaNet, member_logits, retraining
 from alphaext.balanced_sampling import ClassBalancedSampler
 from alphaext.classes import ClassSplit, class_means, split_classes
-from alphaext.metrics import split_accuracy
+from alphaext.metrics.accuracy import split_accuracy
 from alphaext.retraining import RETRAINING_PRESETS, crt, lws
 from alphaext.utils.seeds import seeded_generator
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from alphaext import member_logits, selection
 from alphaext.classes import ClassSplit
-from alphaext.metrics import split_accuracy
+from alphaext.metrics.accuracy import split_accuracy
 from alphaext.selection import BaselineResult, Policy, Rescaling, Validation
 
 SPLIT = ClassSplit(few=[3, 4], medium=[1, 2], many=[0])

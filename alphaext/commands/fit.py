@@ -18,12 +18,12 @@ from rich.text import Text
 
 from ..classes import ClassSplit
 from ..config import option
-from ..evaluation import split_metrics
 from ..head.alphanet import AlphaNet
 from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS
 from ..head.neighbors import pool_size
+from ..metrics.evaluation import split_metrics
+from ..metrics.predictions import predict
 from ..options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
-from ..predictions import predict
 from ..presets import PRESETS, preset_options
 from ..reference import RULES
 from ..study_plans import POLICIES, check_policy

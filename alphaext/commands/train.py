@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from ..config import option
-from ..tables import metrics_table
+from ..metrics.terminal import metrics_table
 from . import shared
 from .shared import CommonOptions, DataOptions, ModelOptions
 

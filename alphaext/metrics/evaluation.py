@@ -1,6 +1,6 @@
 """How good a classifier is: accuracies of the parts of a split, with intervals; accuracy of each class; calibration.
 
-Everything is computed from :class:`alphaext.predictions.Predictions`, a few numbers a sample. The sixteen accuracies have the
+Everything is computed from :class:`alphaext.metrics.Predictions`, a few numbers a sample. The sixteen accuracies have the
 names of :class:`alphaext.result.FitResult`: ``few``, ``medium``, ``many`` and ``all``, top-1 over samples; each also with
 ``_top5``, ``_class_mean`` and ``_class_mean_top5``.
 """
@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..classes import ClassSplit
+from ..utils.checks import check_integer
+from .accuracy import SplitMetrics
 from .bootstrap import bootstrap_percentiles, check_confidence
-from .classes import ClassSplit
-from .metrics import SplitMetrics
 from .predictions import Predictions, predict, predict_logits
-from .utils.checks import check_integer
 
 __all__ = [
     "PARTS",

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..classes import ClassSplit
+from ..utils.checks import check_integer
+from ..utils.files import PathLike, check_output_file, whole_file, write_json
 from .class_table import check_class_names
-from .classes import ClassSplit
 from .comparison import check_same_samples
 from .evaluation import PARTS, Predictions, check_split, part_of_class
-from .utils.checks import check_integer
-from .utils.files import PathLike, check_output_file, whole_file, write_json
 
 __all__ = ["ConfusionRow", "confusion_changes", "read_confusions", "write_confusions"]
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .classes import ClassSplit
-from .utils.checks import check_integer
-from .utils.tensors import TensorLike, as_tensor, check_floating, check_labels, check_same_device, check_shape
+from ..classes import ClassSplit
+from ..utils.checks import check_integer
+from ..utils.tensors import TensorLike, as_tensor, check_floating, check_labels, check_same_device, check_shape
 
 __all__ = [
     "label_ranks",

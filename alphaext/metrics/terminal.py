@@ -9,10 +9,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ..utils.checks import check_integer
+from ..utils.text import percent
 from .class_table import ClassRow
 from .comparison import Comparison
-from .utils.checks import check_integer
-from .utils.text import percent
 
 __all__ = [
     "class_rows_table",
@@ -37,8 +37,8 @@ def metrics_table(
     """Accuracies of several classifiers, side by side: a row each, or two with top-5.
 
     Args:
-        metrics: of each classifier, by its name, what :func:`alphaext.evaluation.split_metrics` returned.
-        intervals: of each classifier that has some, what :func:`alphaext.evaluation.bootstrap_intervals` returned.
+        metrics: of each classifier, by its name, what :func:`alphaext.metrics.split_metrics` returned.
+        intervals: of each classifier that has some, what :func:`alphaext.metrics.bootstrap_intervals` returned.
         interval_style: ``"plus_minus"``, half the width of the interval (default), or ``"range"``, from low to high.
         top5: a second row with the top-5 accuracies.
         average: ``"samples"`` (default), or ``"classes"`` for the mean over classes.
@@ -81,7 +81,7 @@ def comparison_table(comparison: Comparison, *, title: str | None = None) -> Tab
     """What a second classifier gains and loses against the first: a row for few, medium, many and all classes.
 
     Args:
-        comparison: what :func:`alphaext.comparison.compare` returned.
+        comparison: what :func:`alphaext.metrics.compare` returned.
         title: above the table.
 
     Returns:
@@ -121,7 +121,7 @@ def losses_table(comparison: Comparison, *, class_names: Sequence[str] | None = 
     """The classes that a second classifier recognises less often than the first, and what their samples are taken for now.
 
     Args:
-        comparison: what :func:`alphaext.comparison.compare` returned.
+        comparison: what :func:`alphaext.metrics.compare` returned.
         class_names: N names; default the ids.
         title: above the table.
 
@@ -167,7 +167,7 @@ def class_rows_table(rows: Sequence[ClassRow], *, limit: int | None = None, titl
     """Classes, one a row, in the order given, with neighbours and coefficients where they are known.
 
     Args:
-        rows: what :func:`alphaext.class_table.class_table` returned.
+        rows: what :func:`alphaext.metrics.class_table` returned.
         limit: the most rows to show; default all.
         title: above the table.
 

@@ -12,11 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .classes import ClassSplit
+from ..classes import ClassSplit
+from ..utils.files import PathLike, check_output_file, whole_file, write_json
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_integral, check_shape
 from .comparison import check_same_samples
 from .evaluation import PARTS, Predictions, check_split, part_of_class, per_class
-from .utils.files import PathLike, check_output_file, whole_file, write_json
-from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_integral, check_shape
 
 __all__ = ["ClassRow", "class_table", "read_class_table", "write_class_table"]
 

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..classes import ClassSplit
+from ..utils.checks import check_integer
+from .accuracy import SplitMetrics
 from .bootstrap import bootstrap_percentiles, check_confidence
-from .classes import ClassSplit
 from .evaluation import PARTS, Predictions, check_split, part_of_class
-from .metrics import SplitMetrics
-from .utils.checks import check_integer
 
 __all__ = ["ClassLoss", "Comparison", "Confusion", "PartComparison", "check_same_samples", "compare", "mcnemar_p_value"]
 
@@ -81,7 +81,7 @@ class Comparison:
     """Two classifiers on the same samples, made by :func:`compare`.
 
     Attributes:
-        before: sixteen accuracies of the first (:func:`alphaext.evaluation.split_metrics`).
+        before: sixteen accuracies of the first (:func:`alphaext.metrics.split_metrics`).
         after: the same of the second.
         differences: the same, after less before.
         intervals: (low, high) of each difference.
@@ -133,7 +133,7 @@ def compare(
         before: what the first classifier says of the samples.
         after: what the second one says of the same samples, in the same order.
         split: which classes are few, medium and many.
-        resamples: of the bootstrap (:func:`alphaext.evaluation.bootstrap_intervals`); default 1000.
+        resamples: of the bootstrap (:func:`alphaext.metrics.bootstrap_intervals`); default 1000.
         confidence: of intervals and verdicts; default 0.95.
         seed: of the bootstrap.
         listed: the most classes and pairs of classes that are listed; default 10.

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .classes import ClassSplit
-from .metrics import SplitMetrics
+from ..classes import ClassSplit
+from .accuracy import SplitMetrics
 
 __all__ = ["bootstrap_percentiles", "check_confidence"]
 
@@ -61,7 +61,7 @@ def bootstrap_percentiles(
         seed: of the draws.
 
     Returns:
-        (low, high), fractions, under the names of :class:`alphaext.metrics.SplitMetrics`; NaN for a part without samples.
+        (low, high), fractions, under the names of :class:`alphaext.metrics.accuracy.SplitMetrics`; NaN for a part without samples.
 
     Example:
         >>> split = ClassSplit(few=[1], medium=[], many=[0])

@@ -13,10 +13,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from .metrics import label_ranks
-from .utils.checks import check_integer
-from .utils.progress import progress_bar
-from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from ..utils.checks import check_integer
+from ..utils.progress import progress_bar
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from .accuracy import label_ranks
 
 __all__ = ["Predictions", "predict", "predict_logits"]
 
@@ -45,7 +45,7 @@ class Predictions:
         labels: int64 [n], the right class.
         num_classes: N, the classes that compete.
         confidence: float32 [n], the softmax probability of the predicted class; None if not known. Only
-            :func:`alphaext.evaluation.expected_calibration_error` needs it.
+            :func:`alphaext.metrics.expected_calibration_error` needs it.
 
     Raises:
         TypeError: ranks or classes that are not integers, a confidence that is not floating point.
