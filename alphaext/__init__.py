@@ -17,7 +17,9 @@ from .backbones import make_model
 from .baselines import BASELINES, BaselineResult, run_baseline
 from .checkpoints import Checkpoint, read_checkpoint, save_linear, write_repaired
 from .classes import ClassSplit, class_counts, class_means, split_classes
-from .data import open_images
+from .data.images import ImageReadError, LabelledImages
+from .data.long_tailed import make_long_tailed
+from .data.sources import open_images
 from .doctor import check_classifier_order, check_data
 from .extraction import extract
 from .features import Features, read_features, write_features
@@ -31,9 +33,7 @@ from .head.neighbors import (
     residual_directions,
     submodule_inputs,
 )
-from .images import ImageReadError, LabelledImages
 from .joint import TrainResult, train_model
-from .long_tailed import make_long_tailed
 from .metrics.accuracy import per_class_accuracy, split_accuracy
 from .metrics.class_table import class_table, write_class_table
 from .metrics.comparison import Comparison, compare

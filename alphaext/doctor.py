@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .classes import class_means, split_classes
+from .data.images import LabelledImages, check_class_names
 from .data_checks import (
     coverage_problems,
     describe_class,
@@ -23,7 +24,6 @@ from .data_checks import (
 from .data_report import LEVELS, DataReport, Finding
 from .image_checks import content_problems, missing_problems, reading_problems, repeat_problems, truncation_problems
 from .image_reading import read_all
-from .images import LabelledImages, check_class_names
 from .utils.checks import check_integer
 from .utils.linear import linear_parameters
 from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .images import ImageReadError, LabelledImages
-from .transforms import ImageTransform
+from .data.images import ImageReadError, LabelledImages
+from .data.transforms import ImageTransform
 from .utils.processes import Group
 from .utils.seeds import derived_seed
 

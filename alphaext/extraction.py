@@ -21,10 +21,10 @@ from rich.progress import (
 from torch import Tensor
 
 from .backbones import SplitModel
+from .data.images import LabelledImages
+from .data.loading import Batch, ImageBatch, Transform, image_batches
 from .extraction_folder import ExtractionFolder, wait_for
 from .features import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
-from .images import LabelledImages
-from .loading import Batch, ImageBatch, Transform, image_batches
 from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable
 from .utils.checks import check_integer
 from .utils.files import PathLike
@@ -69,7 +69,7 @@ def extract(
             it is as and where it was.
         images: what to extract; their labels must be classes of the model.
         folder: where to. It is made if need be.
-        transform: of each image, such as :func:`alphaext.transforms.test_transform`, the usual one for cached features.
+        transform: of each image, such as :func:`alphaext.data.test_transform`, the usual one for cached features.
         dtype: of the features on disk, ``"float16"`` or ``"float32"``. The model computes in its own dtype all the same;
             autocast is off.
         batch_size: images that go through the model together; 64 by default.

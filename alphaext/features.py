@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import classes
-from .images import check_class_names
+from .data.images import check_class_names
 from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done, naming_path
 from .utils.checks import check_integer
 from .utils.files import PathLike, file_digest, read_json, whole_file, without_nan, write_json
@@ -50,7 +50,7 @@ class HasFingerprint(Protocol):
 
 
 class HasDescription(Protocol):
-    """A transform, such as :class:`alphaext.transforms.ImageTransform`."""
+    """A transform, such as :class:`alphaext.data.ImageTransform`."""
 
     @property
     def description(self) -> Mapping[str, Any]: ...

@@ -17,7 +17,7 @@ from rich.progress import (
     TextColumn,
 )
 
-from .images import DatasetImages, FileImages, ImageReadError, LabelledImages
+from .data.images import DatasetImages, FileImages, ImageReadError, LabelledImages
 from .utils.checks import check_integer
 from .utils.progress import ImagesPerSecond, progress_bar
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .data.images import LabelledImages
+from .data.transforms import ImageTransform
 from .epochs import default_workers
-from .images import LabelledImages
 from .joint_options import JointOptions
 from .joint_run import JointRun
-from .transforms import ImageTransform
 from .utils.checks import check_integer
 from .utils.files import PathLike, folder_lock
 from .utils.processes import process_group

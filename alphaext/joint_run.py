@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .classes import ClassSplit
+from .data.images import LabelledImages
+from .data.transforms import ImageTransform
 from .epochs import EpochBatches, image_reader
-from .images import LabelledImages
 from .joint_options import JointOptions
 from .metrics.accuracy import SplitMetrics, label_ranks
 from .splitting import evaluating, run_model
-from .transforms import ImageTransform
 from .utils.files import whole_file, write_json
 from .utils.processes import Group
 from .utils.progress import progress_bar

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .loading import Batch
+from .data.loading import Batch
 from .utils.files import read_json, whole_file, write_json
 
 __all__ = [

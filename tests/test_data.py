@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from alphaext.classes import split_classes
-from alphaext.data import (
+from alphaext.data.images import ArrayImages, DatasetImages, FileImages, decode_image
+from alphaext.data.sources import (
     ImageReadError,
     LabelledImages,
     from_torchvision,
@@ -35,7 +36,6 @@ from alphaext.data import (
     read_list,
     write_list,
 )
-from alphaext.images import ArrayImages, DatasetImages, FileImages, decode_image
 
 PIL = pytest.importorskip("PIL", reason="images need Pillow")
 Image = pytest.importorskip("PIL.Image", reason="images need Pillow")

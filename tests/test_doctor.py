@@ -18,10 +18,10 @@ from torch import nn
 
 from alphaext import image_reading
 from alphaext.classes import split_classes
-from alphaext.data import ImageReadError, LabelledImages, from_torchvision, read_image_folder, write_list
+from alphaext.data.images import ArrayImages, FileImages
+from alphaext.data.sources import ImageReadError, LabelledImages, from_torchvision, read_image_folder, write_list
 from alphaext.data_report import plural
 from alphaext.doctor import DataReport, Finding, check_classifier_order, check_data
-from alphaext.images import ArrayImages, FileImages
 
 Image = pytest.importorskip("PIL.Image", reason="images need Pillow")
 
@@ -611,7 +611,7 @@ def test_workers_do_not_change_the_report(tmp_path: Path) -> None:
 def test_lists_written_for_a_subset_are_healthy(tmp_path: Path) -> None:
     train = files(tmp_path, few_files(tmp_path, "train"))
     write_list(tmp_path / "train.txt", train.paths, train.labels)
-    from alphaext.data import open_images
+    from alphaext.data.sources import open_images
 
     assert check(open_images(tmp_path / "train.txt", root=tmp_path)).problems == []
 

@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from tiny_images import WIDTH, RandomTransform, TinyImages, TinyModel, TinyTransform, loaded, tiny_model
 
 from alphaext import extraction_folder, shards
-from alphaext.data import read_list
+from alphaext.data.images import ImageReadError
+from alphaext.data.loading import _ReadBatches, image_seed
+from alphaext.data.sources import read_list
 from alphaext.extraction import extract
 from alphaext.extraction_folder import ExtractionFolder
 from alphaext.features import read_features
-from alphaext.images import ImageReadError
-from alphaext.loading import _ReadBatches, image_seed
 from alphaext.utils import files as _files
 from alphaext.utils.files import folder_lock
 
@@ -529,7 +529,7 @@ def test_how_far_several_passes_are(tmp_path):
 def test_with_real_transforms_and_a_real_network(tmp_path, pictures):
     pytest.importorskip("torchvision")
     from alphaext.backbones import make_model, split_model
-    from alphaext.transforms import small_test_transform, small_train_transform
+    from alphaext.data.transforms import small_test_transform, small_train_transform
 
     images, whole = pictures
     (images.root / "13.jpg").write_bytes(whole)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from alphaext import transforms
-from alphaext.transforms import (
+from alphaext.data import transforms
+from alphaext.data.transforms import (
     CIFAR_MEAN,
     CIFAR_STD,
     IMAGENET_MEAN,

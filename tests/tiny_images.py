@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from alphaext.backbones import SplitModel, split_model
+from alphaext.data.images import ArrayImages, ImageReadError
 from alphaext.extraction import extract
-from alphaext.images import ArrayImages, ImageReadError
 
 WIDTH = 32
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import option
-from ..images import LabelledImages
+from ..data.images import LabelledImages
 from ..utils.files import read_json
 from . import shared
 from .shared import CommonOptions, DataOptions, FeaturesOptions, ModelOptions

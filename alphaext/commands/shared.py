@@ -31,9 +31,9 @@ from ..utils.files import folder_lock, read_json, write_json
 if TYPE_CHECKING:
     from ..backbones import SplitModel
     from ..checkpoints import Checkpoint
-    from ..data import LabelledImages
+    from ..data.sources import LabelledImages
+    from ..data.transforms import ImageTransform
     from ..features import Features
-    from ..transforms import ImageTransform
 
 PARTS = ("train", "val", "test")
 RESULT, RUN, CLASSIFIER, HEAD = "result.json", "run.json", "classifier.pth", "head.pt"
@@ -93,8 +93,8 @@ class DataOptions(SplitOptions):
         self, part: str, *, num_classes: int | None = None, class_names: Sequence[str] | None = None
     ) -> LabelledImages | None:
         """The images of a part, or None where the options name none; ``class_names`` order the folders of classes."""
-        from ..data import open_images
-        from ..long_tailed import make_long_tailed
+        from ..data.long_tailed import make_long_tailed
+        from ..data.sources import open_images
 
         source = getattr(self, part)
         if source is None:
@@ -143,7 +143,7 @@ class TransformOptions(Options):
     std: tuple[float, ...] | None = option(None, help="of each channel, what is divided by")
 
     def test_transform(self) -> ImageTransform:
-        from .. import transforms
+        from ..data import transforms
 
         if self.transform == "small":
             return transforms.small_test_transform(self.image_size, **self._of_channels())
@@ -151,7 +151,7 @@ class TransformOptions(Options):
         return transforms.test_transform(self.image_size, resize=resize, **self._of_channels())
 
     def train_transform(self) -> ImageTransform:
-        from .. import transforms
+        from ..data import transforms
 
         make = transforms.small_train_transform if self.transform == "small" else transforms.train_transform
         return make(self.image_size, **self._of_channels())

@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Transform(Protocol):
-    """What turns a PIL image into a float tensor, such as :class:`alphaext.transforms.ImageTransform`.
+    """What turns a PIL image into a float tensor, such as :class:`alphaext.data.ImageTransform`.
 
     Attributes:
         description: all that says what it does, in what JSON can hold.

@@ -7,8 +7,8 @@ import numbers
 
 import torch
 
+from ..utils.checks import check_integer
 from .images import LabelledImages
-from .utils.checks import check_integer
 
 __all__ = ["long_tailed_counts", "make_long_tailed"]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .utils.checks import check_integer
+from ..utils.checks import check_integer
 
 if TYPE_CHECKING:
     from PIL.Image import Image

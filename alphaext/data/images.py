@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .utils.checks import check_integer
-from .utils.tensors import TensorLike, check_labels
+from ..utils.checks import check_integer
+from ..utils.tensors import TensorLike, check_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
