@@ -13,7 +13,6 @@ except ImportError as error:
     ) from error
 
 from . import reference
-from .backbones import make_model
 from .baselines import BASELINES, BaselineResult, run_baseline
 from .checkpoints import Checkpoint, read_checkpoint, save_linear, write_repaired
 from .classes import ClassSplit, class_counts, class_means, split_classes
@@ -39,12 +38,13 @@ from .metrics.class_table import class_table, write_class_table
 from .metrics.comparison import Comparison, compare
 from .metrics.evaluation import bootstrap_intervals, expected_calibration_error, per_class, split_metrics
 from .metrics.predictions import Predictions, predict, predict_logits
+from .models.split import SplitModel, find_classifier, split_model
+from .models.zoo import make_model
 from .ops import head as ops
 from .ops.head import build_info
 from .presets import PRESETS, preset_options
 from .repair import Repair, repair
 from .result import FitResult
-from .splitting import SplitModel, find_classifier, split_model
 from .sweep import SweepRun, fit_many
 from .training import fit
 from .utils.environment import __version__

@@ -20,11 +20,11 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from .backbones import SplitModel
 from .data.images import LabelledImages
 from .data.loading import Batch, ImageBatch, Transform, image_batches
 from .extraction_folder import ExtractionFolder, wait_for
 from .features import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
+from .models.zoo import SplitModel
 from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable
 from .utils.checks import check_integer
 from .utils.files import PathLike
@@ -65,7 +65,7 @@ def extract(
     model, other images or other settings is left untouched, with an error that says what differs.
 
     Args:
-        split_model: the model, from :func:`alphaext.backbones.split_model`. It computes in eval mode, on ``device``; afterwards
+        split_model: the model, from :func:`alphaext.models.split_model`. It computes in eval mode, on ``device``; afterwards
             it is as and where it was.
         images: what to extract; their labels must be classes of the model.
         folder: where to. It is made if need be.

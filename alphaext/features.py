@@ -44,7 +44,7 @@ _BLOCK_BYTES = 2**22
 
 
 class HasFingerprint(Protocol):
-    """A model (:class:`alphaext.backbones.SplitModel`) or images (:class:`alphaext.data.LabelledImages`)."""
+    """A model (:class:`alphaext.models.SplitModel`) or images (:class:`alphaext.data.LabelledImages`)."""
 
     def fingerprint(self) -> str: ...
 

@@ -22,7 +22,7 @@ from .data.transforms import ImageTransform
 from .epochs import EpochBatches, image_reader
 from .joint_options import JointOptions
 from .metrics.accuracy import SplitMetrics, label_ranks
-from .splitting import evaluating, run_model
+from .models.split import evaluating, run_model
 from .utils.files import whole_file, write_json
 from .utils.processes import Group
 from .utils.progress import progress_bar

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from alphaext.backbones import SmallConvNet, find_classifier, make_model, model_names, split_model
+from alphaext.models.zoo import SmallConvNet, find_classifier, make_model, model_names, split_model
 
 needs_torchvision = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode != 0,
@@ -109,7 +109,7 @@ def test_models_are_torchvisions_own():
         ("resnet5", "got 'resnet5'; did you mean resnet50 or"),
         ("resnt18", "did you mean resnet18"),
         ("resnext50", "did you mean resnext50_32x4d"),
-        ("zzz", r"got 'zzz'; alphaext.backbones.model_names\(\) lists all"),
+        ("zzz", r"got 'zzz'; alphaext.models.model_names\(\) lists all"),
         ("quantized_resnet50", "must be that of a known model"),
         ("fasterrcnn_resnet50_fpn", "must be that of a known model"),
     ],

@@ -28,7 +28,7 @@ from alphaext import AlphaNet, checkpoint_bytes, checkpoint_files, checkpoint_fo
 from alphaext import checkpoints as checkpoints_module
 from alphaext.checkpoint_formats import find_layout, short_names
 from alphaext.checkpoints import Checkpoint, normalize_expert_features, read_checkpoint, save_linear, write_repaired
-from alphaext.splitting import find_classifier
+from alphaext.models.split import find_classifier
 
 CLASSES, WIDTH = 7, 6
 FEW = [1, 4]

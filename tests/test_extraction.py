@@ -528,8 +528,8 @@ def test_how_far_several_passes_are(tmp_path):
 
 def test_with_real_transforms_and_a_real_network(tmp_path, pictures):
     pytest.importorskip("torchvision")
-    from alphaext.backbones import make_model, split_model
     from alphaext.data.transforms import small_test_transform, small_train_transform
+    from alphaext.models.zoo import make_model, split_model
 
     images, whole = pictures
     (images.root / "13.jpg").write_bytes(whole)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alphaext.backbones import SplitModel, split_model
 from alphaext.data.images import ArrayImages, ImageReadError
 from alphaext.extraction import extract
+from alphaext.models.zoo import SplitModel, split_model
 
 WIDTH = 32
 

@@ -29,11 +29,11 @@ from ..utils.checks import check_integer
 from ..utils.files import folder_lock, read_json, write_json
 
 if TYPE_CHECKING:
-    from ..backbones import SplitModel
     from ..checkpoints import Checkpoint
     from ..data.sources import LabelledImages
     from ..data.transforms import ImageTransform
     from ..features import Features
+    from ..models.zoo import SplitModel
 
 PARTS = ("train", "val", "test")
 RESULT, RUN, CLASSIFIER, HEAD = "result.json", "run.json", "classifier.pth", "head.pt"
@@ -176,7 +176,7 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def model(self, num_classes: int, seed: int = 0) -> nn.Module:
         """The network, its weights random (from ``seed``) or published."""
-        from ..backbones import make_model
+        from ..models.zoo import make_model
 
         if self.backbone is None:
             raise ValueError("--backbone must be given, or backbone in [model] of the configuration: the network's name")
@@ -193,7 +193,7 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def trained_model(self, num_classes: int | None, device: torch.device) -> SplitModel:
         """The network with the checkpoint's weights, its last linear layer found and checked on a batch of noise."""
-        from ..backbones import find_classifier, split_model
+        from ..models.zoo import find_classifier, split_model
 
         example = self.example().to(device)
         if self.checkpoint is None and self.pretrained:

@@ -64,7 +64,7 @@ class Train(CommonOptions, DataOptions, ModelOptions):
         val = self.images("val", num_classes=images.num_classes, class_names=images.class_names)
         model = self.model(images.num_classes, self.seed)
         if self.checkpoint is not None:
-            from ..backbones import find_classifier
+            from ..models.zoo import find_classifier
 
             layer = self.classifier_layer or find_classifier(model.eval(), self.example())
             self.read_checkpoint(images.num_classes).load_into(model, layer)

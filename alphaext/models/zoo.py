@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .splitting import SplitModel, find_classifier, linear_layers, split_model
-from .utils.checks import check_integer
+from ..utils.checks import check_integer
+from .split import SplitModel, find_classifier, linear_layers, split_model
 
 __all__ = ["SmallConvNet", "SplitModel", "find_classifier", "make_model", "model_names", "split_model"]
 
@@ -150,7 +150,7 @@ def _torchvision_maker(name: str, num_classes: int, in_channels: int) -> Callabl
     models = _torchvision_models()
     known = model_names()
     if name not in known:
-        raise ValueError(_unknown(name, known, "alphaext.backbones.model_names() lists all; timm's are written 'timm:NAME'"))
+        raise ValueError(_unknown(name, known, "alphaext.models.model_names() lists all; timm's are written 'timm:NAME'"))
     if in_channels != 3:
         raise ValueError(f"in_channels must be 3 for torchvision's {name}, got {in_channels}; 'small' and timm: take others")
     options = {"init_weights": True} if name in _NEEDS_INIT_WEIGHTS else {}

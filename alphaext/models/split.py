@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .utils.tensors import check_floating
+from ..utils.tensors import check_floating
 
 __all__ = ["SplitModel", "evaluating", "find_classifier", "linear_layers", "run_model", "split_model"]
 
