@@ -20,8 +20,8 @@ from .data.images import ImageReadError, LabelledImages
 from .data.long_tailed import make_long_tailed
 from .data.sources import open_images
 from .doctor import check_classifier_order, check_data
-from .extraction import extract
-from .features import Features, read_features, write_features
+from .features.extraction import extract
+from .features.store import Features, read_features, write_features
 from .head.alphanet import AlphaNet
 from .head.neighbors import (
     build_members,

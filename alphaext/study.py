@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .classes import split_classes
-from .features import Features, as_json, differences, read_features
+from .features.store import Features, as_json, differences, read_features
 from .study_plans import EXPERIMENTS, POLICIES, StudyOptions, choose
 from .study_rivals import compare_rivals
 from .study_rows import ResultsFile, read_rows, row_key, summarize

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from .baselines import run_baseline
-from .features import Features
+from .features.store import Features
 from .few_bias import choose_few_bias, few_bias
 from .metrics.class_table import class_table, write_class_table
 from .metrics.confusions import confusion_changes, write_confusions

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import member_logits
 from .classes import ClassSplit
-from .features import Features
+from .features.store import Features
 from .head.alphanet import AlphaNet
 from .metrics.evaluation import expected_calibration_error, split_metrics
 from .metrics.predictions import predict

@@ -23,13 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_images import WIDTH, RandomTransform, TinyImages, TinyModel, TinyTransform, loaded, tiny_model
 
-from alphaext import extraction_folder, shards
 from alphaext.data.images import ImageReadError
 from alphaext.data.loading import _ReadBatches, image_seed
 from alphaext.data.sources import read_list
-from alphaext.extraction import extract
-from alphaext.extraction_folder import ExtractionFolder
-from alphaext.features import read_features
+from alphaext.features import folder as extraction_folder
+from alphaext.features import shards
+from alphaext.features.extraction import extract
+from alphaext.features.folder import ExtractionFolder
+from alphaext.features.store import read_features
 from alphaext.utils import files as _files
 from alphaext.utils.files import folder_lock
 
@@ -743,7 +744,7 @@ def test_three_processes_and_an_image_left_out(tmp_path):
 
 
 def test_an_error_in_one_process_is_one_in_all_and_soon(tmp_path, monkeypatch):
-    monkeypatch.setattr("alphaext.extraction._SECONDS_A_ROUND", 0.2)
+    monkeypatch.setattr("alphaext.features.extraction._SECONDS_A_ROUND", 0.2)
     # The second process meets the image in its second shard, the first would go on for half a minute.
     images = TinyImages(4000, seconds=0.01, unreadable=(24,))
     works = [lambda workers=workers: run(tmp_path / "f", images, workers=workers) for workers in (2, 0)]
@@ -770,7 +771,7 @@ def test_processes_with_other_models_or_folders_are_found_out(tmp_path, monkeypa
 
 
 def test_a_process_that_is_killed_ends_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr("alphaext.extraction._SECONDS_A_ROUND", 0.2)
+    monkeypatch.setattr("alphaext.features.extraction._SECONDS_A_ROUND", 0.2)
 
     class Deadly(TinyImages):
         def load(self, index):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import alphaext
-from alphaext.features import Features, array_file, read_features, write_features
+from alphaext.features.store import Features, array_file, read_features, write_features
 from alphaext.utils import files as _files
 
 
@@ -68,7 +68,7 @@ def test_what_is_written_is_read(tmp_path_factory, rows, width, dtype, kind, see
 
 
 def test_features_larger_than_a_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("alphaext.features._BLOCK_BYTES", 64)
+    monkeypatch.setattr("alphaext.features.store._BLOCK_BYTES", 64)
     source = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
     np.save(tmp_path / "source.npy", source)
     mapped = np.load(tmp_path / "source.npy", mmap_mode="r")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaext.data.images import ArrayImages, ImageReadError
-from alphaext.extraction import extract
+from alphaext.features.extraction import extract
 from alphaext.models.zoo import SplitModel, split_model
 
 WIDTH = 32
@@ -99,7 +99,7 @@ def main(options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from alphaext import shards
+    from alphaext.features import shards
 
     shards.IMAGES_PER_SHARD = 8
     main(json.loads(sys.argv[1]))

@@ -14,7 +14,7 @@ from torch import nn
 from ..baselines import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS, run_baseline
 from ..classes import ClassSplit
 from ..config import option
-from ..features import Features
+from ..features.store import Features
 from ..selection import BaselineResult
 from ..utils.text import percent
 from . import shared

@@ -39,7 +39,7 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Extract all parts that are given; returns, for each, how many images, how wide, what was skipped."""
-        from ..extraction import extract
+        from ..features.extraction import extract
         from ..utils.processes import process_group
 
         console, started = shared.console_or_quiet(console), time.monotonic()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
     from ..data.sources import LabelledImages
     from ..data.transforms import ImageTransform
-    from ..features import Features
+    from ..features.store import Features
     from ..models.zoo import SplitModel
 
 PARTS = ("train", "val", "test")
@@ -249,7 +249,7 @@ def choose_device(name: str | None) -> torch.device:
 
 def read_part(folder: Path, part: str) -> Features:
     """The cached features of ``folder/part``."""
-    from ..features import read_features
+    from ..features.store import read_features
 
     if not (folder / part).is_dir():
         there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []

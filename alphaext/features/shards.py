@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .data.loading import Batch
-from .utils.files import read_json, whole_file, write_json
+from ..data.loading import Batch
+from ..utils.files import read_json, whole_file, write_json
 
 __all__ = [
     "IDENTITY_FILE",

@@ -22,12 +22,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import classes
-from .data.images import check_class_names
+from .. import classes
+from ..data.images import check_class_names
+from ..utils.checks import check_integer
+from ..utils.files import PathLike, file_digest, read_json, whole_file, without_nan, write_json
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels
 from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done, naming_path
-from .utils.checks import check_integer
-from .utils.files import PathLike, file_digest, read_json, whole_file, without_nan, write_json
-from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels
 
 __all__ = ["DTYPES", "Features", "read_features", "write_features"]
 
@@ -58,7 +58,7 @@ class HasDescription(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Features:
-    """Cached features, as :func:`alphaext.extraction.extract`, :func:`read_features` and :func:`write_features` return them.
+    """Cached features, as :func:`alphaext.features.extract`, :func:`read_features` and :func:`write_features` return them.
 
     They stay on disk: ``features`` is a memory map, from which :func:`alphaext.fit`, :func:`alphaext.class_means` and the rest
     read what they need.
@@ -128,7 +128,7 @@ def read_features(
     """Open cached features; their rows are not read.
 
     Args:
-        folder: as :func:`alphaext.extraction.extract` or :func:`write_features` made it.
+        folder: as :func:`alphaext.features.extract` or :func:`write_features` made it.
         model: the model that they must be of, or its fingerprint. Default: any. Its classifier does not count.
         images: the images that they must be of, or their fingerprint. Default: any.
         transform: the transform that they must be of, or its description. Default: any.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import FEATURES_FILE, LABELS_FILE, SIDECAR_FILE, array_file, differences, printable, sidecar_of
+from ..utils.files import folder_lock, read_json, write_json
 from .shards import (
     IDENTITY_FILE,
     PARTS_FOLDER,
@@ -32,7 +32,7 @@ from .shards import (
     write_identity,
     write_shard,
 )
-from .utils.files import folder_lock, read_json, write_json
+from .store import FEATURES_FILE, LABELS_FILE, SIDECAR_FILE, array_file, differences, printable, sidecar_of
 
 __all__ = ["ExtractionFolder", "wait_for"]
 
@@ -255,7 +255,7 @@ def _size(count: float) -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    from .utils.environment import __version__
+    from ..utils.environment import __version__
 
     try:
         import torchvision

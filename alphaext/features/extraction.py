@@ -20,16 +20,16 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from .data.images import LabelledImages
-from .data.loading import Batch, ImageBatch, Transform, image_batches
-from .extraction_folder import ExtractionFolder, wait_for
-from .features import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
-from .models.zoo import SplitModel
+from ..data.images import LabelledImages
+from ..data.loading import Batch, ImageBatch, Transform, image_batches
+from ..models.zoo import SplitModel
+from ..utils.checks import check_integer
+from ..utils.files import PathLike
+from ..utils.processes import Group, process_group
+from ..utils.progress import ImagesPerSecond, progress_bar
+from .folder import ExtractionFolder, wait_for
 from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable
-from .utils.checks import check_integer
-from .utils.files import PathLike
-from .utils.processes import Group, process_group
-from .utils.progress import ImagesPerSecond, progress_bar
+from .store import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
 
 __all__ = ["extract"]
 
