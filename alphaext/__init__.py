@@ -32,7 +32,6 @@ from .head.neighbors import (
     residual_directions,
     submodule_inputs,
 )
-from .joint import TrainResult, train_model
 from .metrics.accuracy import per_class_accuracy, split_accuracy
 from .metrics.class_table import class_table, write_class_table
 from .metrics.comparison import Comparison, compare
@@ -43,6 +42,7 @@ from .models.zoo import make_model
 from .ops import head as ops
 from .ops.head import build_info
 from .presets import PRESETS, preset_options
+from .pretraining.train import TrainResult, train_model
 from .repair import Repair, repair
 from .result import FitResult
 from .sweep import SweepRun, fit_many

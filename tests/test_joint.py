@@ -20,13 +20,13 @@ from torch import nn
 
 pytest.importorskip("torchvision")
 
-from alphaext import joint_run
 from alphaext.data.images import ArrayImages, ImageReadError
 from alphaext.data.transforms import small_test_transform, small_train_transform
-from alphaext.epochs import SAMPLINGS, EpochBatches, default_workers, epoch_order
-from alphaext.joint import train_model
-from alphaext.joint_options import JointOptions
 from alphaext.models.zoo import SmallConvNet, make_model
+from alphaext.pretraining import run as joint_run
+from alphaext.pretraining.epochs import SAMPLINGS, EpochBatches, default_workers, epoch_order
+from alphaext.pretraining.options import JointOptions
+from alphaext.pretraining.train import train_model
 from alphaext.utils.processes import Group
 from alphaext.utils.seeds import derived_seed
 

@@ -57,7 +57,7 @@ class Train(CommonOptions, DataOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Train and write; returns what result.json holds."""
-        from ..joint import train_model
+        from ..pretraining.train import train_model
 
         console, started = shared.console_or_quiet(console), time.monotonic()
         images = self.need("train")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .data.images import ImageReadError, LabelledImages
-from .data.transforms import ImageTransform
-from .utils.processes import Group
-from .utils.seeds import derived_seed
+from ..data.images import ImageReadError, LabelledImages
+from ..data.transforms import ImageTransform
+from ..utils.processes import Group
+from ..utils.seeds import derived_seed
 
 __all__ = ["SAMPLINGS", "EpochBatches", "default_workers", "epoch_order", "image_reader"]
 

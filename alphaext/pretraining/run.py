@@ -16,17 +16,17 @@ from rich.progress import BarColumn, TextColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .classes import ClassSplit
-from .data.images import LabelledImages
-from .data.transforms import ImageTransform
+from ..classes import ClassSplit
+from ..data.images import LabelledImages
+from ..data.transforms import ImageTransform
+from ..metrics.accuracy import SplitMetrics, label_ranks
+from ..models.split import evaluating, run_model
+from ..utils.files import whole_file, write_json
+from ..utils.processes import Group
+from ..utils.progress import progress_bar
+from ..utils.seeds import derived_seed
 from .epochs import EpochBatches, image_reader
-from .joint_options import JointOptions
-from .metrics.accuracy import SplitMetrics, label_ranks
-from .models.split import evaluating, run_model
-from .utils.files import whole_file, write_json
-from .utils.processes import Group
-from .utils.progress import progress_bar
-from .utils.seeds import derived_seed
+from .options import JointOptions
 
 __all__ = ["JointRun"]
 
@@ -62,7 +62,7 @@ class JointRun:
     """One training: the model and its optimiser, the history, and the best epoch so far.
 
     Attributes:
-        history: see :class:`alphaext.joint.TrainResult`.
+        history: see :class:`alphaext.pretraining.TrainResult`.
         selected_epoch: the epoch to select so far; 0 before the first.
         resumed_from: epochs that were done before.
         metrics: makes accuracies out of hits, or None without validation images.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..utils.checks import check_choice, check_integer, check_number
 from .epochs import SAMPLINGS
-from .utils.checks import check_choice, check_integer, check_number
 
 __all__ = ["JointOptions"]
 
@@ -22,7 +22,7 @@ _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class JointOptions:
-    """How to train; :func:`alphaext.joint.train_model` says what each option means."""
+    """How to train; :func:`alphaext.pretraining.train_model` says what each option means."""
 
     epochs: int = 90
     batch_size: int = 512

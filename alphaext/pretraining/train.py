@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .data.images import LabelledImages
-from .data.transforms import ImageTransform
+from ..data.images import LabelledImages
+from ..data.transforms import ImageTransform
+from ..utils.checks import check_integer
+from ..utils.files import PathLike, folder_lock
+from ..utils.processes import process_group
 from .epochs import default_workers
-from .joint_options import JointOptions
-from .joint_run import JointRun
-from .utils.checks import check_integer
-from .utils.files import PathLike, folder_lock
-from .utils.processes import process_group
+from .options import JointOptions
+from .run import JointRun
 
 __all__ = ["TrainResult", "train_model"]
 
@@ -119,7 +119,7 @@ def train_model(
         lr_factor: for ``"step"``.
         optimizer: ``"sgd"``, or ``"adamw"``, which has no use for ``momentum``.
         sampling: ``"instance"`` (as there), ``"class_balanced"`` or ``"square_root"``; see
-            :func:`alphaext.epochs.epoch_order`. An epoch always has as many images as the data set.
+            :func:`alphaext.pretraining.epochs.epoch_order`. An epoch always has as many images as the data set.
         label_smoothing: a share of the target spread over all classes; none there.
         amp: mixed precision: ``"bfloat16"``, or ``"float16"`` with a scaled loss.
         drop_last: leave an incomplete last batch out (as there; each epoch leaves out others), unless it is the only one.
