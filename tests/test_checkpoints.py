@@ -24,10 +24,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from alphaext import AlphaNet, checkpoint_bytes, checkpoint_files, checkpoint_formats, checkpoint_reader, checkpoint_writer
+from alphaext import AlphaNet
 from alphaext import checkpoints as checkpoints_module
-from alphaext.checkpoint_formats import find_layout, short_names
 from alphaext.checkpoints import Checkpoint, normalize_expert_features, read_checkpoint, save_linear, write_repaired
+from alphaext.checkpoints import files as checkpoint_files
+from alphaext.checkpoints import layouts as checkpoint_formats
+from alphaext.checkpoints import reader as checkpoint_reader
+from alphaext.checkpoints import row_edits as checkpoint_bytes
+from alphaext.checkpoints import writer as checkpoint_writer
+from alphaext.checkpoints.layouts import find_layout, short_names
 from alphaext.models.split import find_classifier
 
 CLASSES, WIDTH = 7, 6
@@ -1093,7 +1098,7 @@ def full(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "failing", ["alphaext.utils.files.os.replace", "alphaext.checkpoint_bytes.shutil.copyfileobj", "os.fsync"]
+    "failing", ["alphaext.utils.files.os.replace", "alphaext.checkpoints.row_edits.shutil.copyfileobj", "os.fsync"]
 )
 def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     path, target = tmp_path / "m.pth", tmp_path / "new.pth"

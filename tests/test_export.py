@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import alphaext.export as export_module
-from alphaext import export_onnx
+import alphaext.checkpoints.export as export_module
 from alphaext.checkpoints import Checkpoint, read_checkpoint, save_linear
-from alphaext.export import EXPORT_FORMATS, ExportReport, export
+from alphaext.checkpoints import onnx as export_onnx
+from alphaext.checkpoints.export import EXPORT_FORMATS, ExportReport, export
 
 CLASSES, WIDTH = 5, 8
 FEW = [1, 3]

@@ -36,7 +36,7 @@ class Export(CommonOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Compare, verify, write; returns what was verified."""
-        from ..export import export
+        from ..checkpoints.export import export
 
         console = shared.console_or_quiet(console)
         checkpoint = self.read_checkpoint()

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_bytes import RowEdit, changed_bytes, check_copy, copy_with
-from .checkpoint_files import SAFETENSORS_HINT, container
-from .checkpoint_formats import KeyPath
-from .checkpoint_reader import Checkpoint, read_checkpoint
-from .head.alphanet import AlphaNet
-from .utils.files import PathLike, check_output_file, whole_file, without_nan
-from .utils.linear import linear_parameters
-from .utils.tensors import TensorLike, check_class_ids
+from ..head.alphanet import AlphaNet
+from ..utils.files import PathLike, check_output_file, whole_file, without_nan
+from ..utils.linear import linear_parameters
+from ..utils.tensors import TensorLike, check_class_ids
+from .files import SAFETENSORS_HINT, container
+from .layouts import KeyPath
+from .reader import Checkpoint, read_checkpoint
+from .row_edits import RowEdit, changed_bytes, check_copy, copy_with
 
 # How many rounding errors of its dtype a number may be off: a division and a multiplication back, and sums in another order.
 _ROUNDINGS = 8

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checkpoint_files import SAFETENSORS_HINT
-from .checkpoint_reader import Checkpoint, read_checkpoint
-from .checkpoint_writer import check_repaired, file_content, write_verified
-from .export_onnx import check_onnx_packages, onnx_content, run_onnx
-from .models.split import evaluating, run_model, split_model
-from .utils.files import PathLike, check_output_file, whole_file
-from .utils.tensors import TensorLike, check_floating
+from ..models.split import evaluating, run_model, split_model
+from ..utils.files import PathLike, check_output_file, whole_file
+from ..utils.tensors import TensorLike, check_floating
+from .files import SAFETENSORS_HINT
+from .onnx import check_onnx_packages, onnx_content, run_onnx
+from .reader import Checkpoint, read_checkpoint
+from .writer import check_repaired, file_content, write_verified
 
 EXPORT_FORMATS = ("same", "safetensors", "linear", "onnx")
 

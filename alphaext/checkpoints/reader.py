@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checkpoint_files import Payload, read_payload
-from .checkpoint_formats import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, tensor_at
-from .utils.checks import check_integer
-from .utils.files import PathLike
-from .utils.tensors import check_finite, check_floating, check_shape
+from ..utils.checks import check_integer
+from ..utils.files import PathLike
+from ..utils.tensors import check_finite, check_floating, check_shape
+from .files import Payload, read_payload
+from .layouts import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, tensor_at
 
 FORMATS = ("classifier-balancing", "state_dict", "linear", "ride")
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .checkpoint_files import Payload
+from .files import Payload
 
 KeyPath: TypeAlias = tuple[str, ...]
 """Where a tensor is in a file: the keys that lead to it, outermost first."""

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint_files import container
-from .checkpoint_formats import KeyPath
+from .files import container
+from .layouts import KeyPath
 
 _DTYPES = {
     "HalfStorage": torch.float16,

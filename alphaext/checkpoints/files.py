@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from .utils.files import PathLike
+from ..utils.files import PathLike
 
 SAFETENSORS_HINT = "safetensors files need the package safetensors: pip install safetensors"
 

@@ -1,8 +1,7 @@
 """Checkpoints of trained models: read in the formats of the field, and written again with repaired few rows.
 
-Here are the public names. ``checkpoint_files`` opens a file, ``checkpoint_formats`` knows where in it things are,
-``checkpoint_reader`` makes a :class:`Checkpoint` of it, ``checkpoint_bytes`` copies it with some rows changed, and
-``checkpoint_writer`` decides on those rows.
+``files`` opens a file, ``layouts`` knows where in it things are, ``reader`` makes a :class:`Checkpoint` of it, ``row_edits``
+copies it with some rows changed, ``writer`` decides on those rows, ``export`` writes a repaired model in other formats.
 
 Example:
     >>> import tempfile
@@ -18,7 +17,17 @@ Example:
 
 from __future__ import annotations
 
-from .checkpoint_reader import FORMATS, Checkpoint, normalize_expert_features, read_checkpoint
-from .checkpoint_writer import save_linear, write_repaired
+from .export import ExportReport, export
+from .reader import FORMATS, Checkpoint, normalize_expert_features, read_checkpoint
+from .writer import save_linear, write_repaired
 
-__all__ = ["FORMATS", "Checkpoint", "normalize_expert_features", "read_checkpoint", "save_linear", "write_repaired"]
+__all__ = [
+    "FORMATS",
+    "Checkpoint",
+    "ExportReport",
+    "export",
+    "normalize_expert_features",
+    "read_checkpoint",
+    "save_linear",
+    "write_repaired",
+]
