@@ -41,12 +41,12 @@ from .models.split import SplitModel, find_classifier, split_model
 from .models.zoo import make_model
 from .ops import head as ops
 from .ops.head import build_info
-from .presets import PRESETS, preset_options
 from .pretraining.train import TrainResult, train_model
 from .repair import Repair, repair
-from .result import FitResult
-from .sweep import SweepRun, fit_many
-from .training import fit
+from .training.many import SweepRun, fit_many
+from .training.presets import PRESETS, preset_options
+from .training.result import FitResult
+from .training.single import fit
 from .utils.environment import __version__
 
 __all__ = [

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from torch import Tensor, nn
 
 from .balanced_sampling import ClassBalancedSampler
-from .member_logits import Samples
-from .options import TrainingOptions
-from .selection import BaselineResult, Policy, Validation
+from .training.cached_logits import Samples
+from .training.options import TrainingOptions
+from .training.selection import BaselineResult, Policy, Validation
 from .utils.files import whole_file
 from .utils.progress import progress_bar
 

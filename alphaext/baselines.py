@@ -16,11 +16,11 @@ from torch import nn
 
 from .classes import ClassSplit, split_classes
 from .classes import class_counts as count_classes
-from .few_bias import choose_few_bias, few_bias
 from .ncm import ncm
 from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from .retraining import RETRAINING_PRESETS, crt, lws
-from .selection import BaselineResult, Rescaling, Validation
+from .training.few_bias import choose_few_bias, few_bias
+from .training.selection import BaselineResult, Rescaling, Validation
 from .utils.checks import check_choice
 from .utils.linear import linear_parameters, wide
 from .utils.tensors import TensorLike
@@ -112,7 +112,7 @@ def run_baseline(
             ``checkpoint``, ``progress``; crt also ``bias``. One that is None counts as not given.
 
     Returns:
-        A :class:`alphaext.selection.BaselineResult`.
+        A :class:`alphaext.training.selection.BaselineResult`.
 
     Raises:
         TypeError: an option that the baseline does not have, and whatever the baseline itself refuses.

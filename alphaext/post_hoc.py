@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .classes import ClassSplit, split_classes
-from .selection import BaselineResult, Policy, Rescaling, Validation
+from .training.selection import BaselineResult, Policy, Rescaling, Validation
 from .utils.checks import check_number, format_ids
 from .utils.linear import linear_parameters, make_linear, wide
 from .utils.tensors import TensorLike, as_tensor, check_integral, check_list, check_shape
@@ -110,7 +110,7 @@ def choose_tau(
         min_all: for ``"best_few"``, a fraction of 1; None takes the classifier's own accuracy over all.
 
     Returns:
-        A :class:`alphaext.selection.BaselineResult`. Its accuracies are those of the layer to the rounding of its scores.
+        A :class:`alphaext.training.selection.BaselineResult`. Its accuracies are those of the layer to the rounding of its scores.
 
     Raises:
         TypeError, ValueError: as :func:`tau_normalized`; no candidates; features and labels that do not fit or are not finite.
@@ -156,7 +156,7 @@ def choose_logit_adjustment(
         min_all: as for :func:`choose_tau`.
 
     Returns:
-        A :class:`alphaext.selection.BaselineResult`.
+        A :class:`alphaext.training.selection.BaselineResult`.
 
     Raises:
         TypeError, ValueError: as :func:`logit_adjusted` and :func:`choose_tau`.

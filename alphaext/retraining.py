@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import member_logits
 from .balanced_sampling import ClassBalancedSampler
 from .balanced_training import BalancedTraining, check_checkpoint, fingerprint
 from .classes import ClassSplit, split_classes
-from .member_logits import Samples, check_samples
-from .options import TrainingOptions
-from .selection import BaselineResult, Policy, Rescaling, Validation
+from .training import cached_logits as member_logits
+from .training.cached_logits import Samples, check_samples
+from .training.options import TrainingOptions
+from .training.selection import BaselineResult, Policy, Rescaling, Validation
 from .utils.checks import check_integer
 from .utils.linear import linear_parameters, make_linear, wide
 from .utils.seeds import seeded_generator
@@ -103,7 +103,7 @@ def crt(
         progress: show a progress bar; None shows it where standard error is a terminal.
 
     Returns:
-        A :class:`alphaext.selection.BaselineResult`; its table has a row an epoch, with ``loss`` (mean cross-entropy), ``lr``.
+        A :class:`alphaext.training.selection.BaselineResult`; its table has a row an epoch, with ``loss`` (mean cross-entropy), ``lr``.
 
     Raises:
         ValueError, TypeError: for arguments out of range or that disagree, a class without samples, or features that are not
@@ -198,7 +198,7 @@ def lws(
         progress: show a progress bar; None shows it where standard error is a terminal.
 
     Returns:
-        A :class:`alphaext.selection.BaselineResult`: ``linear`` has the factors multiplied in, ``scales`` are the factors.
+        A :class:`alphaext.training.selection.BaselineResult`: ``linear`` has the factors multiplied in, ``scales`` are the factors.
 
     Raises:
         ValueError, TypeError, FloatingPointError, KeyboardInterrupt: as :func:`crt`.

@@ -43,9 +43,9 @@ from .head.alphanet import AlphaNet
 from .head.choices import INITS, METRICS, POOLS
 from .head.neighbors import build_members, reduce_classifiers, submodule_inputs
 from .ops import head as ops
-from .options import TrainingOptions
-from .result import FitResult
-from .training import fit
+from .training.options import TrainingOptions
+from .training.result import FitResult
+from .training.single import fit
 from .utils.checks import check_gamma, check_integer
 
 __all__ = ["AlphaNetClassifier", "AlphaNetWarning"]

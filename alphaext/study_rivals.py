@@ -12,16 +12,16 @@ from torch import nn
 
 from .baselines import run_baseline
 from .features.store import Features
-from .few_bias import choose_few_bias, few_bias
 from .metrics.class_table import class_table, write_class_table
 from .metrics.confusions import confusion_changes, write_confusions
 from .metrics.predictions import predict
 from .ncm import ncm
 from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
-from .selection import BaselineResult
 from .study_plans import CANDIDATES, METHODS, RETRAINED, Trial, choose
 from .study_rows import FRONT, Row, row_key, without_nan
 from .study_trials import Problem, Trainings
+from .training.few_bias import choose_few_bias, few_bias
+from .training.selection import BaselineResult
 
 __all__ = ["compare_rivals"]
 

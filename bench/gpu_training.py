@@ -19,7 +19,7 @@ from gpu_timing import Task, captured, require_gpu, time_interleaved, write_json
 from torch import nn
 
 import alphaext
-from alphaext.engines import NativeEngine
+from alphaext.training.native_engine import NativeEngine
 
 FEW_CLASSES = (10, 100, 1_000, 10_000)
 GAMMAS = tuple(round(0.1 * i, 1) for i in range(1, 10))

@@ -22,10 +22,11 @@ import torchvision
 from digit_images import TRAIN_COUNTS, write_digits
 from PIL import Image
 
-from alphaext import AlphaNet, cli, commands, read_checkpoint, sweep
+from alphaext import AlphaNet, cli, commands, read_checkpoint
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
 from alphaext.config import read_config
 from alphaext.study import choose
+from alphaext.training import many as sweep
 
 CONFIG = """
 features = "features"
@@ -235,7 +236,7 @@ def test_an_interrupted_fit_goes_on(digits, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     # Every epoch is kept, so that there is something to go on from.
-    monkeypatch.setattr("alphaext.training._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr("alphaext.training.single._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     monkeypatch.setattr(sweep.Run, "end_epoch", interrupted)
     run(digits, *arguments, "--output", tmp_path / "parts", code=130)
     assert not (tmp_path / "parts" / "result.json").exists() and list((tmp_path / "parts" / ".alphaext-fit").iterdir())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaext import class_means
-from alphaext.drawn_features import draw_features
+from alphaext.training.augmentation import draw_features
 
 COUNTS = (9, 1, 7, 3, 2)
 LABELS = torch.arange(5).repeat_interleave(torch.tensor(COUNTS))

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import alphaext
-from alphaext import AlphaNet, FitResult, engines, fit, member_logits, reference, training
-from alphaext.options import TrainingOptions
-from alphaext.sampling import EpochSampler
-from alphaext.sgd import DecayOfStart, Sgd
+from alphaext import AlphaNet, FitResult, fit, reference
+from alphaext.training import cached_logits as member_logits
+from alphaext.training import native_engine as engines
+from alphaext.training import single as training
+from alphaext.training.options import TrainingOptions
+from alphaext.training.sampling import EpochSampler
+from alphaext.training.sgd import DecayOfStart, Sgd
 
 # The same numbers, in sums of another order: a step's rounding is handed on, a little larger, to the next. Over the steps of
 # most tests here no more than this comes of it; the long trainings state their own.

@@ -13,9 +13,10 @@ from problems import TOLERANCES, assert_close
 from torch import Tensor
 from torch.nn import functional
 
-from alphaext import AlphaNet, member_logits, reference
-from alphaext.member_logits import BLOCK_SAMPLES, TOP_CLASSES, Columns, Samples, TrainingLogits, ValidationLogits
+from alphaext import AlphaNet, reference
 from alphaext.metrics.accuracy import label_ranks
+from alphaext.training import cached_logits as member_logits
+from alphaext.training.cached_logits import BLOCK_SAMPLES, TOP_CLASSES, Columns, Samples, TrainingLogits, ValidationLogits
 from alphaext.utils.tensors import as_tensor
 
 IN_FEATURES = 6

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from alphaext import post_hoc
 from alphaext.classes import ClassSplit, split_classes
-from alphaext.few_bias import choose_few_bias, few_bias
 from alphaext.metrics.accuracy import split_accuracy
 from alphaext.post_hoc import TAUS, choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
+from alphaext.training.few_bias import choose_few_bias, few_bias
 
 COUNTS = torch.tensor([300, 200, 90, 50, 12, 6])
 SPLIT = split_classes(COUNTS)
@@ -187,7 +187,7 @@ def test_few_bias_chosen_is_the_best_of_all_constants(seed: int, grid: bool, few
     select = "best_few" if few else "best_all"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(post_hoc, "_TABLE_ROWS", 10**6)
-        patch.setattr("alphaext.selection._BLOCK_ELEMENTS", block)
+        patch.setattr("alphaext.training.selection._BLOCK_ELEMENTS", block)
         result = choose_few_bias(linear, logits, labels, split, select=select)
 
     def moved(offset: float) -> dict[str, float]:
@@ -251,7 +251,7 @@ def test_half_precision_memory_map_and_classifiers_of_any_dtype(dtype, tmp_path:
     features, labels = make_validation(linear)
     features.half().numpy().tofile(tmp_path / "features")
     mapped = np.memmap(tmp_path / "features", mode="r", dtype=np.float16, shape=(120, 8))
-    monkeypatch.setattr("alphaext.selection._BLOCK_ELEMENTS", 50)
+    monkeypatch.setattr("alphaext.training.selection._BLOCK_ELEMENTS", 50)
     wide = nn.Linear(8, 6, dtype=torch.promote_types(dtype, torch.float32))
     wide.load_state_dict(linear.state_dict())
     values = features.half().to(wide.weight.dtype)

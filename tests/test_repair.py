@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from alphaext import PRESETS, fit, fit_many, preset_options, repair
-from alphaext.options import TrainingOptions
+from alphaext.training.options import TrainingOptions
 
 COUNTS = (30, 40, 25, 22, 6, 4)
 LABELS = torch.arange(6).repeat_interleave(torch.tensor(COUNTS))

@@ -22,7 +22,6 @@ from torch import nn
 
 from alphaext import AlphaNet, ClassSplit, fit, write_features
 from alphaext.metrics.class_table import read_class_table, write_class_table
-from alphaext.plots import history_html, plot_history
 from alphaext.report import write_report
 from alphaext.report_content import markdown_text
 from alphaext.report_data import group_rows, read_studies, read_study
@@ -31,6 +30,7 @@ from alphaext.report_front import Front, Height, better_rivals, chosen_heights, 
 from alphaext.study import CLASSES, CONFUSIONS, RESULTS, ROWS, run_study
 from alphaext.study_plans import EXPERIMENTS, StudyOptions
 from alphaext.study_rows import COLUMNS, make_row, read_rows, write_rows
+from alphaext.training.history import history_html, plot_history
 from alphaext.utils.figures import clean_text
 from alphaext.utils.text import percent
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alphaext import AlphaNet, member_logits, retraining
+from alphaext import AlphaNet, retraining
 from alphaext.balanced_sampling import ClassBalancedSampler
 from alphaext.classes import ClassSplit, class_means, split_classes
 from alphaext.metrics.accuracy import split_accuracy
 from alphaext.retraining import RETRAINING_PRESETS, crt, lws
+from alphaext.training import cached_logits as member_logits
 from alphaext.utils.seeds import seeded_generator
 
 NUM_CLASSES, IN_FEATURES = 8, 12

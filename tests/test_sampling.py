@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphaext.options import TrainingOptions
-from alphaext.sampling import EpochSampler
+from alphaext.training.options import TrainingOptions
+from alphaext.training.sampling import EpochSampler
 
 MASK = 2**64 - 1
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from alphaext import member_logits, selection
 from alphaext.classes import ClassSplit
 from alphaext.metrics.accuracy import split_accuracy
-from alphaext.selection import BaselineResult, Policy, Rescaling, Validation
+from alphaext.training import cached_logits as member_logits
+from alphaext.training import selection
+from alphaext.training.selection import BaselineResult, Policy, Rescaling, Validation
 
 SPLIT = ClassSplit(few=[3, 4], medium=[1, 2], many=[0])
 

@@ -8,7 +8,10 @@ import torch
 from test_training import interrupt, make_data
 from torch import nn
 
-from alphaext import AlphaNet, class_means, engines, fit, fit_many, member_logits, sweep
+from alphaext import AlphaNet, class_means, fit, fit_many
+from alphaext.training import cached_logits as member_logits
+from alphaext.training import many as sweep
+from alphaext.training import native_engine as engines
 
 FEATURES, LABELS = make_data(per_base=30)
 VALIDATION = dict(zip(("val_features", "val_labels"), make_data(seed=5), strict=True))

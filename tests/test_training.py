@@ -11,7 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from alphaext import AlphaNet, autograd_engine, engines, fit, training
+from alphaext import AlphaNet, fit
+from alphaext.training import autograd_engine
+from alphaext.training import native_engine as engines
+from alphaext.training import single as training
 from alphaext.utils.tensors import as_tensor
 
 NUM_CLASSES, IN_FEATURES = 8, 12

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphaext import AlphaNet, fit, fit_many, reference
-from alphaext.few_bias import choose_few_bias
-from alphaext.options import TrainingOptions
-from alphaext.sampling import EpochSampler
-from alphaext.training import training_data
+from alphaext.training.few_bias import choose_few_bias
+from alphaext.training.options import TrainingOptions
+from alphaext.training.sampling import EpochSampler
+from alphaext.training.single import training_data
 
 SHORT = dict(epochs=3, batch_size=16, lr=0.05, progress=False)
 
@@ -245,7 +245,7 @@ def test_few_logits_that_do_not_fit_are_made_anew(monkeypatch):
 
     features, labels = make_data()
     heads = []
-    from alphaext import member_logits
+    from alphaext.training import cached_logits as member_logits
 
     for limit in (member_logits.CACHE_BYTES, 0):
         monkeypatch.setattr(member_logits, "CACHE_BYTES", limit)

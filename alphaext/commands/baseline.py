@@ -15,7 +15,7 @@ from ..baselines import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS, run_bas
 from ..classes import ClassSplit
 from ..config import option
 from ..features.store import Features
-from ..selection import BaselineResult
+from ..training.selection import BaselineResult
 from ..utils.text import percent
 from . import shared
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions

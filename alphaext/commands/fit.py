@@ -23,12 +23,12 @@ from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS
 from ..head.neighbors import pool_size
 from ..metrics.evaluation import split_metrics
 from ..metrics.predictions import predict
-from ..options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
-from ..presets import PRESETS, preset_options
 from ..reference import RULES
 from ..study_plans import POLICIES, check_policy
 from ..study_plans import choose as choose_row
-from ..sweep import SweepRun, fit_many
+from ..training.many import SweepRun, fit_many
+from ..training.options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
+from ..training.presets import PRESETS, preset_options
 from ..utils.checks import check_gamma
 from ..utils.files import whole_file
 from ..utils.text import percent

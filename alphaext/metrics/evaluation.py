@@ -1,7 +1,7 @@
 """How good a classifier is: accuracies of the parts of a split, with intervals; accuracy of each class; calibration.
 
 Everything is computed from :class:`alphaext.metrics.Predictions`, a few numbers a sample. The sixteen accuracies have the
-names of :class:`alphaext.result.FitResult`: ``few``, ``medium``, ``many`` and ``all``, top-1 over samples; each also with
+names of :class:`alphaext.training.FitResult`: ``few``, ``medium``, ``many`` and ``all``, top-1 over samples; each also with
 ``_top5``, ``_class_mean`` and ``_class_mean_top5``.
 """
 

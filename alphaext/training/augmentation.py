@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .head.neighbors import nearest_classes
-from .utils.checks import format_ids
-from .utils.seeds import seeded_generator
+from ..head.neighbors import nearest_classes
+from ..utils.checks import format_ids
+from ..utils.seeds import seeded_generator
 
 __all__ = ["DrawnFeatures", "draw_features"]
 

@@ -18,21 +18,21 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from .classes import ClassSplit, class_counts, class_means, split_classes
+from ..classes import ClassSplit, class_counts, class_means, split_classes
+from ..head.alphanet import AlphaNet
+from ..head.choices import METRICS, POOLS
+from ..head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
+from ..utils.checks import check_integer
+from ..utils.linear import linear_parameters
+from ..utils.progress import progress_bar
+from ..utils.tensors import TensorLike, as_tensor
+from .cached_logits import Samples, check_samples
 from .engine import TrainingData
-from .engine_group import EngineGroup, group_key
-from .engines import NativeEngine, SharedLogits, why_not_native
-from .head.alphanet import AlphaNet
-from .head.choices import METRICS, POOLS
-from .head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
-from .member_logits import Samples, check_samples
+from .native_engine import NativeEngine, SharedLogits, why_not_native
+from .native_group import EngineGroup, group_key
 from .options import TrainingOptions
 from .result import FitResult
-from .training import Run, check_selection, sampled, with_drawn
-from .utils.checks import check_integer
-from .utils.linear import linear_parameters
-from .utils.progress import progress_bar
-from .utils.tensors import TensorLike, as_tensor
+from .single import Run, check_selection, sampled, with_drawn
 
 _HEAD_OPTIONS = ("coefficients", "hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
 _NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "metric": "euclidean", "neighbor_seed": 0, "pca_dim": 500, "residual": 0}

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import member_logits
-from .classes import ClassSplit
-from .member_logits import check_samples
-from .metrics.accuracy import label_ranks
+from ..classes import ClassSplit
+from ..metrics.accuracy import label_ranks
+from ..utils.files import without_nan
+from ..utils.tensors import TensorLike, check_finite
+from . import cached_logits as member_logits
+from .cached_logits import check_samples
 from .options import selection_score
-from .utils.files import without_nan
-from .utils.tensors import TensorLike, check_finite
 
 __all__ = [
     "BaselineResult",

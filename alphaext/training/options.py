@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .utils.checks import check_choice, check_integer, check_number
+from ..utils.checks import check_choice, check_integer, check_number
 
 SELECTIONS = ("best_all", "best_few", "last")
 SCHEDULES = ("constant", "step", "multistep", "cosine")

@@ -1,6 +1,6 @@
 """What runs an epoch: the native engine, which trains in the extension, and torch's autograd for everything else.
 
-Both train the same samples in the same order (:class:`alphaext.sampling.EpochSampler`) and agree to rounding wherever the
+Both train the same samples in the same order (:class:`alphaext.training.sampling.EpochSampler`) and agree to rounding wherever the
 native one is allowed (docs/exactness.md): SGD, a frozen classifier, float32 or float64.
 """
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import member_logits
+from ..head.alphanet import AlphaNet, clamped_outputs
+from ..head.first_layer import first_layer_scale
+from ..ops import head as ops
+from . import cached_logits as member_logits
+from .cached_logits import Columns, TrainingLogits, ValidationLogits
 from .engine import TrainingData, TrainingDiverged
-from .head.alphanet import AlphaNet, clamped_outputs
-from .head.first_layer import first_layer_scale
-from .member_logits import Columns, TrainingLogits, ValidationLogits
-from .ops import head as ops
 from .options import TrainingOptions
 from .sampling import EpochSampler
 from .sgd import Sgd

@@ -17,22 +17,22 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
+from ..classes import ClassSplit, class_means
+from ..head.alphanet import AlphaNet
+from ..metrics.accuracy import SplitMetrics
+from ..utils.checks import check_integer
+from ..utils.progress import progress_bar
+from ..utils.tensors import TensorLike
+from .augmentation import draw_features
 from .autograd_engine import AutogradEngine
-from .classes import ClassSplit, class_means
-from .drawn_features import draw_features
+from .cached_logits import Samples, check_samples
 from .engine import ENGINES, Engine, TrainingData, TrainingDiverged, hits_of
-from .engines import NativeEngine, SharedLogits, why_not_native
 from .few_bias import choose_few_bias
-from .head.alphanet import AlphaNet
-from .member_logits import Samples, check_samples
-from .metrics.accuracy import SplitMetrics
+from .native_engine import NativeEngine, SharedLogits, why_not_native
 from .options import TrainingOptions, selection_score
 from .result import FitResult
 from .sampling import EpochSampler
 from .sgd import DecayOfStart, Sgd
-from .utils.checks import check_integer
-from .utils.progress import progress_bar
-from .utils.tensors import TensorLike
 
 # The native engine's epochs are short: writing a checkpoint after each would take longer than they do.
 _SECONDS_BETWEEN_CHECKPOINTS = 0.5
@@ -120,7 +120,7 @@ def fit(
             ``negative_ratio`` times as many base ones; None, as in the paper, for the latter. With replacement where a class
             has fewer.
         augment: ``"neighbors"``: few classes are trained on drawn samples instead of their own, each the class's mean moved
-            the way a sample of a near base class lies around its own mean (:mod:`alphaext.drawn_features`); with
+            the way a sample of a near base class lies around its own mean (:mod:`alphaext.training.augmentation`); with
             ``samples_per_class``.
         augment_samples: drawn samples that there are of each few class.
         augment_neighbors: nearest base classes whose samples are borrowed.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops import head as ops
 from .engine import TrainingDiverged
-from .engines import NativeEngine
-from .ops import head as ops
+from .native_engine import NativeEngine
 
 __all__ = ["EngineGroup", "group_key"]
 

@@ -8,9 +8,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (registers the operators)
+from .. import _C  # noqa: F401  (registers the operators)
+from ..utils.checks import format_ids
 from .options import TrainingOptions
-from .utils.checks import format_ids
 
 __all__ = ["EpochSampler"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .utils.checks import check_choice
+from ..utils.checks import check_choice
 
 __all__ = ["PRESETS", "preset_options"]
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .utils.figures import INK, MUTED, own_style, render, require_matplotlib, series_color, series_marker
-from .utils.text import percent
+from ..utils.figures import INK, MUTED, own_style, render, require_matplotlib, series_color, series_marker
+from ..utils.text import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,7 +177,7 @@ def _axes(axes: Any, result: Training, draw: Any) -> None:
 
 
 def _on_white(inline: str) -> str:
-    from .utils.figures import COLOR_VARIABLES
+    from ..utils.figures import COLOR_VARIABLES
 
     for color, variable in COLOR_VARIABLES.items():
         inline = inline.replace(variable, color)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..head.alphanet import AlphaNet
+from ..metrics.accuracy import label_ranks
+from ..utils.tensors import check_finite
+from .cached_logits import Samples
 from .engine import TrainingData, TrainingDiverged, _hits
-from .head.alphanet import AlphaNet
-from .member_logits import Samples
-from .metrics.accuracy import label_ranks
 from .options import TrainingOptions
 from .sgd import Sgd
-from .utils.tensors import check_finite
 
 
 class AutogradEngine:

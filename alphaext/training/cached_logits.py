@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from . import _C  # noqa: F401  (registers the operators)
-from .drawn_features import DrawnFeatures
-from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from .. import _C  # noqa: F401  (registers the operators)
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from .augmentation import DrawnFeatures
 
 if TYPE_CHECKING:
-    from .head.alphanet import AlphaNet
+    from ..head.alphanet import AlphaNet
 
 __all__ = [
     "Columns",

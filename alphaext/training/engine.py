@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .member_logits import Samples
-from .metrics.accuracy import label_ranks
+from ..metrics.accuracy import label_ranks
+from .cached_logits import Samples
 from .sampling import EpochSampler
 from .sgd import Sgd
 

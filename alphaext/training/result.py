@@ -51,12 +51,12 @@ class FitResult:
 
     def plot(self) -> Any:
         """Loss and accuracies by epoch, as a matplotlib ``Figure`` (``pip install 'alphaext[report]'``)."""
-        from .plots import plot_history
+        from .history import plot_history
 
         return plot_history(self)
 
     def _repr_html_(self) -> str:
-        from .plots import history_html
+        from .history import history_html
 
         return history_html(self)
 

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .classes import ClassSplit
+from ..classes import ClassSplit
+from ..utils.linear import linear_parameters, make_linear, wide
+from ..utils.tensors import TensorLike, check_class_ids, check_finite, check_list
 from .selection import BaselineResult, Policy, Validation, check_split
-from .utils.linear import linear_parameters, make_linear, wide
-from .utils.tensors import TensorLike, check_class_ids, check_finite, check_list
 
 # Of a choice among thousands of offsets, the rows that the table shows.
 _TABLE_ROWS = 41
@@ -73,7 +73,7 @@ def choose_few_bias(
         min_all: as for :func:`choose_tau`.
 
     Returns:
-        A :class:`alphaext.selection.BaselineResult`. Of more than 41 candidates its table shows 41, evenly over their order,
+        A :class:`alphaext.training.selection.BaselineResult`. Of more than 41 candidates its table shows 41, evenly over their order,
         and besides them 0 and the one chosen; ``settings`` says how many there were.
 
     Raises:
