@@ -13,7 +13,7 @@ except ImportError as error:
     ) from error
 
 from . import reference
-from .baselines import BASELINES, BaselineResult, run_baseline
+from .baselines.registry import BASELINES, BaselineResult, run_baseline
 from .checkpoints import Checkpoint, read_checkpoint, save_linear, write_repaired
 from .classes import ClassSplit, class_counts, class_means, split_classes
 from .data.images import ImageReadError, LabelledImages

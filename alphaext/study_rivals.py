@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .baselines import run_baseline
+from .baselines.nearest_mean import ncm
+from .baselines.post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
+from .baselines.registry import run_baseline
 from .features.store import Features
 from .metrics.class_table import class_table, write_class_table
 from .metrics.confusions import confusion_changes, write_confusions
 from .metrics.predictions import predict
-from .ncm import ncm
-from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from .study_plans import CANDIDATES, METHODS, RETRAINED, Trial, choose
 from .study_rows import FRONT, Row, row_key, without_nan
 from .study_trials import Problem, Trainings

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphaext.balanced_sampling import ClassBalancedSampler
+from alphaext.baselines.balanced_sampling import ClassBalancedSampler
 
 
 @settings(deadline=None, max_examples=60)

@@ -12,8 +12,8 @@ from test_retraining import FAST, FEATURES, JOINT, LABELS, SIZES, SPLIT, VALIDAT
 from torch import nn
 
 import alphaext
-from alphaext import baselines
-from alphaext.baselines import (
+from alphaext.baselines import registry as baselines
+from alphaext.baselines.registry import (
     BASELINES,
     choose_few_bias,
     choose_logit_adjustment,

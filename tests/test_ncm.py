@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import alphaext.head.neighbors
-from alphaext.ncm import ncm
+from alphaext.baselines.nearest_mean import ncm
 
 
 def problem(

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from alphaext import post_hoc
+from alphaext.baselines import post_hoc
+from alphaext.baselines.post_hoc import TAUS, choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from alphaext.classes import ClassSplit, split_classes
 from alphaext.metrics.accuracy import split_accuracy
-from alphaext.post_hoc import TAUS, choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from alphaext.training.few_bias import choose_few_bias, few_bias
 
 COUNTS = torch.tensor([300, 200, 90, 50, 12, 6])

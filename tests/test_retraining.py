@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alphaext import AlphaNet, retraining
-from alphaext.balanced_sampling import ClassBalancedSampler
+from alphaext import AlphaNet
+from alphaext.baselines import retraining
+from alphaext.baselines.balanced_sampling import ClassBalancedSampler
+from alphaext.baselines.retraining import RETRAINING_PRESETS, crt, lws
 from alphaext.classes import ClassSplit, class_means, split_classes
 from alphaext.metrics.accuracy import split_accuracy
-from alphaext.retraining import RETRAINING_PRESETS, crt, lws
 from alphaext.training import cached_logits as member_logits
 from alphaext.utils.seeds import seeded_generator
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..baselines import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS, run_baseline
+from ..baselines.registry import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS, run_baseline
 from ..classes import ClassSplit
 from ..config import option
 from ..features.store import Features

@@ -14,17 +14,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..classes import ClassSplit, split_classes
+from ..training import cached_logits as member_logits
+from ..training.cached_logits import Samples, check_samples
+from ..training.options import TrainingOptions
+from ..training.selection import BaselineResult, Policy, Rescaling, Validation
+from ..utils.checks import check_integer
+from ..utils.linear import linear_parameters, make_linear, wide
+from ..utils.seeds import seeded_generator
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .balanced_sampling import ClassBalancedSampler
 from .balanced_training import BalancedTraining, check_checkpoint, fingerprint
-from .classes import ClassSplit, split_classes
-from .training import cached_logits as member_logits
-from .training.cached_logits import Samples, check_samples
-from .training.options import TrainingOptions
-from .training.selection import BaselineResult, Policy, Rescaling, Validation
-from .utils.checks import check_integer
-from .utils.linear import linear_parameters, make_linear, wide
-from .utils.seeds import seeded_generator
-from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 
 __all__ = ["RETRAINING_PRESETS", "crt", "lws"]
 
@@ -91,7 +91,7 @@ def crt(
         lr: learning rate of the first epoch, 0.2.
         momentum: 0.9.
         weight_decay: L2 penalty, 5e-4, of the bias too.
-        images_per_class: see :class:`alphaext.balanced_sampling.ClassBalancedSampler`.
+        images_per_class: see :class:`alphaext.baselines.balanced_sampling.ClassBalancedSampler`.
         select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data, as
             Kang et al. select); ``"best_few"``, the best few accuracy among those whose accuracy over all is not below
             ``min_all``; ``"last"`` (default without). Of equal epochs the first wins.

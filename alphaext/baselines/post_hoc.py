@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classes import ClassSplit, split_classes
-from .training.selection import BaselineResult, Policy, Rescaling, Validation
-from .utils.checks import check_number, format_ids
-from .utils.linear import linear_parameters, make_linear, wide
-from .utils.tensors import TensorLike, as_tensor, check_integral, check_list, check_shape
+from ..classes import ClassSplit, split_classes
+from ..training.selection import BaselineResult, Policy, Rescaling, Validation
+from ..utils.checks import check_number, format_ids
+from ..utils.linear import linear_parameters, make_linear, wide
+from ..utils.tensors import TensorLike, as_tensor, check_integral, check_list, check_shape
 
 __all__ = [
     "TAUS",

@@ -14,16 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from .classes import ClassSplit, split_classes
-from .classes import class_counts as count_classes
-from .ncm import ncm
+from ..classes import ClassSplit, split_classes
+from ..classes import class_counts as count_classes
+from ..training.few_bias import choose_few_bias, few_bias
+from ..training.selection import BaselineResult, Rescaling, Validation
+from ..utils.checks import check_choice
+from ..utils.linear import linear_parameters, wide
+from ..utils.tensors import TensorLike
+from .nearest_mean import ncm
 from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from .retraining import RETRAINING_PRESETS, crt, lws
-from .training.few_bias import choose_few_bias, few_bias
-from .training.selection import BaselineResult, Rescaling, Validation
-from .utils.checks import check_choice
-from .utils.linear import linear_parameters, wide
-from .utils.tensors import TensorLike
 
 __all__ = [
     "BASELINES",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .utils.checks import check_integer, format_ids
-from .utils.seeds import seeded_generator
-from .utils.tensors import TensorLike, check_labels
+from ..utils.checks import check_integer, format_ids
+from ..utils.seeds import seeded_generator
+from ..utils.tensors import TensorLike, check_labels
 
 __all__ = ["ClassBalancedSampler"]
 

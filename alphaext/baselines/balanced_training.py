@@ -1,6 +1,6 @@
 """Training on class-balanced samples, epoch by epoch: the epoch that validation selects, the checkpoint, the progress bar.
 
-What is trained, and how a step moves it, is a :class:`Model`'s (:mod:`alphaext.retraining`).
+What is trained, and how a step moves it, is a :class:`Model`'s (:mod:`alphaext.baselines.retraining`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from torch import Tensor, nn
 
+from ..training.cached_logits import Samples
+from ..training.options import TrainingOptions
+from ..training.selection import BaselineResult, Policy, Validation
+from ..utils.files import whole_file
+from ..utils.progress import progress_bar
 from .balanced_sampling import ClassBalancedSampler
-from .training.cached_logits import Samples
-from .training.options import TrainingOptions
-from .training.selection import BaselineResult, Policy, Validation
-from .utils.files import whole_file
-from .utils.progress import progress_bar
 
 # What a checkpoint holds.
 _CHECKPOINT: dict[str, type | tuple[type, ...]] = {

@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .classes import Rows, class_sums
-from .utils.checks import check_choice, format_ids
-from .utils.linear import make_linear
-from .utils.tensors import TensorLike, as_tensor, check_finite
+from ..classes import Rows, class_sums
+from ..utils.checks import check_choice, format_ids
+from ..utils.linear import make_linear
+from ..utils.tensors import TensorLike, as_tensor, check_finite
 
 __all__ = ["NCM_METRICS", "ncm"]
 
