@@ -19,7 +19,7 @@ from .classes import ClassSplit, class_counts, class_means, split_classes
 from .data.images import ImageReadError, LabelledImages
 from .data.long_tailed import make_long_tailed
 from .data.sources import open_images
-from .doctor import check_classifier_order, check_data
+from .doctor.check import check_classifier_order, check_data
 from .features.extraction import extract
 from .features.store import Features, read_features, write_features
 from .head.alphanet import AlphaNet

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from alphaext import image_reading
 from alphaext.classes import split_classes
 from alphaext.data.images import ArrayImages, FileImages
 from alphaext.data.sources import ImageReadError, LabelledImages, from_torchvision, read_image_folder, write_list
-from alphaext.data_report import plural
-from alphaext.doctor import DataReport, Finding, check_classifier_order, check_data
+from alphaext.doctor import reading as image_reading
+from alphaext.doctor.check import DataReport, Finding, check_classifier_order, check_data
+from alphaext.doctor.report import plural
 
 Image = pytest.importorskip("PIL.Image", reason="images need Pillow")
 

@@ -41,7 +41,7 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         return self._install(console) if self.topic == "install" else self._data(console, started)
 
     def _data(self, console: Console, started: float) -> dict[str, Any]:
-        from ..doctor import Finding, check_classifier_order, check_data
+        from ..doctor.check import Finding, check_classifier_order, check_data
 
         checkpoint = None if self.checkpoint is None else self.read_checkpoint()
         if self.features is not None and checkpoint is None:

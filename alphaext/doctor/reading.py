@@ -17,9 +17,9 @@ from rich.progress import (
     TextColumn,
 )
 
-from .data.images import DatasetImages, FileImages, ImageReadError, LabelledImages
-from .utils.checks import check_integer
-from .utils.progress import ImagesPerSecond, progress_bar
+from ..data.images import DatasetImages, FileImages, ImageReadError, LabelledImages
+from ..utils.checks import check_integer
+from ..utils.progress import ImagesPerSecond, progress_bar
 
 __all__ = ["Reading", "missing_files", "read_all"]
 

@@ -11,8 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .data.images import FileImages, LabelledImages
-from .data_report import Finding
+from ..data.images import FileImages, LabelledImages
+from .report import Finding
 
 __all__ = [
     "ClassFolders",

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from .classes import ClassSplit
+from ..classes import ClassSplit
 
 __all__ = ["DataReport", "Finding"]
 

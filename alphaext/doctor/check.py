@@ -8,9 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .classes import class_means, split_classes
-from .data.images import LabelledImages, check_class_names
-from .data_checks import (
+from ..classes import class_means, split_classes
+from ..data.images import LabelledImages, check_class_names
+from ..utils.checks import check_integer
+from ..utils.linear import linear_parameters
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from .images import content_problems, missing_problems, reading_problems, repeat_problems, truncation_problems
+from .labels import (
     coverage_problems,
     describe_class,
     find_class_folders,
@@ -21,12 +25,8 @@ from .data_checks import (
     names_of_classes,
     split_problems,
 )
-from .data_report import LEVELS, DataReport, Finding
-from .image_checks import content_problems, missing_problems, reading_problems, repeat_problems, truncation_problems
-from .image_reading import read_all
-from .utils.checks import check_integer
-from .utils.linear import linear_parameters
-from .utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from .reading import read_all
+from .report import LEVELS, DataReport, Finding
 
 __all__ = ["DataReport", "Finding", "check_classifier_order", "check_data"]
 

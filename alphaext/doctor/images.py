@@ -7,9 +7,9 @@ import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from .data.images import ArrayImages, DatasetImages, FileImages, LabelledImages
-from .data_report import Finding, Level, plural
-from .image_reading import Reading, missing_files
+from ..data.images import ArrayImages, DatasetImages, FileImages, LabelledImages
+from .reading import Reading, missing_files
+from .report import Finding, Level, plural
 
 __all__ = ["content_problems", "missing_problems", "reading_problems", "repeat_problems", "truncation_problems"]
 
