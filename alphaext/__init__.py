@@ -42,7 +42,7 @@ from .models.zoo import make_model
 from .ops import head as ops
 from .ops.head import build_info
 from .pretraining.train import TrainResult, train_model
-from .repair import Repair, repair
+from .repairing.repair import Repair, repair
 from .training.many import SweepRun, fit_many
 from .training.presets import PRESETS, preset_options
 from .training.result import FitResult

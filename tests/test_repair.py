@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from alphaext import PRESETS, fit, fit_many, preset_options, repair
+from alphaext import PRESETS, fit, fit_many, preset_options
+from alphaext.repairing import repair
 from alphaext.training.options import TrainingOptions
 
 COUNTS = (30, 40, 25, 22, 6, 4)

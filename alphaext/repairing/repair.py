@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from .classes import ClassSplit, class_counts, split_classes
-from .head.alphanet import AlphaNet
-from .head.neighbors import pool_size
-from .training.many import fit_many
-from .training.presets import preset_options
-from .training.result import FitResult
-from .utils.linear import linear_parameters
-from .utils.tensors import TensorLike, check_labels
+from ..classes import ClassSplit, class_counts, split_classes
+from ..head.alphanet import AlphaNet
+from ..head.neighbors import pool_size
+from ..training.many import fit_many
+from ..training.presets import preset_options
+from ..training.result import FitResult
+from ..utils.linear import linear_parameters
+from ..utils.tensors import TensorLike, check_labels
 
 __all__ = ["Repair", "repair"]
 
