@@ -30,7 +30,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from alphaext.demo import TRAIN_COUNTS
-from alphaext.sklearn import AlphaNetClassifier
+from alphaext.sklearn.classifier import AlphaNetClassifier
 
 TEST_PER_CLASS = 50
 ESTIMATORS: dict[str, Any] = {

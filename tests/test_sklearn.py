@@ -29,9 +29,9 @@ from sklearn.svm import SVC, LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-import alphaext.sklearn
-from alphaext._estimators import Rows, best_scale, class_means
-from alphaext.sklearn import AlphaNetClassifier, AlphaNetWarning
+import alphaext.sklearn.classifier
+from alphaext.sklearn.classifier import AlphaNetClassifier, AlphaNetWarning
+from alphaext.sklearn.estimators import Rows, best_scale, class_means
 
 # Training images of each digit: 3 many, 4 medium and 3 few classes.
 COUNTS = (110, 105, 102, 80, 60, 45, 30, 8, 6, 4)
@@ -552,7 +552,7 @@ def test_class_means(seed, n, width, dtype):
 def test_class_means_of_many_blocks(monkeypatch):
     X, y = make_blobs()
     whole = class_means(X, y, np.ones(len(y)), 6)
-    monkeypatch.setattr("alphaext._estimators._BLOCK_ELEMENTS", 50)
+    monkeypatch.setattr("alphaext.sklearn.estimators._BLOCK_ELEMENTS", 50)
     assert_allclose(class_means(X, y, np.ones(len(y)), 6), whole, rtol=1e-12)
 
 

@@ -22,7 +22,16 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_parameter
 from torch import Tensor, nn
 
-from ._estimators import (
+from ..classes import split_classes
+from ..head.alphanet import AlphaNet
+from ..head.choices import INITS, METRICS, POOLS
+from ..head.neighbors import build_members, reduce_classifiers, submodule_inputs
+from ..ops import head as ops
+from ..training.options import TrainingOptions
+from ..training.result import FitResult
+from ..training.single import fit
+from ..utils.checks import check_gamma, check_integer
+from .estimators import (
     Array,
     Rows,
     Samples,
@@ -38,15 +47,6 @@ from ._estimators import (
     last_step,
     with_rows,
 )
-from .classes import split_classes
-from .head.alphanet import AlphaNet
-from .head.choices import INITS, METRICS, POOLS
-from .head.neighbors import build_members, reduce_classifiers, submodule_inputs
-from .ops import head as ops
-from .training.options import TrainingOptions
-from .training.result import FitResult
-from .training.single import fit
-from .utils.checks import check_gamma, check_integer
 
 __all__ = ["AlphaNetClassifier", "AlphaNetWarning"]
 
