@@ -25,7 +25,7 @@ from PIL import Image
 from alphaext import AlphaNet, cli, commands, read_checkpoint
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
 from alphaext.config import read_config
-from alphaext.study import choose
+from alphaext.study.run import choose
 from alphaext.training import many as sweep
 
 CONFIG = """

@@ -13,8 +13,8 @@ from torch import nn
 
 from alphaext import ClassSplit, Predictions, predict, read_features, write_features
 from alphaext.metrics.confusions import ConfusionRow, confusion_changes, read_confusions, write_confusions
-from alphaext.study import CONFUSIONS, run_study
-from alphaext.study_plans import StudyOptions
+from alphaext.study.plans import StudyOptions
+from alphaext.study.run import CONFUSIONS, run_study
 
 SPLIT = ClassSplit(few=[3, 4], medium=[2], many=[0, 1])
 PART = {0: "many", 1: "many", 2: "medium", 3: "few", 4: "few"}

@@ -22,14 +22,14 @@ from torch import nn
 
 from alphaext import AlphaNet, ClassSplit, fit, write_features
 from alphaext.metrics.class_table import read_class_table, write_class_table
-from alphaext.report import write_report
-from alphaext.report_content import markdown_text
-from alphaext.report_data import group_rows, read_studies, read_study
-from alphaext.report_figures import rank_correlation
-from alphaext.report_front import Front, Height, better_rivals, chosen_heights, read_front, verdict
-from alphaext.study import CLASSES, CONFUSIONS, RESULTS, ROWS, run_study
-from alphaext.study_plans import EXPERIMENTS, StudyOptions
-from alphaext.study_rows import COLUMNS, make_row, read_rows, write_rows
+from alphaext.study.plans import EXPERIMENTS, StudyOptions
+from alphaext.study.report.content import markdown_text
+from alphaext.study.report.data import group_rows, read_studies, read_study
+from alphaext.study.report.figures import rank_correlation
+from alphaext.study.report.front import Front, Height, better_rivals, chosen_heights, read_front, verdict
+from alphaext.study.report.write import write_report
+from alphaext.study.rows import COLUMNS, make_row, read_rows, write_rows
+from alphaext.study.run import CLASSES, CONFUSIONS, RESULTS, ROWS, run_study
 from alphaext.training.history import history_html, plot_history
 from alphaext.utils.figures import clean_text
 from alphaext.utils.text import percent

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from alphaext import fit_many, predict, read_features, save_linear, split_classes, split_metrics, study_trials, write_features
+from alphaext import fit_many, predict, read_features, save_linear, split_classes, split_metrics, write_features
 from alphaext.commands.study import Study
-from alphaext.study import CLASSES, RESULTS, ROWS, run_study
-from alphaext.study_plans import EXPERIMENTS, POLICIES, Configuration, StudyOptions, choose, plan
-from alphaext.study_rows import COLUMNS, make_row, read_rows, row_key, summarize, write_rows
-from alphaext.study_trials import CHECKPOINTS, cut_few_samples
+from alphaext.study import trials as study_trials
+from alphaext.study.plans import EXPERIMENTS, POLICIES, Configuration, StudyOptions, choose, plan
+from alphaext.study.rows import COLUMNS, make_row, read_rows, row_key, summarize, write_rows
+from alphaext.study.run import CLASSES, RESULTS, ROWS, run_study
+from alphaext.study.trials import CHECKPOINTS, cut_few_samples
 from alphaext.training import single as training
 
 COUNTS = [60, 50, 40, 30, 25, 9, 7, 5]

@@ -24,8 +24,8 @@ from ..head.neighbors import pool_size
 from ..metrics.evaluation import split_metrics
 from ..metrics.predictions import predict
 from ..reference import RULES
-from ..study_plans import POLICIES, check_policy
-from ..study_plans import choose as choose_row
+from ..study.plans import POLICIES, check_policy
+from ..study.plans import choose as choose_row
 from ..training.many import SweepRun, fit_many
 from ..training.options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
 from ..training.presets import PRESETS, preset_options

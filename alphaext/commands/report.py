@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from ..config import option
-from ..report import write_report
+from ..study.report.write import write_report
 from . import shared
 from .shared import CommonOptions
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import option
-from ..study import ROWS, StudyOptions, run_study
-from ..study_plans import EXPERIMENTS, FORMS, POLICIES
+from ..study.plans import EXPERIMENTS, FORMS, POLICIES
+from ..study.run import ROWS, StudyOptions, run_study
 from ..utils.text import percent
 from . import shared
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions

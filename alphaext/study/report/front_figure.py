@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .report_content import FigureBlock, TextBlock
-from .report_data import Group, Study
-from .report_front import (
+from ...utils.figures import INK, MUTED, Picture, render, series_color, series_marker
+from ..rows import ORIGINAL
+from .content import FigureBlock, TextBlock
+from .data import Group, Study
+from .front import (
     ALL,
     FEW,
     Front,
@@ -21,10 +23,8 @@ from .report_front import (
     rivals,
     verdict,
 )
-from .report_plots import FRONT_PLACE, ORIGINAL_MARKER, Point, draw_points, method_places
-from .report_tables import front_table
-from .study_rows import ORIGINAL
-from .utils.figures import INK, MUTED, Picture, render, series_color, series_marker
+from .plots import FRONT_PLACE, ORIGINAL_MARKER, Point, draw_points, method_places
+from .tables import front_table
 
 __all__ = ["front_blocks"]
 

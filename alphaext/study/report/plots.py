@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .report_data import Group
-from .study_rows import ORIGINAL, Row
-from .utils.figures import INK, MUTED, PAPER, series_color, series_marker, shortened, wrapped
+from ...utils.figures import INK, MUTED, PAPER, series_color, series_marker, shortened, wrapped
+from ..rows import ORIGINAL, Row
+from .data import Group
 
 PART_NAMES = {"few": "few", "medium": "medium", "many": "many", "all": "all"}
 # Colour and marker of each split, wherever splits stand beside each other.

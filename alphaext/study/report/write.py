@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .report_content import DataTable, FigureBlock, Section, TextBlock, markdown, pictures_of
-from .report_data import Study, read_studies
-from .report_figures import class_blocks, experiment_blocks
-from .report_front_figure import front_blocks
-from .report_html import page
-from .report_tables import calibration_table, compare_table, confusion_tables, cost_table, error_table, settings_table
-from .study_plans import EXPERIMENTS
-from .utils.figures import clean_text, require_matplotlib
-from .utils.files import PathLike, folder_lock, read_json, whole_file, write_json
+from ...utils.figures import clean_text, require_matplotlib
+from ...utils.files import PathLike, folder_lock, read_json, whole_file, write_json
+from ..plans import EXPERIMENTS
+from .content import DataTable, FigureBlock, Section, TextBlock, markdown, pictures_of
+from .data import Study, read_studies
+from .figures import class_blocks, experiment_blocks
+from .front_figure import front_blocks
+from .page import page
+from .tables import calibration_table, compare_table, confusion_tables, cost_table, error_table, settings_table
 
 __all__ = ["ReportFiles", "write_report"]
 

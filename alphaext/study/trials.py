@@ -11,20 +11,20 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from .classes import ClassSplit
-from .features.store import Features
-from .head.alphanet import AlphaNet
-from .metrics.evaluation import expected_calibration_error, split_metrics
-from .metrics.predictions import predict
-from .study_plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
-from .study_rows import METRICS, ORIGINAL, ResultsFile, Row, make_row, row_key, without_nan
-from .training import cached_logits as member_logits
-from .training.many import SweepRun, fit_many
-from .training.result import FitResult
-from .utils.checks import check_integer
-from .utils.progress import progress_bar
-from .utils.seeds import seeded_generator
-from .utils.tensors import as_tensor
+from ..classes import ClassSplit
+from ..features.store import Features
+from ..head.alphanet import AlphaNet
+from ..metrics.evaluation import expected_calibration_error, split_metrics
+from ..metrics.predictions import predict
+from ..training import cached_logits as member_logits
+from ..training.many import SweepRun, fit_many
+from ..training.result import FitResult
+from ..utils.checks import check_integer
+from ..utils.progress import progress_bar
+from ..utils.seeds import seeded_generator
+from ..utils.tensors import as_tensor
+from .plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
+from .rows import METRICS, ORIGINAL, ResultsFile, Row, make_row, row_key, without_nan
 
 __all__ = ["Problem", "Trainings", "cut_few_samples"]
 

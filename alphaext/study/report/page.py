@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from .report_content import DataTable, FigureBlock, Section, TextBlock
-from .utils.figures import LINE, MUTED, PAPER, SERIES_COLORS, clean_text
+from ...utils.figures import LINE, MUTED, PAPER, SERIES_COLORS, clean_text
+from .content import DataTable, FigureBlock, Section, TextBlock
 
 __all__ = ["page"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from .utils.figures import Picture, clean_text
+from ...utils.figures import Picture, clean_text
 
 __all__ = ["DataTable", "FigureBlock", "Section", "TextBlock", "markdown", "tables_of"]
 

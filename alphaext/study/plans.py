@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .training.options import TrainingOptions
-from .training.presets import PRESETS
-from .utils.checks import check_choice, check_gamma, check_integer, check_number
+from ..training.options import TrainingOptions
+from ..training.presets import PRESETS
+from ..utils.checks import check_choice, check_gamma, check_integer, check_number
 
 __all__ = ["EXPERIMENTS", "FORMS", "POLICIES", "Configuration", "StudyOptions", "Trial", "choose", "plan"]
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .study_plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, METHODS, RETRAINED
-from .utils.files import PathLike, whole_file
+from ..utils.files import PathLike, whole_file
+from .plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, METHODS, RETRAINED
 
 __all__ = ["COLUMNS", "FRONT", "METRICS", "ORIGINAL", "ResultsFile", "Row", "make_row", "read_rows", "summarize", "write_rows"]
 

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .baselines.nearest_mean import ncm
-from .baselines.post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
-from .baselines.registry import run_baseline
-from .features.store import Features
-from .metrics.class_table import class_table, write_class_table
-from .metrics.confusions import confusion_changes, write_confusions
-from .metrics.predictions import predict
-from .study_plans import CANDIDATES, METHODS, RETRAINED, Trial, choose
-from .study_rows import FRONT, Row, row_key, without_nan
-from .study_trials import Problem, Trainings
-from .training.few_bias import choose_few_bias, few_bias
-from .training.selection import BaselineResult
+from ..baselines.nearest_mean import ncm
+from ..baselines.post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
+from ..baselines.registry import run_baseline
+from ..features.store import Features
+from ..metrics.class_table import class_table, write_class_table
+from ..metrics.confusions import confusion_changes, write_confusions
+from ..metrics.predictions import predict
+from ..training.few_bias import choose_few_bias, few_bias
+from ..training.selection import BaselineResult
+from .plans import CANDIDATES, METHODS, RETRAINED, Trial, choose
+from .rows import FRONT, Row, row_key, without_nan
+from .trials import Problem, Trainings
 
 __all__ = ["compare_rivals"]
 

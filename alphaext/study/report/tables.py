@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .metrics.class_table import ClassRow
-from .report_content import DataTable
-from .report_data import COMPARE, PARTS, SETTINGS, Group, Study, group_rows, isolated, said_by_method, value_text, varied
-from .report_front import Height
-from .study_rows import Row
-from .utils.figures import clean_text
-from .utils.text import percent
+from ...metrics.class_table import ClassRow
+from ...utils.figures import clean_text
+from ...utils.text import percent
+from ..rows import Row
+from .content import DataTable
+from .data import COMPARE, PARTS, SETTINGS, Group, Study, group_rows, isolated, said_by_method, value_text, varied
+from .front import Height
 
 __all__ = [
     "accuracy_table",

@@ -1,6 +1,6 @@
 """A study: every experiment of the paper on cached features, with several seeds, into one table.
 
-What is trained is in :mod:`alphaext.study_plans`, the table in :mod:`alphaext.study_rows`. Whatever is chosen is chosen on
+What is trained is in :mod:`alphaext.study.plans`, the table in :mod:`alphaext.study.rows`. Whatever is chosen is chosen on
 validation samples; each result is measured on validation and on test samples.
 """
 
@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .classes import split_classes
-from .features.store import Features, as_json, differences, read_features
-from .study_plans import EXPERIMENTS, POLICIES, StudyOptions, choose
-from .study_rivals import compare_rivals
-from .study_rows import ResultsFile, read_rows, row_key, summarize
-from .study_trials import CHECKPOINTS, Problem, Trainings
-from .utils.checks import check_integer
-from .utils.files import PathLike, folder_lock, read_json, write_json
-from .utils.linear import linear_parameters, make_linear
+from ..classes import split_classes
+from ..features.store import Features, as_json, differences, read_features
+from ..utils.checks import check_integer
+from ..utils.files import PathLike, folder_lock, read_json, write_json
+from ..utils.linear import linear_parameters, make_linear
+from .plans import EXPERIMENTS, POLICIES, StudyOptions, choose
+from .rivals import compare_rivals
+from .rows import ResultsFile, read_rows, row_key, summarize
+from .trials import CHECKPOINTS, Problem, Trainings
 
 __all__ = ["EXPERIMENTS", "POLICIES", "StudyOptions", "choose", "read_rows", "run_study", "summarize"]
 
@@ -54,7 +54,7 @@ def run_study(
     """Run the paper's experiments on a trained classifier and cached features.
 
     The folder ``output`` gets ``results.csv``, a row for each head or rival and seed
-    (:data:`alphaext.study_rows.COLUMNS`); ``results.json``, what it was made of, and what was chosen of what; and, with the
+    (:data:`alphaext.study.rows.COLUMNS`); ``results.json``, what it was made of, and what was chosen of what; and, with the
     experiment "compare", ``classes.csv`` and ``confusions.csv``: what became of each class under the chosen Alpha Net of the
     first seed (:func:`alphaext.class_table`), and which confusions it mends and makes (:mod:`alphaext.metrics.confusions`).
 
@@ -77,7 +77,7 @@ def run_study(
 
     Returns:
         What ``results.json`` holds: ``identity``, ``versions``, ``machine``, ``options``, ``experiments`` (those that are
-        complete), ``choices``, and ``summary`` (:func:`alphaext.study_rows.summarize`), among others.
+        complete), ``choices``, and ``summary`` (:func:`alphaext.study.summarize`), among others.
 
     Raises:
         FileNotFoundError: no features of one of the three parts.

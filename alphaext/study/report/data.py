@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .metrics.class_table import ClassRow, read_class_table
-from .metrics.confusions import ConfusionRow, read_confusions
-from .study import CLASSES, CONFUSIONS, RESULTS, ROWS
-from .study_plans import CANDIDATES, CONFIGURATION, EXPERIMENTS
-from .study_rows import FRONT, METRICS, ORIGINAL, Row, read_rows
-from .utils.figures import clean_text
-from .utils.files import PathLike, read_json
+from ...metrics.class_table import ClassRow, read_class_table
+from ...metrics.confusions import ConfusionRow, read_confusions
+from ...utils.figures import clean_text
+from ...utils.files import PathLike, read_json
+from ..plans import CANDIDATES, CONFIGURATION, EXPERIMENTS
+from ..rows import FRONT, METRICS, ORIGINAL, Row, read_rows
+from ..run import CLASSES, CONFUSIONS, RESULTS, ROWS
 
 __all__ = ["Group", "Study", "group_rows", "read_studies", "read_study", "setting_text", "value_text"]
 

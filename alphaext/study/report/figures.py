@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from .report_content import DataTable, FigureBlock, TextBlock
-from .report_data import Group, Study, group_rows, setting_text, varied
-from .report_plots import Line, draw_bars, draw_gains, draw_lines, draw_scatter, draw_steps, in_percent, part_lines
-from .report_tables import accuracy_table, classes_table, sharing_table
-from .study_plans import EXPERIMENTS
-from .study_rows import Row
-from .utils.figures import Picture, render, series_color, series_marker, shortened
-from .utils.text import percent
+from ...utils.figures import Picture, render, series_color, series_marker, shortened
+from ...utils.text import percent
+from ..plans import EXPERIMENTS
+from ..rows import Row
+from .content import DataTable, FigureBlock, TextBlock
+from .data import Group, Study, group_rows, setting_text, varied
+from .plots import Line, draw_bars, draw_gains, draw_lines, draw_scatter, draw_steps, in_percent, part_lines
+from .tables import accuracy_table, classes_table, sharing_table
 
 __all__ = ["class_blocks", "experiment_blocks", "rank_correlation"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .report_data import COMPARE, SETTINGS, Group, Study, group_rows, varied
-from .study_plans import CANDIDATES
-from .study_rows import FRONT, Row
-from .utils.text import percent
+from ...utils.text import percent
+from ..plans import CANDIDATES
+from ..rows import FRONT, Row
+from .data import COMPARE, SETTINGS, Group, Study, group_rows, varied
 
 __all__ = ["Front", "Height", "alpha_series", "better_rivals", "chosen_heights", "height_of", "read_front", "rivals", "verdict"]
 
