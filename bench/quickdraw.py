@@ -40,7 +40,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alphaext import class_counts, demo, split_accuracy, split_classes
+from alphaext import class_counts, split_accuracy, split_classes
+from alphaext.commands import demonstration as demo
 
 ATTRIBUTION = "Drawings: Google's Quick, Draw! data set, CC BY 4.0."
 PARTS = ("train", "val", "test")

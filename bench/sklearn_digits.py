@@ -29,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from alphaext.demo import TRAIN_COUNTS
+from alphaext.commands.demonstration import TRAIN_COUNTS
 from alphaext.sklearn.classifier import AlphaNetClassifier
 
 TEST_PER_CLASS = 50

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from alphaext import cli, demo
+from alphaext.commands import demonstration as demo
+from alphaext.commands import main as cli
 
 
 def test_demo_writes_table_and_picture(tmp_path):

@@ -22,9 +22,10 @@ import torchvision
 from digit_images import TRAIN_COUNTS, write_digits
 from PIL import Image
 
-from alphaext import AlphaNet, cli, commands, read_checkpoint
+from alphaext import AlphaNet, commands, read_checkpoint
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
-from alphaext.config import read_config
+from alphaext.commands import main as cli
+from alphaext.commands.options import read_config
 from alphaext.study.run import choose
 from alphaext.training import many as sweep
 

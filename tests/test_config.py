@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaext.config import Options, add_flags, from_flags, option, read_config
+from alphaext.commands.options import Options, add_flags, from_flags, option, read_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from torch import nn
 
 from ..baselines.registry import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS, run_baseline
 from ..classes import ClassSplit
-from ..config import option
 from ..features.store import Features
 from ..training.selection import BaselineResult
 from ..utils.text import percent
 from . import shared
+from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 _CHOOSE = {"tau": "tau", "logit-adjustment": "tau", "few-bias": "offset"}

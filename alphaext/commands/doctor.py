@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from rich.console import Console
 
-from ..config import option
 from . import shared
+from .options import option
 from .shared import CommonOptions, DataOptions, ModelOptions
 
 

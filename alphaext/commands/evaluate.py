@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from ..config import option
 from ..metrics.class_table import ClassRow, class_table, write_class_table
 from ..metrics.comparison import Comparison, compare
 from ..metrics.evaluation import bootstrap_intervals, expected_calibration_error, predict, split_metrics
 from ..metrics.terminal import class_rows_table, comparison_table, losses_table, metrics_table
 from . import shared
+from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 

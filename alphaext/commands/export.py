@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..config import option
 from ..utils.linear import make_linear
 from . import shared
+from .options import option
 from .shared import CommonOptions, ModelOptions
 
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config import option
 from ..data.images import LabelledImages
 from ..utils.files import read_json
 from . import shared
+from .options import option
 from .shared import CommonOptions, DataOptions, FeaturesOptions, ModelOptions
 
 

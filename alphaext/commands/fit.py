@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..classes import ClassSplit
-from ..config import option
 from ..head.alphanet import AlphaNet
 from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS
 from ..head.neighbors import pool_size
@@ -33,6 +32,7 @@ from ..utils.checks import check_gamma
 from ..utils.files import whole_file
 from ..utils.text import percent
 from . import shared
+from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 _CHECKPOINTS = ".alphaext-fit"  # nobody else's

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from ..config import option
 from ..study.report.write import write_report
 from . import shared
+from .options import option
 from .shared import CommonOptions
 
 

@@ -22,11 +22,11 @@ from rich.console import Console
 from torch import nn
 
 from ..classes import ClassSplit, split_classes
-from ..config import Options, option
 from ..doctor.check import check_classifier_order
 from ..head.alphanet import AlphaNet
 from ..utils.checks import check_integer
 from ..utils.files import folder_lock, read_json, write_json
+from .options import Options, option
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint

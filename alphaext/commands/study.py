@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config import option
 from ..study.plans import EXPERIMENTS, FORMS, POLICIES
 from ..study.run import ROWS, StudyOptions, run_study
 from ..utils.text import percent
 from . import shared
+from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 _DEFAULTS = StudyOptions()

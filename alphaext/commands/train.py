@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from ..config import option
 from ..metrics.terminal import metrics_table
 from . import shared
+from .options import option
 from .shared import CommonOptions, DataOptions, ModelOptions
 
 # What train_model writes, and goes on from.

@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from .commands import COMMANDS, CONFIGURABLE, Extract, Train
-from .commands.shared import is_main_process, started_by_torchrun
-from .config import Options, add_flags, from_flags, kinds_of, read_config
-from .utils.environment import __version__
-from .utils.files import without_nan
+from ..utils.environment import __version__
+from ..utils.files import without_nan
+from . import COMMANDS, CONFIGURABLE, Extract, Train
+from .options import Options, add_flags, from_flags, kinds_of, read_config
+from .shared import is_main_process, started_by_torchrun
 
 _DESCRIPTION = """\
 Alpha Net: repair the rare classes of a trained classifier.

@@ -15,10 +15,10 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from .classes import class_counts, class_means, split_classes
-from .head.alphanet import AlphaNet
-from .metrics.accuracy import split_accuracy
-from .training.single import fit
+from ..classes import class_counts, class_means, split_classes
+from ..head.alphanet import AlphaNet
+from ..metrics.accuracy import split_accuracy
+from ..training.single import fit
 
 # Training images of each class, in an order of classes that is drawn anew each time: 3 many, 4 medium and 3 few classes.
 TRAIN_COUNTS = (110, 105, 102, 80, 60, 45, 30, 8, 6, 4)
