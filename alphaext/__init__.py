@@ -39,8 +39,8 @@ from .metrics.evaluation import bootstrap_intervals, expected_calibration_error,
 from .metrics.predictions import Predictions, predict, predict_logits
 from .models.split import SplitModel, find_classifier, split_model
 from .models.zoo import make_model
+from .ops import build_info
 from .ops import head as ops
-from .ops.head import build_info
 from .pretraining.train import TrainResult, train_model
 from .repairing.repair import Repair, repair
 from .training.many import SweepRun, fit_many

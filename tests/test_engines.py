@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import alphaext
 from alphaext import AlphaNet, FitResult, fit, reference
-from alphaext.training import cached_logits as member_logits
+from alphaext.training import cached_logits
 from alphaext.training import native_engine as engines
 from alphaext.training import single as training
 from alphaext.training.options import TrainingOptions
@@ -387,7 +387,7 @@ def test_a_cache_that_is_too_small_changes_nothing(monkeypatch, options, how):
     data, how = make_data(), {"epochs": 3, "batch_size": 7, "select": "last", **validation(), **how}
     cached, anew = make_head(**options), make_head(**options)
     expected = fit(cached, *data, **how)
-    monkeypatch.setattr(member_logits, "CACHE_BYTES", 0)
+    monkeypatch.setattr(cached_logits, "CACHE_BYTES", 0)
     result = fit(anew, *data, **how)
     assert result.engine == expected.engine == "native"
     assert_same(trained(anew), trained(cached), 1e-13)

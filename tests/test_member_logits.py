@@ -15,8 +15,10 @@ from torch.nn import functional
 
 from alphaext import AlphaNet, reference
 from alphaext.metrics.accuracy import label_ranks
-from alphaext.training import cached_logits as member_logits
-from alphaext.training.cached_logits import BLOCK_SAMPLES, TOP_CLASSES, Columns, Samples, TrainingLogits, ValidationLogits
+from alphaext.ops import training as ops
+from alphaext.ops.training import BLOCK_SAMPLES, TOP_CLASSES
+from alphaext.training import cached_logits
+from alphaext.training.cached_logits import Columns, Samples, TrainingLogits, ValidationLogits
 from alphaext.utils.tensors import as_tensor
 
 IN_FEATURES = 6
@@ -139,7 +141,7 @@ def test_nothing_depends_on_blocks(count, num_classes, data, block, order, dtype
     }[order]
     columns = Columns([head])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(member_logits, "_BLOCK_ELEMENTS", block)
+        patch.setattr(cached_logits, "_BLOCK_ELEMENTS", block)
         kept, validation = TrainingLogits(columns, len(indices) + 3), ValidationLogits(columns, samples)
         kept.logits.fill_(-77)
         kept.fill(2, samples, indices)
@@ -170,7 +172,7 @@ def test_features_of_any_dtype_in_memory_or_mapped(tmp_path, monkeypatch, on_dis
         mapped = numpy.load(path, mmap_mode="r")
         assert not mapped.flags.writeable
         samples = Samples(as_tensor(mapped, "features"), samples.labels)
-    monkeypatch.setattr(member_logits, "_BLOCK_ELEMENTS", 64 * 9)
+    monkeypatch.setattr(cached_logits, "_BLOCK_ELEMENTS", 64 * 9)
     indices = torch.tensor([*range(10, 90), 149, 3, 3])
     kept = TrainingLogits(Columns([head]), len(indices))
     kept.fill(0, samples, indices)
@@ -211,13 +213,14 @@ def test_on_a_device_torch_keeps_the_same(count, num_classes, data, span, valida
     columns, samples = Columns([head]), make_samples(count, num_classes)
     logits = whole_numbers(count, num_classes, low=-span, high=span + 1, seed=count).to(dtype)
     kept = []
-    for keep in (member_logits._keep, member_logits.keep_on_device):
+    for keep in (ops.cache_logits, ops.cache_logits_elsewhere):
         rows = TrainingLogits(columns, count)
         members, top = rows.logits, (None, None)
         if validation:
             members = torch.zeros(-(-count // BLOCK_SAMPLES), len(columns), BLOCK_SAMPLES, dtype=dtype)
             top = (torch.empty(count, TOP_CLASSES, dtype=dtype), torch.empty(count, TOP_CLASSES, dtype=torch.int32))
-        keep(columns, logits, samples.labels, members, rows.base_logsumexp, rows.label_logit, *top)
+        columns_of = (columns.few_penalty, columns.class_ids, columns.bias)
+        keep(logits, samples.labels, *columns_of, members, rows.base_logsumexp, rows.label_logit, *top)
         kept.append((rows.base_logsumexp, members, rows.label_logit, *top))
     sums, others = zip(*((values[0], values[1:]) for values in kept), strict=True)
     assert_close(*sums, dtype, "base log-sum-exp")
@@ -297,7 +300,7 @@ def test_log_sum_exp_of_logits_far_apart():
         logits = whole_numbers(6, 12, low=-9, high=9).to(dtype)
         logits *= torch.tensor([[0.0], [1], [10], [1e3], [1e5], [-1e30]], dtype=dtype)
         kept = TrainingLogits(columns, 6)
-        member_logits._keep(columns, logits, labels, kept.logits, kept.base_logsumexp, kept.label_logit)
+        cached_logits._keep(columns, logits, labels, kept.logits, kept.base_logsumexp, kept.label_logit)
         expected = base_of(head, logits.double()).logsumexp(dim=1)
         torch.testing.assert_close(
             kept.base_logsumexp.double(), expected, rtol=TOLERANCES[dtype] / 20, atol=TOLERANCES[dtype] / 20

@@ -17,7 +17,7 @@ from alphaext.baselines.balanced_sampling import ClassBalancedSampler
 from alphaext.baselines.retraining import RETRAINING_PRESETS, crt, lws
 from alphaext.classes import ClassSplit, class_means, split_classes
 from alphaext.metrics.accuracy import split_accuracy
-from alphaext.training import cached_logits as member_logits
+from alphaext.training import cached_logits
 from alphaext.utils.seeds import seeded_generator
 
 NUM_CLASSES, IN_FEATURES = 8, 12
@@ -116,9 +116,9 @@ def train_by_torch(module, parameters, forward, sampler, features, labels, epoch
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cache_bytes", [member_logits.CACHE_BYTES, 0], ids=["logits kept", "logits of a batch"])
+@pytest.mark.parametrize("cache_bytes", [cached_logits.CACHE_BYTES, 0], ids=["logits kept", "logits of a batch"])
 def test_lws_is_sgd_on_the_scales(bias, cache_bytes, monkeypatch):
-    monkeypatch.setattr(member_logits, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(cached_logits, "CACHE_BYTES", cache_bytes)
     monkeypatch.setattr(retraining, "_BLOCK_ELEMENTS", 500)
     features, labels = make_data(dtype=torch.float64)
     linear = make_joint(torch.float64, bias)

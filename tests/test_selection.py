@@ -13,8 +13,7 @@ from torch import nn
 
 from alphaext.classes import ClassSplit
 from alphaext.metrics.accuracy import split_accuracy
-from alphaext.training import cached_logits as member_logits
-from alphaext.training import selection
+from alphaext.training import cached_logits, selection
 from alphaext.training.selection import BaselineResult, Policy, Rescaling, Validation
 
 SPLIT = ClassSplit(few=[3, 4], medium=[1, 2], many=[0])
@@ -52,7 +51,7 @@ def test_kept_products_are_used_for_their_own_classifier_alone(monkeypatch):
     assert next(iter(validation.products(weight)))[0] is next(iter(validation.products(weight)))[0]
     other = weight.flip(0).contiguous()
     assert not next(iter(validation.products(other)))[0].equal(next(iter(validation.products(weight)))[0])
-    monkeypatch.setattr(member_logits, "CACHE_BYTES", 40 * 5 * 4 - 1)
+    monkeypatch.setattr(cached_logits, "CACHE_BYTES", 40 * 5 * 4 - 1)
     fresh, weight = make_validation()
     fresh.keep(weight)
     assert next(iter(fresh.products(weight)))[0] is not next(iter(fresh.products(weight)))[0]

@@ -9,7 +9,7 @@ from test_training import interrupt, make_data
 from torch import nn
 
 from alphaext import AlphaNet, class_means, fit, fit_many
-from alphaext.training import cached_logits as member_logits
+from alphaext.training import cached_logits
 from alphaext.training import many as sweep
 from alphaext.training import native_engine as engines
 
@@ -57,10 +57,10 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("cache_bytes", [member_logits.CACHE_BYTES, 0], ids=["all logits kept", "logits of an epoch kept"])
+@pytest.mark.parametrize("cache_bytes", [cached_logits.CACHE_BYTES, 0], ids=["all logits kept", "logits of an epoch kept"])
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_each_gives_the_bits_it_gives_alone(linear, jobs, cache_bytes, monkeypatch):
-    monkeypatch.setattr(member_logits, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(cached_logits, "CACHE_BYTES", cache_bytes)
     runs = fit_many(linear, FEATURES, LABELS, CONFIGS, jobs=jobs, **VALIDATION)
     assert [run.config for run in runs] == CONFIGS
     for run, config in zip(runs, CONFIGS, strict=True):

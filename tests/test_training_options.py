@@ -245,10 +245,10 @@ def test_few_logits_that_do_not_fit_are_made_anew(monkeypatch):
 
     features, labels = make_data()
     heads = []
-    from alphaext.training import cached_logits as member_logits
+    from alphaext.training import cached_logits
 
-    for limit in (member_logits.CACHE_BYTES, 0):
-        monkeypatch.setattr(member_logits, "CACHE_BYTES", limit)
+    for limit in (cached_logits.CACHE_BYTES, 0):
+        monkeypatch.setattr(cached_logits, "CACHE_BYTES", limit)
         heads.append(direct_head())
         fit(heads[-1], features, labels, **OPTIONS["drawn"], **SHORT)
     assert torch.equal(trained(heads[0]), trained(heads[1]))

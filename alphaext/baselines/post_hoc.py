@@ -110,7 +110,7 @@ def choose_tau(
         min_all: for ``"best_few"``, a fraction of 1; None takes the classifier's own accuracy over all.
 
     Returns:
-        A :class:`alphaext.training.selection.BaselineResult`. Its accuracies are those of the layer to the rounding of its scores.
+        A :class:`alphaext.baselines.BaselineResult`. Its accuracies are those of the layer to the rounding of its scores.
 
     Raises:
         TypeError, ValueError: as :func:`tau_normalized`; no candidates; features and labels that do not fit or are not finite.
@@ -156,7 +156,7 @@ def choose_logit_adjustment(
         min_all: as for :func:`choose_tau`.
 
     Returns:
-        A :class:`alphaext.training.selection.BaselineResult`.
+        A :class:`alphaext.baselines.BaselineResult`.
 
     Raises:
         TypeError, ValueError: as :func:`logit_adjusted` and :func:`choose_tau`.

@@ -112,7 +112,7 @@ def run_baseline(
             ``checkpoint``, ``progress``; crt also ``bias``. One that is None counts as not given.
 
     Returns:
-        A :class:`alphaext.training.selection.BaselineResult`.
+        A :class:`alphaext.baselines.BaselineResult`.
 
     Raises:
         TypeError: an option that the baseline does not have, and whatever the baseline itself refuses.

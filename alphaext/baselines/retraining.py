@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classes import ClassSplit, split_classes
-from ..training import cached_logits as member_logits
+from ..training import cached_logits
 from ..training.cached_logits import Samples, check_samples
 from ..training.options import TrainingOptions
 from ..training.selection import BaselineResult, Policy, Rescaling, Validation
@@ -103,7 +103,7 @@ def crt(
         progress: show a progress bar; None shows it where standard error is a terminal.
 
     Returns:
-        A :class:`alphaext.training.selection.BaselineResult`; its table has a row an epoch, with ``loss`` (mean cross-entropy), ``lr``.
+        A :class:`alphaext.baselines.BaselineResult`; its table has a row an epoch, with ``loss`` (mean cross-entropy), ``lr``.
 
     Raises:
         ValueError, TypeError: for arguments out of range or that disagree, a class without samples, or features that are not
@@ -198,7 +198,7 @@ def lws(
         progress: show a progress bar; None shows it where standard error is a terminal.
 
     Returns:
-        A :class:`alphaext.training.selection.BaselineResult`: ``linear`` has the factors multiplied in, ``scales`` are the factors.
+        A :class:`alphaext.baselines.BaselineResult`: ``linear`` has the factors multiplied in, ``scales`` are the factors.
 
     Raises:
         ValueError, TypeError, FloatingPointError, KeyboardInterrupt: as :func:`crt`.
@@ -290,7 +290,7 @@ class _Scales:
         for epoch in range(1, options.epochs + 1):
             drawn[sampler.draw(epoch)] = True
         self._drawn = drawn.nonzero()[:, 0]
-        fits = len(self._drawn) * len(weight) * weight.dtype.itemsize <= member_logits.CACHE_BYTES
+        fits = len(self._drawn) * len(weight) * weight.dtype.itemsize <= cached_logits.CACHE_BYTES
         self._rows = max(1, _BLOCK_ELEMENTS // max(weight.shape))
         self.blocks = -(-len(self._drawn) // self._rows) if fits else 0
         self._logits: Tensor | None = None

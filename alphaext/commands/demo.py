@@ -48,7 +48,7 @@ class Info(Options):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Print how the extension was built, and return it."""
-        from ..ops.head import build_info
+        from ..ops import build_info
 
         console, info = shared.console_or_quiet(console), build_info()
         for name, value in info.items():

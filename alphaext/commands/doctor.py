@@ -75,7 +75,7 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         return {**report.to_dict(), "exit_code": 0 if report.ok else 2}
 
     def _install(self, console: Console) -> dict[str, Any]:
-        from ..ops.head import build_info
+        from ..ops import build_info
 
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         found = {"versions": shared.versions(), "extension": build_info(), "gpus": gpus}

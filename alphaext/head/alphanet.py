@@ -295,7 +295,7 @@ class AlphaNet(nn.Module):
             self.b1 = nn.Parameter(b1.to(self.z))
             return
         # The weights are used row by row as they are drawn: they are never held.
-        start = torch.ops.alphaext.initial_preactivation(z, hidden_dim, networks == 1, seed)
+        start = ops.initial_preactivation(z, hidden_dim, networks == 1, seed)
         self.preactivation = nn.Parameter(start.to(self.z))
         self.gradient_scale: Tensor
         self.register_buffer("gradient_scale", first_layer_scale(self.z, networks))
@@ -455,7 +455,7 @@ class AlphaNet(nn.Module):
         networks, hidden = self.w2.shape[0], self.w2.shape[2]
         z = self.z.detach().to(device="cpu", dtype=_wide(self.z.dtype)).contiguous()
         w1, b1 = initial_first_layer(networks, hidden, z, self.seed)
-        start = torch.ops.alphaext.initial_preactivation(z, hidden, networks == 1, self.seed)
+        start = ops.initial_preactivation(z, hidden, networks == 1, self.seed)
         now = self.preactivation.detach().cpu().double()
         move_first_layer(w1, b1, z, now - self.first_layer_decay * start.double(), self.first_layer_decay)
         return w1.to(self.z), b1.to(self.z)
@@ -468,7 +468,7 @@ class AlphaNet(nn.Module):
     @torch.no_grad()
     def _preactivations(self) -> Tensor:
         """The first layer's outputs before the ReLU, ``[F, H]`` in float32 or wider."""
-        return self._evaluate()[1]
+        return self._evaluate()[0]
 
     @torch.no_grad()
     def composed(self) -> tuple[Tensor, Tensor | None]:
@@ -591,17 +591,14 @@ class AlphaNet(nn.Module):
 
     def _outputs(self) -> tuple[Tensor, Tensor]:
         """The sub-modules' raw outputs and alpha."""
-        _, _, raw, alpha, _ = self._evaluate()
+        _, raw, alpha = self._evaluate()
         return raw, alpha
 
     @torch.no_grad()
-    def _evaluate(self) -> tuple[Tensor, ...]:
-        """All that the operator returns for no samples: nothing depends on a sample but the scores."""
-        nothing = self.weight.new_empty(0, self.out_features)
-        arguments = (nothing, None, None, self.members, *self._first_layer_arguments(), self.w2, self.b2)
-        options = (self.gamma, ops.rule_number(self.rule), self.projected_gradient)
-        results: tuple[Tensor, ...] = torch.ops.alphaext.head(*arguments, *options)
-        return results
+    def _evaluate(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pre-activations, outputs and coefficients of the sub-modules."""
+        arguments = (self.members, *self._first_layer_arguments(), self.w2, self.b2)
+        return ops.evaluate(*arguments, num_classes=self.out_features, gamma=self.gamma, rule=self.rule)
 
     def _check_input(self, x: Tensor, name: str, width: int) -> None:
         if not isinstance(x, Tensor):
@@ -612,7 +609,7 @@ class AlphaNet(nn.Module):
             raise ValueError(f"{name} must be on the head's device, {self.weight.device}, got {x.device}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}; convert with .float()")
-        if x.dtype != self.weight.dtype and not ops._autocast_enabled(x.device.type):
+        if x.dtype != self.weight.dtype and not ops.autocast_enabled(x.device.type):
             raise TypeError(f"{name} must have the head's dtype, {self.weight.dtype}, got {x.dtype}")
 
 

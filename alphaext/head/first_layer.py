@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import head as ops
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -23,7 +25,7 @@ def first_layer_scale(z: Tensor, networks: int) -> Tensor:
 def initial_first_layer(networks: int, hidden: int, z: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     w1 = torch.empty(networks, hidden, z.shape[1], dtype=z.dtype, device="cpu")
     b1 = torch.empty(networks, hidden, dtype=z.dtype, device="cpu")
-    torch.ops.alphaext.initial_first_layer(w1, b1, seed, 0)
+    ops.initial_first_layer(w1, b1, seed)
     return w1, b1
 
 

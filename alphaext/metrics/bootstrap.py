@@ -61,7 +61,8 @@ def bootstrap_percentiles(
         seed: of the draws.
 
     Returns:
-        (low, high), fractions, under the names of :class:`alphaext.metrics.accuracy.SplitMetrics`; NaN for a part without samples.
+        (low, high), fractions, under the names of :class:`alphaext.metrics.accuracy.SplitMetrics`; NaN for a part
+        without samples.
 
     Example:
         >>> split = ClassSplit(few=[1], medium=[], many=[0])

@@ -1,4 +1,4 @@
-"""The custom operators: the one door from Python to the compiled extension.
+"""The operators of the head.
 
 ``alphaext::head`` computes, in one call, all two-layer sub-modules, the coefficient rule, the composition and the concatenation
 of few and base scores in class order; ``alphaext::head_backward`` is its gradient. Schemas and kernels are registered by
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
+from . import extension  # noqa: F401  (registers the operators)
 
 # The numbers of csrc/rules.h.
 RULE_NUMBERS = {"softmax": 0, "clamp": 1, "l1": 2}
@@ -22,21 +22,6 @@ RULE_NUMBERS = {"softmax": 0, "clamp": 1, "l1": 2}
 # Arguments of `head` that can have a gradient, by position; bit i of `wanted` asks for the i-th of them (csrc/ops.cpp).
 _DIFFERENTIABLE = (0, 1, 2, 4, 5, 6, 7, 8)
 _NUM_ARGUMENTS = 12
-
-
-def build_info() -> dict[str, Any]:
-    """How the extension was built and what it uses on this machine.
-
-    Returns:
-        A dictionary with ``version``, ``compiler``, ``flags``, ``torch`` (the version built against), ``cuda`` (version or
-        None), ``cuda_archs`` (list or None), ``simd`` (instruction set of the CPU kernels) and ``threads``.
-
-    Example:
-        >>> sorted(build_info())
-        ['compiler', 'cuda', 'cuda_archs', 'flags', 'simd', 'threads', 'torch', 'version']
-    """
-    info: dict[str, Any] = _C.build_info()
-    return info
 
 
 def alpha_head(
@@ -110,12 +95,68 @@ def scale_gradient(value: Tensor, scale: Tensor) -> Tensor:
     return scaled
 
 
+def evaluate(
+    members: Tensor,
+    z: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    num_classes: int,
+    gamma: float,
+    rule: str = "clamp",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the sub-modules compute, which no sample has a part in; without gradients. Arguments as of :func:`alpha_head`.
+
+    Returns:
+        The first layer's outputs before the ReLU ``[F, H]``, the outputs ``[F, K+1]``, and the coefficients ``[F, K+1]``, in
+        float32 or wider.
+
+    Example:
+        >>> b1, w2, b2 = torch.zeros(1, 4), torch.zeros(1, 2, 4), torch.tensor([[0.9, 0.25]])
+        >>> evaluate(torch.tensor([[2, 0]]), None, None, b1, w2, b2, num_classes=3, gamma=0.7)[2]
+        tensor([[0.7000, 0.2500]])
+    """
+    # The operator returns it beside the scores, of no samples here.
+    nothing = w2.new_empty(0, num_classes)
+    _, preactivation, raw, alpha, _ = torch.ops.alphaext.head(
+        nothing, None, None, members, z, w1, b1, w2, b2, gamma, rule_number(rule), False
+    )
+    return preactivation, raw, alpha
+
+
+def initial_first_layer(w1: Tensor, b1: Tensor, seed: int, first_network: int = 0) -> None:
+    """Draw the first layers' weights in place, uniformly, as ``nn.Linear`` does: a function of the seed and the network.
+
+    Args:
+        w1: ``[n, H, I]`` on the CPU, float32 or float64, written.
+        b1: ``[n, H]``, written.
+        seed: of the draws.
+        first_network: which network the first of these is.
+    """
+    torch.ops.alphaext.initial_first_layer(w1, b1, seed, first_network)
+
+
+def initial_preactivation(z: Tensor, hidden: int, shared: bool, seed: int) -> Tensor:
+    """``w1 z + b1`` ``[F, H]`` of the weights that :func:`initial_first_layer` draws, which are not written down.
+
+    Args:
+        z: ``[F, I]`` on the CPU, float32 or float64.
+        hidden: H.
+        shared: one network for all classes.
+        seed: of the draws.
+    """
+    start: Tensor = torch.ops.alphaext.initial_preactivation(z, hidden, shared, seed)
+    return start
+
+
 # ---- Autograd ----------------------------------------------------------------------------------------------------------
 
 
 def _differentiable_head(arguments: tuple[Any, ...], b1_scale: Tensor | None) -> Tensor:
     """Scores, by the autograd function that fits: torch.func's transforms need another form than plain autograd."""
-    if _autocast_enabled(arguments[0].device.type):
+    if autocast_enabled(arguments[0].device.type):
         # Here and not below autograd, so that the backward sees what the forward computed with.
         arguments = _widened(arguments)
     if torch._C._are_functorch_transforms_active():
@@ -143,7 +184,7 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     wide = gradient.to(scale.dtype)
     if scale.dim() == 1:
         return (scale.unsqueeze(1) * wide).to(gradient.dtype)
-    if not _autocast_enabled(gradient.device.type):
+    if not autocast_enabled(gradient.device.type):
         return (scale @ wide).to(gradient.dtype)
     with torch.autocast(gradient.device.type, enabled=False):
         return (scale @ wide).to(gradient.dtype)
@@ -345,7 +386,7 @@ def _widened(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.to(dtype) if is_floating else x for x, is_floating in zip(arguments, floating, strict=True))
 
 
-def _autocast_enabled(device_type: str) -> bool:
+def autocast_enabled(device_type: str) -> bool:
     # Not every device has autocast, "meta" for one. torch.compile in torch 2.11 cannot trace the question whether it has.
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 

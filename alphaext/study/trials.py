@@ -16,7 +16,7 @@ from ..features.store import Features
 from ..head.alphanet import AlphaNet
 from ..metrics.evaluation import expected_calibration_error, split_metrics
 from ..metrics.predictions import predict
-from ..training import cached_logits as member_logits
+from ..training import cached_logits
 from ..training.many import SweepRun, fit_many
 from ..training.result import FitResult
 from ..utils.checks import check_integer
@@ -268,7 +268,7 @@ class Trainings:
         """The trainings of each call of :func:`alphaext.fit_many`: as many as see the same samples and fit into memory."""
         weight = self.problem.linear.weight
         columns = 2 * len(weight)  # under l1 a class's logits are kept with and without bias
-        together = len(self.problem.parts["train"]) * columns * weight.element_size() <= member_logits.CACHE_BYTES
+        together = len(self.problem.parts["train"]) * columns * weight.element_size() <= cached_logits.CACHE_BYTES
         groups: dict[tuple[Any, ...], list[_Training]] = {}
         for configuration, seed in trainings:
             cut = () if configuration.few_samples is None else (configuration.few_samples, seed)

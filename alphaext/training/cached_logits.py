@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import _C  # noqa: F401  (registers the operators)
+from ..ops import training as ops
 from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .augmentation import DrawnFeatures
 
@@ -37,8 +37,6 @@ CACHE_BYTES = 2 << 30
 # Elements of a block of logits: it stays in the processor's cache between the product and what is kept of it.
 _BLOCK_ELEMENTS = 1 << 20
 _WIDTH_MULTIPLE = 16  # of features, in a product
-BLOCK_SAMPLES = 64  # of validation samples, as in csrc/training.h
-TOP_CLASSES = 5
 
 
 @dataclass(frozen=True)
@@ -166,24 +164,23 @@ class TrainingLogits:
 
 
 class ValidationLogits:
-    """Validation samples in blocks of :data:`BLOCK_SAMPLES`, with the constants of their base columns."""
+    """Validation samples in blocks, with the constants of their base columns."""
 
     def __init__(self, columns: Columns, samples: Samples, device: torch.device | str = "cpu") -> None:
         self.columns, self.labels = columns, samples.labels.to(device)
         count, dtype = len(samples.labels), columns.few_penalty.dtype
-        blocks = -(-count // BLOCK_SAMPLES)
-        shape = (blocks, len(columns), BLOCK_SAMPLES)
+        shape = ops.validation_shape(count, len(columns))
         self.logits = _allocate(shape, dtype, device, f"the member logits of {count} validation samples")
         self.logits[-1:].zero_()  # the last block may have room to spare
         self.label_logit = torch.empty(count, dtype=dtype, device=device)
-        self.top_logits = torch.empty(count, TOP_CLASSES, dtype=dtype, device=device)
-        self.top_ids = torch.empty(count, TOP_CLASSES, dtype=torch.int32, device=device)
+        self.top_logits = torch.empty(count, ops.TOP_CLASSES, dtype=dtype, device=device)
+        self.top_ids = torch.empty(count, ops.TOP_CLASSES, dtype=torch.int32, device=device)
         self.few_of_label = columns.few_of_class[samples.labels].to(device)
         self._few_classes = columns.few_classes.to(device)
         base_logsumexp = torch.empty(count, dtype=dtype, device=device)
         indices = torch.arange(count, device="cpu")
         for part, labels, logits in _blocks(columns, samples, indices, samples.labels):
-            blocks_here = self.logits[part.start // BLOCK_SAMPLES : -(-part.stop // BLOCK_SAMPLES)]
+            blocks_here = self.logits[ops.blocks_of(part)]
             _keep(
                 columns, logits, labels, blocks_here, base_logsumexp[part], self.label_logit[part],
                 self.top_logits[part], self.top_ids[part],
@@ -195,8 +192,7 @@ class ValidationLogits:
 
         With a leading dimension of both arguments, ``[R, F, K+1]``, those of R heads: ``[R, 2, N]``.
         """
-        validate = torch.ops.alphaext.validate if alphas.dim() == 2 else torch.ops.alphaext.validate_many
-        result: Tensor = validate(
+        result = ops.validate(
             alphas, member_columns, self._few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
             self.labels, self.few_of_label, self.columns.num_classes,
         )  # fmt: skip
@@ -210,7 +206,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device |
         raise MemoryError(f"{what} need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free")
     memory = torch.empty(shape, dtype=dtype, device=device)
     if memory.is_cpu:
-        torch.ops.alphaext.advise_huge_pages(memory)
+        ops.advise_huge_pages(memory)
     return memory
 
 
@@ -228,14 +224,14 @@ def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor)
     # Matrix libraries round a row by its place in the product where rows begin at odd addresses. Zeros change no sum.
     surplus = -weight.shape[1] % _WIDTH_MULTIPLE
     weight = nn.functional.pad(weight, (0, surplus))
-    rows = max(1, _BLOCK_ELEMENTS // len(weight) // BLOCK_SAMPLES) * BLOCK_SAMPLES
+    rows = max(1, _BLOCK_ELEMENTS // len(weight) // ops.BLOCK_SAMPLES) * ops.BLOCK_SAMPLES
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         for start in range(0, len(indices), rows):
             part = slice(start, min(start + rows, len(indices)))
             wanted = indices[part]
             # Matrix libraries round the last few rows otherwise than those before; a sample's logits shall not depend on its
             # company.
-            missing = -len(wanted) % BLOCK_SAMPLES
+            missing = -len(wanted) % ops.BLOCK_SAMPLES
             if missing > 0:
                 wanted = torch.cat([wanted, wanted[-1:].expand(missing)])
             contiguous = int(wanted[-1]) - int(wanted[0]) == len(wanted) - 1 and bool((wanted.diff() == 1).all())
@@ -244,47 +240,9 @@ def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor)
             yield part, labels[part], nn.functional.linear(block, weight, bias)[: part.stop - part.start]
 
 
-def _keep(columns: Columns, logits: Tensor, labels: Tensor, member_logits: Tensor, *others: Tensor) -> None:
-    """What is kept of a block of logits; ``others`` as in :func:`keep_on_device`."""
-    if not (logits.is_cpu and member_logits.is_cpu):
-        return keep_on_device(columns, logits, labels, member_logits, *others)
-    base_logsumexp, label_logit, *top = others
-    torch.ops.alphaext.cache_logits(
-        logits, labels, columns.few_penalty, columns.class_ids, columns.bias, member_logits, base_logsumexp, label_logit,
-        *(top or (None, None)),
-    )  # fmt: skip
-
-
-def keep_on_device(
-    columns: Columns,
-    logits: Tensor,
-    labels: Tensor,
-    member_logits: Tensor,
-    base_logsumexp: Tensor,
-    label_logit: Tensor,
-    top_logits: Tensor | None = None,
-    top_ids: Tensor | None = None,
-) -> None:
-    """``alphaext::cache_logits`` in torch's operators, for logits that live on another device than the results."""
-    device = logits.device
-    masked = logits + columns.few_penalty.to(device)
-    base_logsumexp.copy_(masked.logsumexp(dim=1))
-    label_logit.copy_(logits.gather(1, labels.to(device).unsqueeze(1)).squeeze(1))
-    kept = logits[:, columns.class_ids.to(device)] - columns.bias.to(device)
-    if top_logits is None or top_ids is None:
-        member_logits.copy_(kept)
-        return
-    missing = len(member_logits) * BLOCK_SAMPLES - len(kept)
-    padded = nn.functional.pad(kept, (0, 0, 0, missing))
-    member_logits.copy_(padded.view(-1, BLOCK_SAMPLES, len(columns)).transpose(1, 2))
-    # A stable sort, so that of equal logits the lower id comes first.
-    values, ids = masked.sort(dim=1, descending=True, stable=True)
-    count = min(TOP_CLASSES, masked.shape[1])
-    top_logits.fill_(-torch.inf)
-    top_ids.fill_(2**31 - 1)
-    top_logits[:, :count] = values[:, :count].to(top_logits.device)
-    top_ids[:, :count] = ids[:, :count].to(top_ids.device, torch.int32)
-    top_ids[top_logits == -torch.inf] = 2**31 - 1
+def _keep(columns: Columns, logits: Tensor, labels: Tensor, *written: Tensor) -> None:
+    """Keep what is needed of a block of logits; ``written`` as in :func:`alphaext.ops.training.cache_logits`."""
+    ops.cache_logits(logits, labels, columns.few_penalty, columns.class_ids, columns.bias, *written)
 
 
 def _check_block(base_logsumexp: Tensor, samples: Samples, indices: Tensor) -> None:

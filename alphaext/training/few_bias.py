@@ -73,7 +73,7 @@ def choose_few_bias(
         min_all: as for :func:`choose_tau`.
 
     Returns:
-        A :class:`alphaext.training.selection.BaselineResult`. Of more than 41 candidates its table shows 41, evenly over their order,
+        A :class:`alphaext.baselines.BaselineResult`. Of more than 41 candidates its table shows 41, evenly over their order,
         and besides them 0 and the one chosen; ``settings`` says how many there were.
 
     Raises:

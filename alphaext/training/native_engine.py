@@ -1,27 +1,21 @@
-"""What runs an epoch: the native engine, which trains in the extension, and torch's autograd for everything else.
-
-Both train the same samples in the same order (:class:`alphaext.training.sampling.EpochSampler`) and agree to rounding wherever the
-native one is allowed (docs/exactness.md): SGD, a frozen classifier, float32 or float64.
-"""
+"""The native engine, which trains in the extension: SGD, a frozen classifier, float32 or float64."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..head.alphanet import AlphaNet, clamped_outputs
 from ..head.first_layer import first_layer_scale
-from ..ops import head as ops
-from . import cached_logits as member_logits
+from ..ops import training as ops
+from . import cached_logits
 from .cached_logits import Columns, TrainingLogits, ValidationLogits
 from .engine import TrainingData, TrainingDiverged
 from .options import TrainingOptions
 from .sampling import EpochSampler
 from .sgd import Sgd
-
-_TILE = 16  # hidden units, as in csrc/training.h
 
 
 def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> str | None:
@@ -52,9 +46,7 @@ def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> s
 
 def native_device(head: AlphaNet) -> torch.device:
     """Where the native engine trains ``head``: on its GPU if the extension has kernels that run there, or else on the CPU."""
-    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("alphaext::train_epoch", "CUDA")
-    on_gpu = head.weight.is_cuda and has_kernels and torch.ops.alphaext.trains_on(head.weight)
-    return head.weight.device if on_gpu else torch.device("cpu")
+    return head.weight.device if ops.trains_on(head.weight) else torch.device("cpu")
 
 
 class NativeEngine:
@@ -89,7 +81,7 @@ class NativeEngine:
         num_few, hidden = head.num_few, head.w2.shape[2]
         members = head.top_k + 1 + head.num_directions  # to training, a direction is a member like any other
         dtype = head.weight.dtype
-        self._hidden, self._tiles = hidden, -(-hidden // _TILE)
+        self._hidden = hidden
         with torch.no_grad():
             start = _preactivations(head)
             self._scale = _gradient_scale(head).to(device=self.device, dtype=dtype).contiguous()
@@ -97,7 +89,7 @@ class NativeEngine:
             if head.residual is not None:
                 w2 = w2.new_zeros(len(w2), members, 0)
                 b2 = torch.cat([b2, head.residual.detach().to(self.device)], dim=1)
-            self._state = self._packed(start.to(device=self.device, dtype=dtype), w2)
+            self._state = ops.pack_state(start.to(device=self.device, dtype=dtype), w2)
             self._b2 = b2
             self._b2_momentum = torch.zeros_like(self._b2)
             self._raw = torch.empty(num_few, members, dtype=dtype, device=self.device)
@@ -112,41 +104,29 @@ class NativeEngine:
             self._start = start.to(device=self.device, dtype=torch.float64) if head.first_layer == "dense" else None
         self._call(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
 
-    @property
-    def _rows(self) -> tuple[int, int]:
-        """Rows of pre-activations and of w2 in a tile: those of one network."""
-        return (self.head.num_few if self._scale.dim() == 2 else 1), self.head.top_k + 1 + self.head.num_directions
-
-    def _packed(self, preactivation: Tensor, w2: Tensor) -> Tensor:
-        """The state as the extension wants it: tile by tile, each with zeros for the momentum."""
-        classes, members = self._rows
-        networks = len(w2)
-        state = torch.zeros(
-            networks, self._tiles, 2 * classes + 2 * members, _TILE, dtype=preactivation.dtype, device=self.device
-        )
-        missing = self._tiles * _TILE - self._hidden
-        rows = nn.functional.pad(preactivation, (0, missing)).view(networks, classes, self._tiles, _TILE)
-        state[:, :, :classes] = rows.transpose(1, 2)
-        rows = nn.functional.pad(w2, (0, missing)).view(networks, members, self._tiles, _TILE)
-        state[:, :, 2 * classes : 2 * classes + members] = rows.transpose(1, 2)
-        return state
-
-    def _unpacked(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        classes, members = self._rows
-        preactivation = state[:, :, :classes].transpose(1, 2).reshape(self.head.num_few, -1)[:, : self._hidden]
-        w2 = state[:, :, 2 * classes : 2 * classes + members].transpose(1, 2).reshape(len(state), members, -1)
-        return preactivation, w2[:, :, : self._hidden]
-
     def _launch(self, rows: Tensor, lr: float) -> Tensor:
         """Train on ``rows``: float64 ``[3]``, the sum of their losses, and the step and class that failed, or -1."""
-        head, sgd, cached = self.head, self.sgd, self.logits.training
-        result: Tensor = torch.ops.alphaext.train_epoch(
+        cached = self.logits.training
+        return ops.train_epoch(
             self._state, self._b2, self._b2_momentum, self._raw, self._alpha,
             rows, cached.logits, cached.base_logsumexp, cached.label_logit, cached.few_of_label, self.columns, self._scale,
-            self.options.batch_size, head.gamma, ops.rule_number(head.rule), head.projected_gradient,
-            lr, sgd.momentum, sgd.dampening, sgd.weight_decay, sgd.nesterov, self.steps == 0, self._penalty, self._few_offset,
+            self.options.batch_size, self.step_options(lr), self._penalty, self._few_offset,
         )  # fmt: skip
-        return result
+
+    def step_options(self, lr: float) -> ops.StepOptions:
+        """The numbers of the next epoch's steps."""
+        head, sgd = self.head, self.sgd
+        return ops.StepOptions(
+            gamma=head.gamma,
+            rule=head.rule,
+            projected_gradient=head.projected_gradient,
+            lr=lr,
+            momentum=sgd.momentum,
+            dampening=sgd.dampening,
+            weight_decay=sgd.weight_decay,
+            nesterov=sgd.nesterov,
+            first_step=self.steps == 0,
+        )
 
     def _call(self, rows: Tensor, lr: float) -> tuple[float, int, int]:
         """The same, read: on a GPU this waits for it."""
@@ -190,7 +170,7 @@ class NativeEngine:
         return int(clamped_outputs(self._raw[:, : self.head.top_k + 1], self.head.rule, self.head.gamma).sum())
 
     def snapshot(self) -> list[Tensor]:
-        preactivation, w2 = self._unpacked(self._state)
+        preactivation, w2 = ops.unpack_state(self._state, self.head.num_few, self._hidden)
         return [preactivation.clone(), w2.clone(), self._b2.clone()]
 
     @torch.no_grad()
@@ -244,7 +224,7 @@ class SharedLogits:
             taken[sampler.used(epochs)] = True
         used = taken.nonzero().flatten()
         row_bytes = len(self.columns) * self.columns.few_penalty.element_size()
-        self.all_at_once = len(used) * row_bytes <= member_logits.CACHE_BYTES
+        self.all_at_once = len(used) * row_bytes <= cached_logits.CACHE_BYTES
         if not self.all_at_once:
             # Few samples take part in every epoch. Base ones get rows after them, anew each epoch.
             used = samplers[0].indices[: samplers[0].num_few]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import head as ops
+from ..ops.training import train_epoch_many
 from .engine import TrainingDiverged
 from .native_engine import NativeEngine
 
@@ -40,27 +40,24 @@ class EngineGroup:
         self._columns = torch.stack([engine.columns for engine in self.engines])
         self._scale = torch.stack([engine._scale for engine in self.engines])
         # Those of one group all have it or none has.
-        self._optional = [
+        penalty, few_offset = (
             None if getattr(self.engines[0], name) is None else torch.stack([getattr(e, name) for e in self.engines])
             for name in _OPTIONAL
-        ]
+        )
+        self._optional = penalty, few_offset
 
     def train(self, epoch: int, multipliers: Sequence[float]) -> list[float | TrainingDiverged]:
         """Train one epoch of each, at its multiple of its learning rate: the mean losses, or what went wrong."""
         first = self.engines[0]
         rows = [engine.rows_of(epoch) for engine in self.engines]
-        order = torch.zeros(len(rows), max(len(r) for r in rows), dtype=torch.int64, device=first.device)
-        for here, r in zip(order, rows, strict=True):
-            here[: len(r)] = r
-        settings = [
-            self._settings(engine, multiplier, len(r))
-            for engine, multiplier, r in zip(self.engines, multipliers, rows, strict=True)
+        options = [
+            engine.step_options(engine.learning_rate(multiplier))
+            for engine, multiplier in zip(self.engines, multipliers, strict=True)
         ]
         cached = first.logits.training
-        results = torch.ops.alphaext.train_epoch_many(
-            *self._stacked.values(), order, cached.logits, cached.base_logsumexp, cached.label_logit,
-            cached.few_of_label, self._columns, self._scale, first.options.batch_size,
-            torch.tensor(settings, dtype=torch.float64, device=first.device), *self._optional,
+        results = train_epoch_many(
+            *self._of_run(), rows, cached.logits, cached.base_logsumexp, cached.label_logit,
+            cached.few_of_label, self._columns, self._scale, first.options.batch_size, options, *self._optional,
         )  # fmt: skip
         losses: list[float | TrainingDiverged] = []
         for engine, (loss, step, failed) in zip(self.engines, results.tolist(), strict=True):
@@ -70,14 +67,9 @@ class EngineGroup:
                 losses.append(error)
         return losses
 
-    @staticmethod
-    def _settings(engine: NativeEngine, multiplier: float, samples: int) -> list[float]:
-        head, sgd = engine.head, engine.sgd
-        values = (
-            head.gamma, ops.rule_number(head.rule), head.projected_gradient, engine.learning_rate(multiplier), sgd.momentum,
-            sgd.dampening, sgd.weight_decay, sgd.nesterov, engine.steps == 0, samples,
-        )  # fmt: skip
-        return [float(value) for value in values]
+    def _of_run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        state, b2, b2_momentum, raw, alpha = self._stacked.values()
+        return state, b2, b2_momentum, raw, alpha
 
     def hits(self) -> list[Tensor | None]:
         """Each engine's :meth:`NativeEngine.hits`."""

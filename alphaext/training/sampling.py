@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .. import _C  # noqa: F401  (registers the operators)
+from ..ops.training import sample_epoch
 from ..utils.checks import format_ids
 from .options import TrainingOptions
 
@@ -122,8 +122,7 @@ class EpochSampler:
         """The numbers of an epoch's samples, ``[len(self)]`` int64, in the order they are trained on."""
         # Where every class is drawn from, few samples are no different from base ones.
         whole, drawn = (0, len(self)) if self.samples_per_class is not None else (self.num_few, self.negatives)
-        order: Tensor = torch.ops.alphaext.sample_epoch(whole, self._group_offsets, drawn, self.seed, epoch)
-        return order
+        return sample_epoch(whole, self._group_offsets, drawn, self.seed, epoch)
 
     def used(self, epochs: range) -> Tensor:
         """Where in the data the samples are that take part in ``epochs``: ascending, each once."""

@@ -18,7 +18,7 @@ from ..classes import ClassSplit
 from ..metrics.accuracy import label_ranks
 from ..utils.files import without_nan
 from ..utils.tensors import TensorLike, check_finite
-from . import cached_logits as member_logits
+from . import cached_logits
 from .cached_logits import check_samples
 from .options import selection_score
 
@@ -236,7 +236,7 @@ class Validation:
 
     def keep(self, weight: Tensor) -> None:
         """Keep the products with ``weight``, which are asked for time and again, if they fit the bound of cached logits."""
-        if len(self.samples.labels) * len(weight) * weight.dtype.itemsize <= member_logits.CACHE_BYTES:
+        if len(self.samples.labels) * len(weight) * weight.dtype.itemsize <= cached_logits.CACHE_BYTES:
             self._kept = weight, list(self.products(weight))
 
 
