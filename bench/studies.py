@@ -36,7 +36,9 @@ from rich.console import Console
 from scipy import stats
 from torch import nn
 
-from alphaext import run_baseline, split_classes, write_features
+from alphaext import split_classes
+from alphaext.baselines import run_baseline
+from alphaext.features import write_features
 from alphaext.study.report.front import Front
 from alphaext.study.report.write import write_report
 from alphaext.study.rows import FRONT, read_rows

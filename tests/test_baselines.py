@@ -7,12 +7,10 @@ import importlib
 import json
 
 import pytest
-import torch
+from public_names import public_names
 from test_retraining import FAST, FEATURES, JOINT, LABELS, SIZES, SPLIT, VALIDATION, accuracy_of
 from torch import nn
 
-import alphaext
-from alphaext.baselines import registry as baselines
 from alphaext.baselines.registry import (
     BASELINES,
     choose_few_bias,
@@ -30,13 +28,19 @@ from alphaext.baselines.registry import (
 GIVEN = dict(features=FEATURES, labels=LABELS, linear=JOINT, **VALIDATION)
 
 
-@pytest.mark.parametrize("name", ["selection", "balanced_sampling", "retraining", "ncm", "post_hoc", "baselines"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "training.selection",
+        "baselines.balanced_sampling",
+        "baselines.retraining",
+        "baselines.nearest_mean",
+        "baselines.post_hoc",
+    ],
+)
 def test_examples(name):
     module = importlib.import_module(f"alphaext.{name}")
-    names = {"torch": torch, "nn": nn}
-    names |= {name: getattr(alphaext, name) for name in alphaext.__all__}
-    names |= {name: getattr(baselines, name) for name in baselines.__all__}
-    results = doctest.testmod(module, extraglobs=names)
+    results = doctest.testmod(module, extraglobs=public_names())
     assert results.failed == 0 and results.attempted > 0
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from public_names import public_names
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import alphaext
 from alphaext import AlphaNet, ClassSplit
 from alphaext.metrics.class_table import ClassRow, class_table, write_class_table
 from alphaext.metrics.comparison import compare
@@ -25,12 +25,9 @@ from alphaext.metrics.terminal import class_rows_table, comparison_table, losses
 from alphaext.utils.text import percent
 
 
-@pytest.mark.parametrize("name", ["predictions", "bootstrap", "evaluation", "comparison", "class_table", "tables"])
+@pytest.mark.parametrize("name", ["predictions", "bootstrap", "evaluation", "comparison", "class_table"])
 def test_examples_in_docstrings(name: str) -> None:
-    public = {name: getattr(alphaext, name) for name in alphaext.__all__}
-    public |= {"Predictions": Predictions, "predict": importlib.import_module("alphaext.predictions").predict}
-    names = {"torch": torch, "nn": nn, "predict_logits": predict_logits, **public}
-    results = doctest.testmod(importlib.import_module(f"alphaext.{name}"), extraglobs=names)
+    results = doctest.testmod(importlib.import_module(f"alphaext.metrics.{name}"), extraglobs=public_names())
     assert results.failed == 0 and results.attempted > 0
 
 

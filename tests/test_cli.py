@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -89,3 +91,26 @@ def test_interruption_has_its_exit_code(monkeypatch):
 
     monkeypatch.setattr(demo, "run_demo", interrupt)
     assert cli.main(["demo"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "alphaext doctor data"),
+        (["--version"], 0, "alphaext 0.1.0"),
+        (["fit", "--help"], 0, "--gamma"),
+        (["fit", "--gama", "1"], 2, "unknown option --gama; did you mean '--gamma'?"),
+        (["fit", "--no-progres"], 2, "unknown option --no-progres; did you mean '--no-progress'?"),
+        (["evalute"], 2, "unknown command 'evalute'; did you mean 'evaluate'?"),
+        (["info", "more"], 2, "unexpected argument 'more'"),
+    ],
+)
+def test_what_is_no_work_needs_no_torch(arguments, code, said):
+    program = (
+        "import sys, alphaext\n"
+        "from alphaext.commands.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as end:\n    print('code', end.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert said in done.stdout + done.stderr and done.stdout.endswith(f"code {code} False\n")

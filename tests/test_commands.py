@@ -22,7 +22,8 @@ import torchvision
 from digit_images import TRAIN_COUNTS, write_digits
 from PIL import Image
 
-from alphaext import AlphaNet, commands, read_checkpoint
+from alphaext import AlphaNet, commands
+from alphaext.checkpoints import read_checkpoint
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
 from alphaext.commands import main as cli
 from alphaext.commands.options import read_config

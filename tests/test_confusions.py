@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from alphaext import ClassSplit, Predictions, predict, read_features, write_features
+from alphaext import ClassSplit
+from alphaext.features import read_features, write_features
+from alphaext.metrics import Predictions, predict
 from alphaext.metrics.confusions import ConfusionRow, confusion_changes, read_confusions, write_confusions
 from alphaext.study.plans import StudyOptions
 from alphaext.study.run import CONFUSIONS, run_study

@@ -73,7 +73,7 @@ def arrays(n: int = 6, num_classes: int = 3, color: bool = False) -> ArrayImages
     return ArrayImages(pixels, torch.arange(n) % num_classes, "toy.npz", num_classes)
 
 
-@pytest.mark.parametrize("name", ["data", "images", "list_files", "long_tailed"])
+@pytest.mark.parametrize("name", ["data.sources", "data.images", "data.list_files", "data.long_tailed"])
 def test_examples_in_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"alphaext.{name}"), extraglobs={"torch": torch})
     assert results.attempted > 0

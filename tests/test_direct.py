@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alphaext import AlphaNet, class_means, reference, residual_directions
+from alphaext import AlphaNet, class_means, reference
+from alphaext.head import residual_directions
 
 MEMBERS = torch.tensor([[4, 0, 2], [5, 1, 0]])
 

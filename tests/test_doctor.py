@@ -72,7 +72,7 @@ def titles(report: DataReport, level: str | None = None) -> set[str]:
     return {finding.title for finding in report.problems if level in (None, finding.level)}
 
 
-@pytest.mark.parametrize("name", ["doctor"])
+@pytest.mark.parametrize("name", ["doctor.check"])
 def test_examples_in_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"alphaext.{name}"), extraglobs={"torch": torch, "nn": nn})
     assert results.attempted > 0

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from alphaext import AlphaNet, ClassSplit, fit, per_class_accuracy, split_accuracy, split_classes
+from alphaext import AlphaNet, ClassSplit, fit, split_classes
+from alphaext.metrics import per_class_accuracy, split_accuracy
 from alphaext.metrics.bootstrap import bootstrap_percentiles
 from alphaext.metrics.evaluation import (
     Predictions,

@@ -109,7 +109,7 @@ def test_metric_and_neighbor_seed():
     for options in (dict(metric="cosine"), dict(metric="random"), dict(metric="random", neighbor_seed=3)):
         wanted = dict(metric=options["metric"], seed=options.get("neighbor_seed", 0))
         head = make_head(**options)
-        assert head.members.equal(alphaext.build_members(make_means(), few, base, 3, **wanted))
+        assert head.members.equal(alphaext.head.build_members(make_means(), few, base, 3, **wanted))
         # The seed of the weights draws no neighbours.
         assert make_head(seed=5, **options).members.equal(head.members)
     assert not make_head(metric="random").members.equal(make_head(metric="random", neighbor_seed=3).members)

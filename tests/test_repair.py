@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from alphaext import PRESETS, fit, fit_many, preset_options
+from alphaext import fit, fit_many
 from alphaext.repairing import repair
+from alphaext.training import PRESETS, preset_options
 from alphaext.training.options import TrainingOptions
 
 COUNTS = (30, 40, 25, 22, 6, 4)

@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from alphaext import AlphaNet, ClassSplit, fit, write_features
+from alphaext import AlphaNet, ClassSplit, fit
+from alphaext.features import write_features
 from alphaext.metrics.class_table import read_class_table, write_class_table
 from alphaext.study.plans import EXPERIMENTS, StudyOptions
 from alphaext.study.report.content import markdown_text

@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from alphaext import fit_many, predict, read_features, save_linear, split_classes, split_metrics, write_features
+from alphaext import fit_many, split_classes
+from alphaext.checkpoints import save_linear
 from alphaext.commands.study import Study
+from alphaext.features import read_features, write_features
+from alphaext.metrics import predict, split_metrics
 from alphaext.study import trials as study_trials
 from alphaext.study.plans import EXPERIMENTS, POLICIES, Configuration, StudyOptions, choose, plan
 from alphaext.study.rows import COLUMNS, make_row, read_rows, row_key, summarize, write_rows

@@ -54,7 +54,7 @@ def picture(seed: int = 0, size: tuple[int, int] = (50, 40), mode: str = "RGB") 
 
 
 def test_examples_in_docstrings() -> None:
-    results = doctest.testmod(importlib.import_module("alphaext.transforms"), extraglobs={"torch": torch})
+    results = doctest.testmod(importlib.import_module("alphaext.data.transforms"), extraglobs={"torch": torch})
     assert results.attempted > 0
     assert results.failed == 0
 

@@ -21,58 +21,12 @@ from ..training.selection import BaselineResult, Rescaling, Validation
 from ..utils.checks import check_choice
 from ..utils.linear import linear_parameters, wide
 from ..utils.tensors import TensorLike
+from .choices import BASELINE_OPTIONS, BASELINES
 from .nearest_mean import ncm
 from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
-from .retraining import RETRAINING_PRESETS, crt, lws
+from .retraining import crt, lws
 
-__all__ = [
-    "BASELINES",
-    "BASELINE_OPTIONS",
-    "RETRAINING_PRESETS",
-    "BaselineResult",
-    "choose_few_bias",
-    "choose_logit_adjustment",
-    "choose_tau",
-    "crt",
-    "few_bias",
-    "logit_adjusted",
-    "lws",
-    "ncm",
-    "run_baseline",
-    "tau_normalized",
-]
-
-BASELINES = {
-    "ncm": "nearest class mean: no training, the mean features are the classifier (Kang et al., ICLR 2020)",
-    "tau": "tau-normalisation: each row divided by a power of its length (Kang et al., ICLR 2020)",
-    "crt": "classifier re-training: a new linear layer, class-balanced samples, frozen features (Kang et al., ICLR 2020)",
-    "lws": "learnable weight scaling: a factor a class, class-balanced samples (Kang et al., ICLR 2020)",
-    "logit-adjustment": "post-hoc logit adjustment: each logit less the log of its class's share (Menon et al., ICLR 2021)",
-    "few-bias": "one constant added to the logits of all few classes",
-}
-"""The baselines of :func:`run_baseline`."""
-
-_OF_RETRAINING = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "images_per_class",
-    "seed",
-    "device",
-    "checkpoint",
-    "progress",
-)
-BASELINE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "ncm": ("metric", "center", "normalize"),
-    "tau": ("tau", "taus", "keep_bias"),
-    "crt": (*_OF_RETRAINING, "bias"),
-    "lws": _OF_RETRAINING,
-    "logit-adjustment": ("tau", "taus"),
-    "few-bias": ("offset", "offsets"),
-}
-"""The options of each baseline's own."""
+__all__ = ["run_baseline"]
 
 
 def run_baseline(

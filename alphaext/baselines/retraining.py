@@ -26,18 +26,8 @@ from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating,
 from .balanced_sampling import ClassBalancedSampler
 from .balanced_training import BalancedTraining, check_checkpoint, fingerprint
 
-__all__ = ["RETRAINING_PRESETS", "crt", "lws"]
+__all__ = ["crt", "lws"]
 
-_OF_IMAGENET_LT = {"batch_size": 512, "lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4, "images_per_class": 4}
-_OF_PLACES_LT = {"batch_size": 256, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "images_per_class": 4}
-_OF_INATURALIST = {"batch_size": 512, "lr": 0.2, "momentum": 0.9, "weight_decay": 1e-4, "images_per_class": 4}
-
-RETRAINING_PRESETS: dict[str, dict[str, dict[str, float]]] = {
-    "imagenet-lt": {"crt": {"epochs": 10, **_OF_IMAGENET_LT}, "lws": {"epochs": 5, **_OF_IMAGENET_LT}},
-    "places-lt": {"crt": {"epochs": 10, **_OF_PLACES_LT}, "lws": {"epochs": 5, **_OF_PLACES_LT}},
-    "inaturalist18": {"crt": {"epochs": 30, **_OF_INATURALIST}, "lws": {"epochs": 5, **_OF_INATURALIST}},
-}
-"""The options of :func:`crt` and :func:`lws` in Kang et al.'s configurations, by data set and baseline."""
 
 _POLICIES = ("best_all", "best_few", "last")
 

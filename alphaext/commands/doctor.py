@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from rich.console import Console
 
 from . import shared
@@ -75,6 +74,8 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         return {**report.to_dict(), "exit_code": 0 if report.ok else 2}
 
     def _install(self, console: Console) -> dict[str, Any]:
+        import torch
+
         from ..ops import build_info
 
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

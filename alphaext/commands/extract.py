@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..data.images import LabelledImages
 from ..utils.files import read_json
 from . import shared
 from .options import option
 from .shared import CommonOptions, DataOptions, FeaturesOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from ..data.images import LabelledImages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,23 +9,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..classes import ClassSplit
-from ..head.alphanet import AlphaNet
-from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS
-from ..head.neighbors import pool_size
-from ..metrics.evaluation import split_metrics
-from ..metrics.predictions import predict
-from ..reference import RULES
+from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS, RULES
 from ..study.plans import POLICIES, check_policy
 from ..study.plans import choose as choose_row
-from ..training.many import SweepRun, fit_many
 from ..training.options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
 from ..training.presets import PRESETS, preset_options
 from ..utils.checks import check_gamma
@@ -34,6 +26,13 @@ from ..utils.text import percent
 from . import shared
 from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..classes import ClassSplit
+    from ..head.alphanet import AlphaNet
+    from ..training.many import SweepRun
 
 _CHECKPOINTS = ".alphaext-fit"  # nobody else's
 _TRIED = ("gamma", "top_k", "rule")
@@ -125,6 +124,10 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Train, choose, write; returns what result.json holds."""
+        from ..metrics.evaluation import split_metrics
+        from ..metrics.predictions import predict
+        from ..training.many import fit_many
+
         console, started = shared.console_or_quiet(console), time.monotonic()
         tried = {name: self.tried(name) for name in _TRIED}
         for name, values in tried.items():
@@ -212,6 +215,8 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
         ``constant``: whether a preset's constant on the few scores can be chosen and kept.
         """
+        from ..head.neighbors import pool_size
+
         available = pool_size(split, self.pool or PRESETS[self.preset]["pool"])
         common = preset_options(self.preset, pool_size=available, validation=constant)
         names = (*(name for name in common if name not in _TRIED), *("hidden_dim", "lr_milestones", "select", "min_all"))
@@ -285,6 +290,8 @@ def _value(value: object) -> str:
 
 
 def _save(head: AlphaNet, folder: Path) -> None:
+    import torch
+
     from ..checkpoints import save_linear
 
     save_linear(head.fold(), folder / shared.CLASSIFIER, overwrite=True)

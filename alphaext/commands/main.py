@@ -16,7 +16,7 @@ from rich.console import Console
 from ..utils.environment import __version__
 from ..utils.files import without_nan
 from . import COMMANDS, CONFIGURABLE, Extract, Train
-from .options import Options, add_flags, from_flags, kinds_of, read_config
+from .options import Options, add_flags, did_you_mean, from_flags, kinds_of, read_config
 from .shared import is_main_process, started_by_torchrun
 
 _DESCRIPTION = """\
@@ -69,6 +69,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """The command and its flags by name; ends with a message on what there is none of, and what was probably meant."""
+    parser = build_parser()
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        parser.error(f"unknown command {command!r}{did_you_mean(command, COMMANDS)}")
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        cls, flag = COMMANDS[flags.command], unknown[0].split("=")[0]
+        parser.usage = _usage(flags.command, cls)
+        if not flag.startswith("-"):
+            parser.error(f"unexpected argument {flag!r}")
+        parser.error(f"unknown option {flag}{did_you_mean(flag, _flags_of(cls))}")
+    return vars(flags)
+
+
+def _flags_of(cls: type[Options]) -> list[str]:
+    common = ["--help", "--json", "--traceback", *(["--config"] if cls in CONFIGURABLE else [])]
+    own = [kind for kind in kinds_of(cls) if not kind.positional]
+    return common + [kind.flag for kind in own] + [f"--no-{kind.flag[2:]}" for kind in own if kind.type is bool]
+
+
 def _usage(name: str, cls: type[Options]) -> str:
     """A line; argparse would list every option, which the help does anyway."""
     places = [f"{kind.name.upper()}{' ...' if kind.many else ''}" for kind in kinds_of(cls) if kind.positional]
@@ -81,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 wrong arguments or data, 130 interrupted.
     """
-    flags = vars(build_parser().parse_args(arguments))
+    flags = _parse(sys.argv[1:] if arguments is None else arguments)
     cls = COMMANDS[flags.pop("command")]
     as_json, show_traceback, config_file = flags.pop("json"), flags.pop("traceback"), flags.pop("config", None)
     errors = Console(stderr=True, soft_wrap=True)

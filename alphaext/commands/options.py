@@ -268,18 +268,21 @@ def read_config(path: str | os.PathLike[str], commands: Iterable[type[Options]])
         elif key in known[""] or not isinstance(value, dict):
             entries, section = {key: value}, ""
         else:
-            raise ValueError(f"config {str(file)!r} has an unknown section [{key}]{_meant(key, known)}")
+            raise ValueError(f"config {str(file)!r} has an unknown section [{key}]{did_you_mean(key, known)}")
         for name, entry in entries.items():
             place = f"{name} in [{section}]" if section else name
             if name not in known[section]:
                 where = f"in section [{section}]" if section else "at its top"
-                raise ValueError(f"config {str(file)!r} has an unknown key {name!r} {where}{_meant(name, known[section])}")
+                raise ValueError(
+                    f"config {str(file)!r} has an unknown key {name!r} {where}{did_you_mean(name, known[section])}"
+                )
             checked = known[section][name].check(entry, f"config {str(file)!r}: {place}", folder)
             result.setdefault(section, {})[name] = checked
     return result
 
 
-def _meant(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """How an error message goes on after an unknown ``word``: with the nearest of the known ones, or with all of them."""
     names = [name for name in known if name]
     close = difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(names)) or 'none'}"

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from ..metrics.terminal import metrics_table
 from . import shared
 from .options import option
 from .shared import CommonOptions, DataOptions, ModelOptions
@@ -57,6 +56,7 @@ class Train(CommonOptions, DataOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Train and write; returns what result.json holds."""
+        from ..metrics.terminal import metrics_table
         from ..pretraining.train import train_model
 
         console, started = shared.console_or_quiet(console), time.monotonic()

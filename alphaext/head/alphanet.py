@@ -36,13 +36,13 @@ class AlphaNet(nn.Module):
         weight: ``[N, D]``, the trained classifier.
         bias: ``[N]``, or None for a classifier without bias.
         members: ``[F, K+1]`` int64 class ids: column 0 the few class, then its neighbours, nearest first.
-        z: ``[F, (K+1) P]``, each sub-module's fixed input (:func:`alphaext.submodule_inputs`); None with
+        z: ``[F, (K+1) P]``, each sub-module's fixed input (:func:`alphaext.head.submodule_inputs`); None with
             ``coefficients="direct"``, which needs none.
         coefficients: ``"mlp"`` (default), as in the paper: a sub-module's outputs. ``"direct"``: the outputs are themselves the
             parameters, without a network, which is the same function with far fewer numbers to learn.
         directions: ``[R, D]``, with ``coefficients="direct"`` and ``rule="clamp"``: directions along which each few row may
             move besides, by learned amounts that start at 0, so that ``U_f = sum_k alpha_fk V_fk + sum_r rho_fr directions_r``
-            (:func:`alphaext.residual_directions`).
+            (:func:`alphaext.head.residual_directions`).
         direction_bias: ``[R]``, what each direction adds to the bias; with ``bias``, and only then.
         hidden_dim: hidden units ``H`` of a sub-module; default ``P``, as in the paper (500 on ImageNet-LT).
         gamma: ``alpha_0`` is kept in ``(0, gamma]``; in ``(0, 1]``. Default 1, with which the start is the original classifier
@@ -192,7 +192,7 @@ class AlphaNet(nn.Module):
             pool: the classes that neighbours are chosen from: ``"base"`` (medium and many), as in the paper, ``"many"``, or
                 ``"all"``, few classes too (paper, appendix D).
             metric: what makes a class near: ``"euclidean"``, as in the paper, or ``"cosine"``; ``"random"`` draws neighbours
-                instead, as a control (:func:`alphaext.nearest_classes`).
+                instead, as a control (:func:`alphaext.head.nearest_classes`).
             neighbor_seed: of ``"random"``, apart from ``seed``, so that weights can vary over fixed neighbours.
             few_below: a class with fewer training samples is few; the paper uses 20.
             many_above: a class with more training samples is many; the paper uses 100.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-POOLS = ("base", "many", "all")
-
-METRICS = ("euclidean", "cosine", "random")
-
-INITS = ("identity", "default")
-
-FIRST_LAYERS = ("dense", "factored")
-
+RULES = ("clamp", "softmax", "l1")
 COEFFICIENTS = ("mlp", "direct")
+INITS = ("identity", "default")
+FIRST_LAYERS = ("dense", "factored")
+POOLS = ("base", "many", "all")
+METRICS = ("euclidean", "cosine", "random")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from .plans import EXPERIMENTS, POLICIES, StudyOptions, choose
-from .rows import read_rows, summarize
-from .run import run_study
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import load_at_first_use
+
+if TYPE_CHECKING:
+    from .plans import EXPERIMENTS, POLICIES, StudyOptions, choose
+    from .rows import read_rows, summarize
+    from .run import run_study
+else:
+    __getattr__, __dir__ = load_at_first_use(__name__)
 
 __all__ = [
     "EXPERIMENTS",

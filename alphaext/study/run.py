@@ -56,7 +56,8 @@ def run_study(
     The folder ``output`` gets ``results.csv``, a row for each head or rival and seed
     (:data:`alphaext.study.rows.COLUMNS`); ``results.json``, what it was made of, and what was chosen of what; and, with the
     experiment "compare", ``classes.csv`` and ``confusions.csv``: what became of each class under the chosen Alpha Net of the
-    first seed (:func:`alphaext.class_table`), and which confusions it mends and makes (:mod:`alphaext.metrics.confusions`).
+    first seed (:func:`alphaext.metrics.class_table`), and which confusions it mends and makes
+    (:mod:`alphaext.metrics.confusions`).
 
     An interrupted study goes on where it stopped when it is run again, to the same rows but for ``seconds``, which are then
     those of the last run. More experiments and seeds may be asked for later; the rows that are there stay. Trainings that

@@ -51,7 +51,7 @@ def cut_few_samples(labels: Tensor, few: Tensor, most: int, seed: int, *, passes
         few: ids of the few classes.
         most: images that each keeps at most, at least 1.
         seed: of the choice.
-        passes: rows of each image, as :attr:`alphaext.Features.passes`; an image's rows stay or go together.
+        passes: rows of each image, as :attr:`alphaext.features.Features.passes`; an image's rows stay or go together.
 
     Returns:
         int64, ascending, rows that stay; those of other classes all do.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from .engine import TrainingDiverged
-from .history import plot_history
-from .many import SweepRun, fit_many
-from .options import TrainingOptions
-from .presets import PRESETS, preset_options
-from .result import FitResult
-from .single import fit
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import load_at_first_use
+
+if TYPE_CHECKING:
+    from .engine import TrainingDiverged
+    from .history import plot_history
+    from .many import SweepRun, fit_many
+    from .options import TrainingOptions
+    from .presets import PRESETS, preset_options
+    from .result import FitResult
+    from .single import fit
+else:
+    __getattr__, __dir__ = load_at_first_use(__name__)
 
 __all__ = [
     "PRESETS",
