@@ -70,7 +70,7 @@ def test_half_precision_memory_map_in_blocks(options: dict, tmp_path: Path, monk
     features, labels, _ = problem(1, dtype=torch.float16)
     features.numpy().tofile(tmp_path / "features")
     mapped = np.memmap(tmp_path / "features", mode="r", dtype=np.float16, shape=tuple(features.shape))
-    monkeypatch.setattr(alphaext.neighbors, "_BLOCK_ELEMENTS", 17)
+    monkeypatch.setattr(alphaext.classes, "_BLOCK_ELEMENTS", 17)
     linear, expected = ncm(mapped, labels.numpy(), **options), ncm(features.float(), labels, **options)
     assert type(linear) is torch.nn.Linear and linear.weight.dtype == torch.float32
     assert linear.weight.equal(expected.weight)

@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def test_examples_in_docstrings() -> None:
-    results = doctest.testmod(alphaext.neighbors)
+    results = doctest.testmod(alphaext.head.neighbors)
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -54,7 +54,7 @@ def test_means_against_a_loop(num_classes: int, more: int, width: int, dtype: to
     labels = labels[torch.randperm(len(labels), generator=generator)]
     features = random(len(labels), width, seed=seed, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alphaext.neighbors, "_BLOCK_ELEMENTS", block)
+        patch.setattr(alphaext.classes, "_BLOCK_ELEMENTS", block)
         means = class_means(features, labels)
     assert means.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     wanted = torch.stack([features[labels == c].double().mean(0) for c in range(num_classes)])
@@ -65,7 +65,7 @@ def test_means_against_a_loop(num_classes: int, more: int, width: int, dtype: to
 def test_means_do_not_depend_on_blocks_layout_or_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = random(2000, 33), torch.arange(2000) % 7
     means = class_means(features, labels)
-    monkeypatch.setattr(alphaext.neighbors, "_BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(alphaext.classes, "_BLOCK_ELEMENTS", 100)
     assert torch.equal(class_means(features, labels), means)
     assert torch.equal(class_means(features.T.contiguous().T, labels), means)
     threads = torch.get_num_threads()
@@ -86,7 +86,7 @@ def test_means_are_summed_in_float64() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_means_of_a_read_only_memory_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alphaext.neighbors, "_BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(alphaext.classes, "_BLOCK_ELEMENTS", 64)
     values = random(50, 8).numpy().astype(np.float16)
     values.tofile(tmp_path / "features")
     features = np.memmap(tmp_path / "features", mode="r", dtype=np.float16, shape=(50, 8))
@@ -143,7 +143,7 @@ def test_means_refuse(features: object, labels: object, num_classes: int | None,
 
 
 def test_place_of_a_nan_counts_from_the_first_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alphaext.neighbors, "_BLOCK_ELEMENTS", 3)
+    monkeypatch.setattr(alphaext.classes, "_BLOCK_ELEMENTS", 3)
     with pytest.raises(ValueError, match=r"got nan at index \[2, 1\]"):
         class_means(not_finite(torch.nan), [0] * 4)
 

@@ -67,7 +67,7 @@ def make_long_tailed(
 
     Example:
         >>> import numpy
-        >>> from alphaext.images import ArrayImages
+        >>> from alphaext.data import ArrayImages
         >>> images = ArrayImages(numpy.zeros((300, 8, 8), numpy.uint8), torch.arange(300) % 3, "digits")
         >>> make_long_tailed(images, 10).labels.bincount()
         tensor([100,  31,  10])

@@ -75,7 +75,7 @@ def check_data(
 
     Example:
         >>> import numpy
-        >>> from alphaext.images import ArrayImages
+        >>> from alphaext.data import ArrayImages
         >>> labels = torch.arange(12).repeat_interleave(30)[:345]
         >>> pixels = numpy.arange(345 * 4, dtype=numpy.uint16).view(numpy.uint8).reshape(345, 8, 1)
         >>> report = check_data(ArrayImages(pixels, labels, "train"))

@@ -100,9 +100,9 @@ def extract(
     Example:
         >>> import tempfile
         >>> import numpy as np
-        >>> from alphaext.backbones import make_model, split_model
+        >>> from alphaext.models import make_model, split_model
         >>> from alphaext.data import read_arrays
-        >>> from alphaext.transforms import small_test_transform
+        >>> from alphaext.data import small_test_transform
         >>> folder = tempfile.mkdtemp()
         >>> np.savez(folder + "/data.npz", x=np.zeros((5, 28, 28), dtype=np.uint8), y=[0, 0, 1, 1, 2])
         >>> images, model = read_arrays(folder + "/data.npz"), split_model(make_model("small", 3, in_channels=1))

@@ -39,7 +39,7 @@ def find_classifier(model: nn.Module, example: Tensor | None = None) -> str:
             shapes.
 
     Example:
-        >>> from alphaext.backbones import SmallConvNet
+        >>> from alphaext.models import SmallConvNet
         >>> find_classifier(SmallConvNet(10), torch.zeros(1, 3, 28, 28))
         'fc'
     """
@@ -88,7 +88,7 @@ class SplitModel:
         classifier_name: dotted name of its linear classifier.
 
     Example:
-        >>> from alphaext.backbones import SmallConvNet
+        >>> from alphaext.models import SmallConvNet
         >>> split = split_model(SmallConvNet(10))
         >>> split.classifier_name, split.num_classes, split.in_features
         ('fc', 10, 192)
@@ -204,7 +204,7 @@ def split_model(model: nn.Module, classifier: str | None = None, example: Tensor
             logits that differ (the message has the largest difference).
 
     Example:
-        >>> from alphaext.backbones import make_model
+        >>> from alphaext.models import make_model
         >>> split_model(make_model("mobilenet_v3_small", 7), example=torch.zeros(2, 3, 64, 64))
         SplitModel(MobileNetV3, classifier_name='classifier.3', num_classes=7, in_features=1024)
     """

@@ -149,9 +149,9 @@ def train_model(
 
     Example:
         >>> import numpy, tempfile
-        >>> from alphaext.backbones import SmallConvNet
-        >>> from alphaext.images import ArrayImages
-        >>> from alphaext.transforms import small_test_transform
+        >>> from alphaext.models import SmallConvNet
+        >>> from alphaext.data import ArrayImages
+        >>> from alphaext.data import small_test_transform
         >>> images = ArrayImages(numpy.zeros((12, 8, 8), numpy.uint8), torch.arange(12) % 3, "zeros")
         >>> model, transform = SmallConvNet(3, in_channels=1), small_test_transform(8, channels=1)
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import inspect
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -23,14 +22,22 @@ def load_at_first_use(package: str) -> tuple[Callable[[str], Any], Callable[[], 
 
     @cache
     def modules() -> dict[str, str]:
-        body = ast.parse(inspect.getsource(sys.modules[package])).body
+        with open(str(sys.modules[package].__file__), encoding="utf-8") as file:
+            body = ast.parse(file.read()).body
         imports = next(node for node in body if isinstance(node, ast.If)).body
-        return {name.name: f".{node.module}" for node in imports if isinstance(node, ast.ImportFrom) for name in node.names}
+        return {
+            name.name: "." * node.level + str(node.module)
+            for node in imports
+            if isinstance(node, ast.ImportFrom)
+            for name in node.names
+        }
 
     def load(name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
         if name in modules():
             value = getattr(importlib.import_module(modules()[name], package), name)
-        elif not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}") is not None:
+        elif importlib.util.find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")

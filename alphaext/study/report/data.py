@@ -148,7 +148,7 @@ def group_rows(rows: Iterable[Row], by: Sequence[str] | None = None) -> list[Gro
         by: the columns of the configuration; default those that vary among ``rows``.
 
     Example:
-        >>> from alphaext.study_rows import make_row
+        >>> from alphaext.study.rows import make_row
         >>> rows = [make_row(method="Alpha Net", seed=s, gamma=g, test_few=g / 2 + s / 8) for g in (0.5, 1.0) for s in (0, 1)]
         >>> [(group.label, group.mean("test_few")) for group in group_rows(rows)]
         [('Alpha Net, gamma 0.5', 0.3125), ('Alpha Net, gamma 1', 0.5625)]

@@ -35,7 +35,7 @@ def mean_text(group: Group, metric: str) -> str:
     """The mean over seeds in percent, with the standard deviation where there are several.
 
     Example:
-        >>> from alphaext.study_rows import make_row
+        >>> from alphaext.study.rows import make_row
         >>> mean_text(Group("Alpha Net", {}, (make_row(test_few=0.1), make_row(test_few=0.2))), "test_few")
         '15.0 ±7.1'
     """
