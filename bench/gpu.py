@@ -171,7 +171,7 @@ def run_build(context: Context) -> Outcome:
 def tests_that_import(name: str, tests: Path) -> list[Path]:
     """The test files that cannot be read without a module."""
     pattern = re.compile(rf"^(?:from|import) {re.escape(name)}\b", re.MULTILINE)
-    return sorted(path for path in tests.glob("test_*.py") if pattern.search(path.read_text(encoding="utf-8")))
+    return sorted(path for path in tests.rglob("test_*.py") if pattern.search(path.read_text(encoding="utf-8")))
 
 
 def pytest_command(

@@ -20,6 +20,7 @@ import torch
 from gpu_timing import require_gpu
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import test_cuda_training as training
 from problems import DTYPES, Problem, assert_close, make_problem, reference_scores

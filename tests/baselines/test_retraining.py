@@ -14,7 +14,8 @@ from torch.nn import functional
 from alphaext import AlphaNet
 from alphaext.baselines import retraining
 from alphaext.baselines.balanced_sampling import ClassBalancedSampler
-from alphaext.baselines.retraining import RETRAINING_PRESETS, crt, lws
+from alphaext.baselines.choices import RETRAINING_PRESETS
+from alphaext.baselines.retraining import crt, lws
 from alphaext.classes import ClassSplit, class_means, split_classes
 from alphaext.metrics.accuracy import split_accuracy
 from alphaext.training import cached_logits

@@ -720,7 +720,7 @@ def test_two_processes_share_the_work_to_the_same_bits(tmp_path):
     for number in (1, 2, 5, 6, 7):
         shards.shard_path(folder, number).unlink()
     options = json.dumps({"count": 60, "folder": str(folder), "log": str(log)})
-    program = Path(__file__).with_name("tiny_images.py")
+    program = Path(__file__).parents[1] / "helpers" / "tiny_images.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program), options]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_training import interrupt, make_data
+from test_single import interrupt, make_data
 from torch import nn
 
 from alphaext import AlphaNet, class_means, fit, fit_many

@@ -11,7 +11,7 @@ from public_names import public_names
 from test_retraining import FAST, FEATURES, JOINT, LABELS, SIZES, SPLIT, VALIDATION, accuracy_of
 from torch import nn
 
-from alphaext.baselines.registry import (
+from alphaext.baselines import (
     BASELINES,
     choose_few_bias,
     choose_logit_adjustment,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import training as bench
 
 TINY = bench.Dataset("tiny", 40, 6, 50, 1000, 70, in_features=16, pca_dim=8, top_k=3)

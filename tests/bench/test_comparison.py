@@ -10,7 +10,7 @@ import quickdraw
 import sklearn_digits
 import torch
 from sklearn.linear_model import LogisticRegression
-from test_bench_quickdraw import made_up_problem
+from test_quickdraw import made_up_problem
 
 
 @pytest.fixture(scope="module")
