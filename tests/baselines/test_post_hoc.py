@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from alphaext.baselines import post_hoc
 from alphaext.baselines.post_hoc import TAUS, choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from alphaext.classes import ClassSplit, split_classes
 from alphaext.metrics.accuracy import split_accuracy
@@ -186,7 +185,7 @@ def test_few_bias_chosen_is_the_best_of_all_constants(seed: int, grid: bool, few
     split = ClassSplit(few=[0, 5], medium=[1, 2], many=[3, 4])
     select = "best_few" if few else "best_all"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(post_hoc, "_TABLE_ROWS", 10**6)
+        patch.setattr("alphaext.training.few_bias._TABLE_ROWS", 10**6)
         patch.setattr("alphaext.training.selection._BLOCK_ELEMENTS", block)
         result = choose_few_bias(linear, logits, labels, split, select=select)
 

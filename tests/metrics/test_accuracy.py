@@ -17,7 +17,7 @@ from alphaext.metrics.accuracy import label_ranks, per_class_accuracy, split_acc
 
 
 def test_examples_in_docstrings() -> None:
-    results = doctest.testmod(alphaext.metrics)
+    results = doctest.testmod(alphaext.metrics.accuracy)
     assert results.attempted > 0
     assert results.failed == 0
 

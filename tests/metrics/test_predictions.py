@@ -42,7 +42,7 @@ def test_logits_against_a_loop(samples: int, num_classes: int, seed: int, block:
     logits = torch.randint(-2, 3, (samples, num_classes), generator=generator).float()  # ties are common
     labels = torch.randint(num_classes, (samples,), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alphaext.predictions, "_BLOCK_ELEMENTS", block)
+        patch.setattr(alphaext.metrics.predictions, "_BLOCK_ELEMENTS", block)
         found = predict_logits(logits, labels)
     assert len(found) == samples and found.num_classes == num_classes
     assert found.confidence is not None and found.confidence.dtype == torch.float32
@@ -100,7 +100,7 @@ def test_a_block_is_all_that_is_read_and_scored() -> None:
 def test_very_many_classes_make_smaller_products(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, features, labels = draw(300, 4, 40)
     whole = predict(linear, features, labels)
-    monkeypatch.setattr(alphaext.predictions, "_PRODUCT_ELEMENTS", 100)
+    monkeypatch.setattr(alphaext.metrics.predictions, "_PRODUCT_ELEMENTS", 100)
     sizes = []
     linear.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     found = predict(linear, features, labels)

@@ -112,7 +112,7 @@ def test_the_default_fails_none_of_the_checks():
 
 def test_examples():
     names = {"LogisticRegression": LogisticRegression}
-    results = doctest.testmod(alphaext.sklearn, extraglobs=names)
+    results = doctest.testmod(alphaext.sklearn.classifier, extraglobs=names)
     assert results.failed == 0 and results.attempted > 0
 
 

@@ -72,7 +72,7 @@ def test_output_files_are_checked_before_any_work(tmp_path):
 
 HOLDER = """
 import sys, time
-from alphaext._files import folder_lock
+from alphaext.utils.files import folder_lock
 with folder_lock(sys.argv[1], "features"):
     print("held", flush=True)
     time.sleep(60)

@@ -162,7 +162,7 @@ def test_a_group_that_is_there_is_taken_and_left():
 def test_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from alphaext.distributed import process_group\n"
+        "from alphaext.utils.processes import process_group\n"
         "with process_group('cpu') as group:\n"
         "    seen = group.all_gather_object(group.rank)\n"
         "    if group.is_main: print('seen', seen)\n"
