@@ -1,112 +1,37 @@
-"""Alpha Net for PyTorch: rebuild the weak rows of a trained long-tailed classifier out of its strong ones."""
+"""Alpha Net for PyTorch: rebuild the weak rows of a trained long-tailed classifier out of its strong ones.
+
+What most people call is here; everything else is in its package: ``alphaext.metrics.compare``, ``alphaext.data.open_images``.
+"""
 
 from __future__ import annotations
 
-try:
-    import torch  # noqa: F401  (loads the libraries that the extension links to)
+from typing import TYPE_CHECKING
 
-    from . import _C  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"alphaext could not load its extension ({error}). From a source checkout, build it first with 'pip install -e .'; "
-        "if alphaext is installed, leave the checkout's directory, whose source tree hides the installed package"
-    ) from error
+from .utils.environment import __version__
+from .utils.lazy import load_at_first_use
 
-from . import ops, reference
-from .backbones import make_model
-from .baselines import BASELINES, BaselineResult, run_baseline
-from .checkpoints import Checkpoint, read_checkpoint, save_linear, write_repaired
-from .class_table import class_table, write_class_table
-from .classes import ClassSplit, class_counts, split_classes
-from .comparison import Comparison, compare
-from .data import open_images
-from .doctor import check_classifier_order, check_data
-from .evaluation import bootstrap_intervals, expected_calibration_error, per_class, split_metrics
-from .extraction import extract
-from .features import Features, read_features, write_features
-from .images import ImageReadError, LabelledImages
-from .joint import TrainResult, train_model
-from .long_tailed import make_long_tailed
-from .metrics import per_class_accuracy, split_accuracy
-from .modules import AlphaNet
-from .neighbors import (
-    build_members,
-    class_means,
-    nearest_classes,
-    neighbor_distances,
-    pool_classes,
-    reduce_classifiers,
-    residual_directions,
-    submodule_inputs,
-)
-from .ops import build_info
-from .predictions import Predictions, predict, predict_logits
-from .presets import PRESETS, preset_options
-from .repair import Repair, repair
-from .splitting import SplitModel, find_classifier, split_model
-from .sweep import SweepRun, fit_many
-from .training import FitResult, fit
-
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .classes import ClassSplit, class_counts, class_means, split_classes
+    from .head.alphanet import AlphaNet
+    from .ops.extension import build_info
+    from .repairing.repair import Repair, repair
+    from .training.many import fit_many
+    from .training.result import FitResult
+    from .training.single import fit
+else:
+    __getattr__, __dir__ = load_at_first_use(__name__)
 
 __all__ = [
-    "BASELINES",
-    "PRESETS",
     "AlphaNet",
-    "BaselineResult",
-    "Checkpoint",
     "ClassSplit",
-    "Comparison",
-    "Features",
     "FitResult",
-    "ImageReadError",
-    "LabelledImages",
-    "Predictions",
     "Repair",
-    "SplitModel",
-    "SweepRun",
-    "TrainResult",
-    "bootstrap_intervals",
+    "__version__",
     "build_info",
-    "build_members",
-    "check_classifier_order",
-    "check_data",
     "class_counts",
     "class_means",
-    "class_table",
-    "compare",
-    "expected_calibration_error",
-    "extract",
-    "find_classifier",
     "fit",
     "fit_many",
-    "make_long_tailed",
-    "make_model",
-    "nearest_classes",
-    "neighbor_distances",
-    "open_images",
-    "ops",
-    "per_class",
-    "per_class_accuracy",
-    "pool_classes",
-    "predict",
-    "predict_logits",
-    "preset_options",
-    "read_checkpoint",
-    "read_features",
-    "reduce_classifiers",
-    "reference",
     "repair",
-    "residual_directions",
-    "run_baseline",
-    "save_linear",
-    "split_accuracy",
     "split_classes",
-    "split_metrics",
-    "split_model",
-    "submodule_inputs",
-    "train_model",
-    "write_class_table",
-    "write_features",
-    "write_repaired",
 ]

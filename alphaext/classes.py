@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ._checks import (
+from .utils.checks import check_integer, format_ids
+from .utils.tensors import (
     TensorLike,
     as_tensor,
     check_class_ids,
-    check_integer,
+    check_finite,
+    check_floating,
     check_integral,
     check_labels,
     check_same_device,
     check_shape,
-    format_ids,
 )
 
-__all__ = ["ClassSplit", "class_counts", "split_classes"]
+__all__ = [
+    "ClassSplit",
+    "class_counts",
+    "class_means",
+    "split_classes",
+]
+
+# Elements of one block of features. It stays in cache between its conversion and its sum, and torch starts its threads
+# from 2**15 elements on: waiting for them costs more than such light work, many times more on a busy machine.
+_BLOCK_ELEMENTS = 2**15 - 1
+
+Rows: TypeAlias = npt.NDArray[Any]
 
 
 def class_counts(labels: TensorLike, num_classes: int | None = None) -> Tensor:
@@ -165,3 +181,82 @@ def split_classes(counts: TensorLike, *, few_below: int = 20, many_above: int = 
     few, many = samples < few_below, samples > many_above
     few_ids, medium_ids, many_ids = (torch.nonzero(mask)[:, 0] for mask in (few, ~(few | many), many))
     return ClassSplit(few=few_ids, medium=medium_ids, many=many_ids)
+
+
+def class_means(features: TensorLike, labels: TensorLike, num_classes: int | None = None) -> Tensor:
+    """Return the mean feature of each class.
+
+    The features are read block by block, so that a memory-mapped array larger than memory will do. Sums are kept in
+    float64 and added in the order of the samples.
+
+    Args:
+        features: floating point [n, D], the input of the last layer (paper section 4.2: "its mean feature from the last
+            layer before fc"); tensor on any device, NumPy array or memory map.
+        labels: class id of each sample, integers [n].
+        num_classes: N. Default: the largest label plus one.
+
+    Returns:
+        [N, D] on the device of ``features``, in their dtype but at least float32.
+
+    Raises:
+        TypeError: features that are not floating point, labels that are not integers.
+        ValueError: a class without samples (the message names it), NaN or infinity, labels out of range, numbers of
+            samples or devices that disagree.
+
+    Example:
+        >>> class_means(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]]), [0, 0, 1])
+        tensor([[2., 0.],
+                [0., 5.]])
+    """
+    sums, counts, like = class_sums(features, labels, num_classes)
+    means = (torch.from_numpy(sums) / counts[:, None]).to(like.dtype)
+    check_finite(means, "the sum over a class of features")
+    return means.to(like.device)
+
+
+def class_sums(
+    features: TensorLike, labels: TensorLike, num_classes: int | None = None, transform: Callable[[Rows], Rows] | None = None
+) -> tuple[npt.NDArray[np.float64], Tensor, Tensor]:
+    """Return the sum of each class's features, what :func:`class_means` divides by the class's samples.
+
+    Args:
+        features: as for :func:`class_means`, as are ``labels`` and ``num_classes``.
+        transform: what to sum instead of the features: float64 rows ``[block, D]`` to rows of that shape.
+
+    Returns:
+        The sums, float64 [N, D]; the samples of each class, int64 [N]; and an empty tensor of the dtype and on the device that
+        a result has: those of ``features``, but at least float32.
+    """
+    check_same_device(features=features, labels=labels)
+    source = features if isinstance(features, (Tensor, np.ndarray)) else as_tensor(features, "features")
+    if source.ndim != 2:
+        raise ValueError(f"features must have shape [n, D], got {list(source.shape)}")
+    # An empty slice tells dtype and device without touching a memory map's data.
+    empty = as_tensor(source[:0], "features")
+    check_floating(empty, "features")
+    samples, width = int(source.shape[0]), int(source.shape[1])
+    if num_classes is not None:
+        num_classes = check_integer(num_classes, "num_classes", minimum=1)
+    label_ids = check_labels(labels, num_classes).cpu()
+    if label_ids.numel() != samples:
+        raise ValueError(f"features and labels must have one entry a sample, got {samples} and {label_ids.numel()}")
+    if num_classes is None and samples == 0:
+        raise ValueError("labels is empty, so the number of classes is unknown: give num_classes")
+    counts = torch.bincount(label_ids, minlength=num_classes or 0)
+    if bool((counts == 0).any()):
+        missing = torch.nonzero(counts == 0)[:, 0].tolist()
+        raise ValueError(f"labels must hold every class of 0..{counts.numel() - 1}, no samples of class {format_ids(missing)}")
+
+    sums = np.zeros((counts.numel(), width))
+    sum_rows, label_list = list(sums), label_ids.tolist()
+    rows = max(1, _BLOCK_ELEMENTS // max(1, width))
+    for start in range(0, samples, rows):
+        block = as_tensor(source[start : start + rows], "features").detach().cpu()
+        check_finite(block, "features", first_row=start)
+        # Row by row: index_add_ would leave the order, and so the last bit, to the device and the number of threads.
+        with np.errstate(over="ignore"):  # an infinite sum is found below
+            wide: Rows = block.to(torch.float64).numpy()
+            summed = wide if transform is None else transform(wide)
+            for label, row in zip(label_list[start : start + rows], summed, strict=True):
+                sum_rows[label] += row
+    return sums, counts, empty if empty.dtype.itemsize >= 4 else empty.float()

@@ -28,7 +28,9 @@ from quickdraw import ATTRIBUTION, Problem, default_cache, load_problem, problem
 from rich.console import Console
 from torch import nn
 
-from alphaext import ClassSplit, fit_many, predict, run_baseline, split_classes, split_metrics
+from alphaext import ClassSplit, fit_many, split_classes
+from alphaext.baselines import run_baseline
+from alphaext.metrics import predict, split_metrics
 
 MANY_ABOVE = 40
 SPLITS = ("few", "medium", "many", "all")

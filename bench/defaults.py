@@ -42,7 +42,8 @@ from quickdraw import (
 )
 from rich.console import Console
 
-from alphaext import AlphaNet, class_means, fit_many, split_accuracy, split_classes
+from alphaext import AlphaNet, class_means, fit_many, split_classes
+from alphaext.metrics import split_accuracy
 
 PROBLEMS = ("digits", "quickdraw")
 TOP_K = 5

@@ -40,7 +40,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alphaext import class_counts, demo, split_accuracy, split_classes
+from alphaext import class_counts, split_classes
+from alphaext.commands import demonstration as demo
+from alphaext.metrics import split_accuracy
 
 ATTRIBUTION = "Drawings: Google's Quick, Draw! data set, CC BY 4.0."
 PARTS = ("train", "val", "test")

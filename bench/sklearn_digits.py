@@ -29,8 +29,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from alphaext.demo import TRAIN_COUNTS
-from alphaext.sklearn import AlphaNetClassifier
+from alphaext.commands.demonstration import TRAIN_COUNTS
+from alphaext.sklearn.classifier import AlphaNetClassifier
 
 TEST_PER_CLASS = 50
 ESTIMATORS: dict[str, Any] = {

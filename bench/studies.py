@@ -36,11 +36,13 @@ from rich.console import Console
 from scipy import stats
 from torch import nn
 
-from alphaext import run_baseline, split_classes, write_features
-from alphaext.report import write_report
-from alphaext.report_front import Front
-from alphaext.study import CLASSES, CONFUSIONS, RESULTS, ROWS, StudyOptions, run_study
-from alphaext.study_rows import FRONT, read_rows
+from alphaext import split_classes
+from alphaext.baselines import run_baseline
+from alphaext.features import write_features
+from alphaext.study.report.front import Front
+from alphaext.study.report.write import write_report
+from alphaext.study.rows import FRONT, read_rows
+from alphaext.study.run import CLASSES, CONFUSIONS, RESULTS, ROWS, StudyOptions, run_study
 
 ROOT = Path(__file__).parent / "results"
 MANY_ABOVE = {"quickdraw": 40, "digits": 100}

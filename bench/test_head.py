@@ -12,7 +12,7 @@ from memory import peak_in_own_process
 from providers import MODES, PROVIDERS, SIZES, Size, make_problem, make_step
 from torch.nn import functional
 
-from alphaext import training
+from alphaext.training import single as training
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

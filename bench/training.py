@@ -32,10 +32,10 @@ from torch.nn import functional
 
 import alphaext
 from alphaext import AlphaNet
-from alphaext.engines import NativeEngine, SharedLogits
-from alphaext.member_logits import Columns, Samples, TrainingLogits
-from alphaext.options import TrainingOptions
-from alphaext.training import Run, training_data
+from alphaext.training.cached_logits import Columns, Samples, TrainingLogits
+from alphaext.training.native_engine import NativeEngine, SharedLogits
+from alphaext.training.options import TrainingOptions
+from alphaext.training.single import Run, training_data
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -334,7 +334,7 @@ def step_time(dataset: Dataset, repeats: int = 5, epochs: int = 3) -> float:
     settings: dict[str, Any] = {"epochs": epochs, "lr": 1e-3, "select": "last"}
     run = problem.run(**settings)
     logits = SharedLogits([problem.head], run.data, range(1, epochs + 1), [run.data.sampler])
-    engine = NativeEngine(problem.head, run.options, alphaext.options.Sgd(1e-3, 0.9, 0.0, 0.0, False), run.data, 1, logits)
+    engine = NativeEngine(problem.head, run.options, alphaext.training.sgd.Sgd(1e-3, 0.9, 0.0, 0.0, False), run.data, 1, logits)
     engine.train(1, 1.0)
     times = [timed(lambda epoch=epoch: engine.train(epoch, 1.0)) for _ in range(repeats) for epoch in (2, 3)]  # type: ignore[misc]
     return statistics.median(times) / engine.steps_per_epoch

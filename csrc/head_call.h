@@ -34,7 +34,7 @@ struct HeadCall {
 // scores; and what the backward needs: preactivation, raw, alpha, the original logits (empty when they are the input).
 using HeadResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Which gradients are asked for: one bit an argument, in the order of the arguments of `head`. alphaext/ops.py mirrors this.
+// Which gradients are asked for: one bit an argument, in the order of the arguments of `head`. alphaext/ops/head.py mirrors this.
 enum Wanted : int64_t { kInput = 1, kWeight = 2, kBias = 4, kZ = 8, kW1 = 16, kB1 = 32, kW2 = 64, kB2 = 128 };
 constexpr int64_t kOfSubmodules = kZ | kW1 | kB1 | kW2 | kB2;
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "training.h"
 
 namespace py = pybind11;
 
@@ -58,6 +59,14 @@ py::dict build_info() {
   return info;
 }
 
+py::dict layout() {
+  py::dict sizes;
+  sizes["tile_width"] = alphaext::kTileWidth;
+  sizes["block_samples"] = alphaext::kBlockSamples;
+  sizes["top_classes"] = alphaext::kTopClasses;
+  return sizes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -65,4 +74,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "How this library was built and runs: version, compiler, flags, torch (built against), cuda (version or None), "
         "cuda_archs (list or None), simd (instruction set in use), threads (torch's, now).");
+  m.def("layout", &layout, "Sizes that the kernels' memory is laid out by: tile_width, block_samples, top_classes.");
 }

@@ -1,7 +1,7 @@
 // The operators: schemas, argument checks, and the way to the backend.
 //
 // Built on LibTorch's stable ABI alone, so one binary serves every torch >= 2.10. Autograd, fake kernels and the autocast rule
-// are registered from Python (alphaext/ops.py), where the stable ABI has no door for them.
+// are registered from Python (alphaext/ops/head.py), where the stable ABI has no door for them.
 #include <vector>
 
 #include "head_call.h"

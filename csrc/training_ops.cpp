@@ -1,5 +1,5 @@
 // The operators of the native training engine: schemas, argument checks, and the way to the kernels. Used by
-// alphaext/engines.py, which prepares the tensors; users have no business with them.
+// alphaext/training/native_engine.py, which prepares the tensors; users have no business with them.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>

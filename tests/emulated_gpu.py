@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIRECTORY = os.environ.get("ALPHAEXT_EMULATED_GPU")
 GPU = "cpu" if DIRECTORY else "cuda"
 # What is run beside the GPU tests: heads and trainings against the plain reference. Long trainings are left out.
-TESTS = ["test_modules.py", "test_direct.py", "test_training_options.py", "test_engines.py"]
+TESTS = ["head/test_alphanet.py", "head/test_direct.py", "training/test_options.py", "training/test_engines.py"]
 LONG = "not 300_steps and not long_trainings"
 # The command that proves the package on a GPU, from its first stage to its last.
 ORDER = "bench/test_gpu_order.py"

@@ -11,18 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alphaext.classes
-from alphaext._checks import (
-    as_tensor,
-    check_finite,
-    check_floating,
-    check_gamma,
-    check_integer,
-    check_labels,
-    check_same_device,
-    check_shape,
-    format_ids,
-)
 from alphaext.classes import ClassSplit, class_counts, split_classes
+from alphaext.utils.checks import check_gamma, check_integer, format_ids
+from alphaext.utils.tensors import as_tensor, check_finite, check_floating, check_labels, check_same_device, check_shape
 
 
 def data_folder() -> Path:

@@ -8,7 +8,8 @@ from emulated_gpu import DIRECTORY as EMULATED
 from emulated_gpu import GPU
 from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
 
-from alphaext import AlphaNet, class_means, fit, fit_many, ops, reference
+from alphaext import AlphaNet, class_means, fit, fit_many, reference
+from alphaext.ops import head as ops
 
 pytestmark = pytest.mark.gpu
 # Streams, graphs, profiles and several devices: what an emulated GPU has not got.

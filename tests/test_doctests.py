@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 
 import pytest
-import torch
+from public_names import public_names
 
 import alphaext
 
@@ -22,7 +22,7 @@ MODULES = [
 
 def test_most_modules_have_examples():
     with_examples = [name for name in MODULES if examples(name)]
-    assert len(with_examples) > 30 and "alphaext.training" in with_examples
+    assert len(with_examples) > 30 and "alphaext.training.single" in with_examples
 
 
 def examples(name: str) -> list[doctest.DocTest]:
@@ -31,5 +31,4 @@ def examples(name: str) -> list[doctest.DocTest]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
-    names = {"torch": torch, "nn": torch.nn, **{name: getattr(alphaext, name) for name in alphaext.__all__}}
-    assert doctest.testmod(importlib.import_module(name), extraglobs=names).failed == 0
+    assert doctest.testmod(importlib.import_module(name), extraglobs=public_names()).failed == 0

@@ -10,7 +10,6 @@ is ``alphaext fit --features features --classifier crt --gamma 0.5 0.7 1 --outpu
 
 from __future__ import annotations
 
-from ..config import Options
 from .baseline import Baseline
 from .demo import Demo, Info
 from .doctor import Doctor
@@ -18,6 +17,7 @@ from .evaluate import Evaluate
 from .export import Export
 from .extract import Extract
 from .fit import Fit
+from .options import Options
 from .report import Report
 from .shared import CommonOptions
 from .study import Study

@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from ..baselines import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS, run_baseline
-from ..classes import ClassSplit
-from ..config import option
-from ..features import Features
-from ..selection import BaselineResult
-from ..tables import percent
+from ..baselines.choices import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS
+from ..utils.text import percent
 from . import shared
+from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..classes import ClassSplit
+    from ..features.store import Features
+    from ..training.selection import BaselineResult
 
 _CHOOSE = {"tau": "tau", "logit-adjustment": "tau", "few-bias": "offset"}
 _NEED_A_CLASSIFIER = ("tau", "lws", "logit-adjustment", "few-bias")
@@ -104,6 +107,8 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         self, train: Features, val: Features | None, split: ClassSplit, linear: nn.Linear | None, folder: Path
     ) -> BaselineResult:
         # What is of another baseline is passed over: one configuration serves them all.
+        from ..baselines.registry import run_baseline
+
         options = {key: getattr(self, key) for key in BASELINE_OPTIONS[self.name] if getattr(self, key, None) is not None}
         if self.name in RETRAINING_PRESETS[self.preset]:
             options = RETRAINING_PRESETS[self.preset][self.name] | options

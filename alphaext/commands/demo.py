@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from .._checks import check_integer
-from ..config import Options, option
+from ..utils.checks import check_integer
 from . import shared
+from .options import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Demo(Options):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Run the demonstration; returns the accuracies of each draw."""
-        from ..demo import run_demo
+        from .demonstration import run_demo
 
         check_integer(self.draws, "draws", minimum=1, maximum=2**32 - 1)
         check_integer(self.seed, "seed", minimum=0, maximum=2**32 - 1)

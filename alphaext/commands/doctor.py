@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from rich.console import Console
 
-from ..config import option
 from . import shared
+from .options import option
 from .shared import CommonOptions, DataOptions, ModelOptions
 
 
@@ -41,7 +40,7 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         return self._install(console) if self.topic == "install" else self._data(console, started)
 
     def _data(self, console: Console, started: float) -> dict[str, Any]:
-        from ..doctor import Finding, check_classifier_order, check_data
+        from ..doctor.check import Finding, check_classifier_order, check_data
 
         checkpoint = None if self.checkpoint is None else self.read_checkpoint()
         if self.features is not None and checkpoint is None:
@@ -75,6 +74,8 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         return {**report.to_dict(), "exit_code": 0 if report.ok else 2}
 
     def _install(self, console: Console) -> dict[str, Any]:
+        import torch
+
         from ..ops import build_info
 
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -6,17 +6,17 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 
-from ..class_table import ClassRow, class_table, write_class_table
-from ..comparison import Comparison, compare
-from ..config import option
-from ..evaluation import bootstrap_intervals, expected_calibration_error, predict, split_metrics
-from ..tables import class_rows_table, comparison_table, losses_table, metrics_table
 from . import shared
+from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+
+if TYPE_CHECKING:
+    from ..metrics.class_table import ClassRow
+    from ..metrics.comparison import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,11 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Measure, print, write; returns what result.json holds."""
+        from ..metrics.class_table import class_table, write_class_table
+        from ..metrics.comparison import compare
+        from ..metrics.evaluation import bootstrap_intervals, expected_calibration_error, predict, split_metrics
+        from ..metrics.terminal import metrics_table
+
         console, started = shared.console_or_quiet(console), time.monotonic()
         if not self.classifiers:
             raise ValueError("CLASSIFIERS must be given at least one, got none")
@@ -114,6 +119,8 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     def _print(
         self, console: Console, title: str, found: Comparison, rows: list[ClassRow], class_names: tuple[str, ...] | None
     ) -> None:
+        from ..metrics.terminal import class_rows_table, comparison_table, losses_table
+
         console.print(comparison_table(found, title=f"{title}, top-1 accuracy in %"))
         if not self.classes:
             return

@@ -5,16 +5,16 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from rich.console import Console
-from torch import Tensor, nn
 
-from ..config import option
-from ..selection import make_linear
 from . import shared
+from .options import option
 from .shared import CommonOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,10 @@ class Export(CommonOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Compare, verify, write; returns what was verified."""
-        from ..export import export
+        import torch
+
+        from ..checkpoints.export import export
+        from ..utils.linear import make_linear
 
         console = shared.console_or_quiet(console)
         checkpoint = self.read_checkpoint()
@@ -72,6 +75,8 @@ class Export(CommonOptions, ModelOptions):
 
 def changed_rows(before: nn.Linear, after: nn.Linear) -> Tensor:
     """Ids of the classes whose row or bias differs between two classifiers of the same shape, int64, ascending."""
+    import torch
+
     if before.weight.shape != after.weight.shape:
         raise ValueError(
             f"repaired must have the checkpoint's shape, {list(before.weight.shape)}, got {list(after.weight.shape)}"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .._files import read_json
-from ..config import option
-from ..images import LabelledImages
+from ..utils.files import read_json
 from . import shared
+from .options import option
 from .shared import CommonOptions, DataOptions, FeaturesOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from ..data.images import LabelledImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,8 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Extract all parts that are given; returns, for each, how many images, how wide, what was skipped."""
-        from ..distributed import process_group
-        from ..extraction import extract
+        from ..features.extraction import extract
+        from ..utils.processes import process_group
 
         console, started = shared.console_or_quiet(console), time.monotonic()
         named = [part for part in shared.PARTS if getattr(self, part) is not None]

@@ -9,30 +9,30 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .._checks import check_gamma
-from .._files import whole_file
-from ..classes import ClassSplit
-from ..config import option
-from ..evaluation import split_metrics
-from ..modules import COEFFICIENTS, INITS, AlphaNet
-from ..neighbors import METRICS, POOLS, pool_size
-from ..options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
-from ..predictions import predict
-from ..presets import PRESETS, preset_options
-from ..reference import RULES
-from ..study_plans import POLICIES, check_policy
-from ..study_plans import choose as choose_row
-from ..sweep import SweepRun, fit_many
-from ..tables import percent
+from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS, RULES
+from ..study.plans import POLICIES, check_policy
+from ..study.plans import choose as choose_row
+from ..training.options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
+from ..training.presets import PRESETS, preset_options
+from ..utils.checks import check_gamma
+from ..utils.files import whole_file
+from ..utils.text import percent
 from . import shared
+from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..classes import ClassSplit
+    from ..head.alphanet import AlphaNet
+    from ..training.many import SweepRun
 
 _CHECKPOINTS = ".alphaext-fit"  # nobody else's
 _TRIED = ("gamma", "top_k", "rule")
@@ -124,6 +124,10 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Train, choose, write; returns what result.json holds."""
+        from ..metrics.evaluation import split_metrics
+        from ..metrics.predictions import predict
+        from ..training.many import fit_many
+
         console, started = shared.console_or_quiet(console), time.monotonic()
         tried = {name: self.tried(name) for name in _TRIED}
         for name, values in tried.items():
@@ -211,6 +215,8 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
         ``constant``: whether a preset's constant on the few scores can be chosen and kept.
         """
+        from ..head.neighbors import pool_size
+
         available = pool_size(split, self.pool or PRESETS[self.preset]["pool"])
         common = preset_options(self.preset, pool_size=available, validation=constant)
         names = (*(name for name in common if name not in _TRIED), *("hidden_dim", "lr_milestones", "select", "min_all"))
@@ -284,6 +290,8 @@ def _value(value: object) -> str:
 
 
 def _save(head: AlphaNet, folder: Path) -> None:
+    import torch
+
     from ..checkpoints import save_linear
 
     save_linear(head.fold(), folder / shared.CLASSIFIER, overwrite=True)

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from ..config import option
-from ..report import write_report
 from . import shared
+from .options import option
 from .shared import CommonOptions
 
 
@@ -35,6 +34,8 @@ class Report(CommonOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Read, draw, write; returns where the files are and what the front says."""
+        from ..study.report.write import write_report
+
         console = shared.console_or_quiet(console)
         files = write_report(self.study, self.output, overwrite=self.overwrite, title=self.title)
         result: Mapping[str, Any] = {

@@ -17,23 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from rich.console import Console
-from torch import nn
 
-from .._checks import check_integer
-from .._files import folder_lock, read_json, write_json
-from ..classes import ClassSplit, split_classes
-from ..config import Options, option
-from ..doctor import check_classifier_order
-from ..modules import AlphaNet
+from ..utils.checks import check_integer
+from ..utils.files import folder_lock, read_json, write_json
+from .options import Options, option
 
 if TYPE_CHECKING:
-    from ..backbones import SplitModel
+    import torch
+    from torch import nn
+
     from ..checkpoints import Checkpoint
-    from ..data import LabelledImages
-    from ..features import Features
-    from ..transforms import ImageTransform
+    from ..classes import ClassSplit
+    from ..data.sources import LabelledImages
+    from ..data.transforms import ImageTransform
+    from ..features.store import Features
+    from ..head.alphanet import AlphaNet
+    from ..models.zoo import SplitModel
 
 PARTS = ("train", "val", "test")
 RESULT, RUN, CLASSIFIER, HEAD = "result.json", "run.json", "classifier.pth", "head.pt"
@@ -67,6 +67,8 @@ class SplitOptions(Options):
 
     def split(self, features: Features) -> ClassSplit:
         """The classes by the training features' labels."""
+        from ..classes import split_classes
+
         return split_classes(features.class_counts(), few_below=self.few_below, many_above=self.many_above)
 
 
@@ -93,8 +95,8 @@ class DataOptions(SplitOptions):
         self, part: str, *, num_classes: int | None = None, class_names: Sequence[str] | None = None
     ) -> LabelledImages | None:
         """The images of a part, or None where the options name none; ``class_names`` order the folders of classes."""
-        from ..data import open_images
-        from ..long_tailed import make_long_tailed
+        from ..data.long_tailed import make_long_tailed
+        from ..data.sources import open_images
 
         source = getattr(self, part)
         if source is None:
@@ -143,7 +145,7 @@ class TransformOptions(Options):
     std: tuple[float, ...] | None = option(None, help="of each channel, what is divided by")
 
     def test_transform(self) -> ImageTransform:
-        from .. import transforms
+        from ..data import transforms
 
         if self.transform == "small":
             return transforms.small_test_transform(self.image_size, **self._of_channels())
@@ -151,7 +153,7 @@ class TransformOptions(Options):
         return transforms.test_transform(self.image_size, resize=resize, **self._of_channels())
 
     def train_transform(self) -> ImageTransform:
-        from .. import transforms
+        from ..data import transforms
 
         make = transforms.small_train_transform if self.transform == "small" else transforms.train_transform
         return make(self.image_size, **self._of_channels())
@@ -176,7 +178,7 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def model(self, num_classes: int, seed: int = 0) -> nn.Module:
         """The network, its weights random (from ``seed``) or published."""
-        from ..backbones import make_model
+        from ..models.zoo import make_model
 
         if self.backbone is None:
             raise ValueError("--backbone must be given, or backbone in [model] of the configuration: the network's name")
@@ -193,7 +195,7 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def trained_model(self, num_classes: int | None, device: torch.device) -> SplitModel:
         """The network with the checkpoint's weights, its last linear layer found and checked on a batch of noise."""
-        from ..backbones import find_classifier, split_model
+        from ..models.zoo import find_classifier, split_model
 
         example = self.example().to(device)
         if self.checkpoint is None and self.pretrained:
@@ -209,6 +211,8 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def example(self) -> torch.Tensor:
         """A batch of two images of noise."""
+        import torch
+
         check_integer(self.image_size, "image_size", minimum=1)
         check_integer(self.channels, "channels", minimum=1)
         generator = torch.Generator("cpu").manual_seed(0)
@@ -217,6 +221,9 @@ class ModelOptions(TransformOptions, LayerOptions):
 
 def _own_model(name: str, num_classes: int, seed: int) -> nn.Module:
     """A network made by a function of the user's own, found as Python finds modules, the working directory first."""
+    import torch
+    from torch import nn
+
     module_name, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -234,6 +241,8 @@ def _own_model(name: str, num_classes: int, seed: int) -> nn.Module:
 
 def choose_device(name: str | None) -> torch.device:
     """The device asked for, checked; without a name a GPU where there is one."""
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -249,7 +258,7 @@ def choose_device(name: str | None) -> torch.device:
 
 def read_part(folder: Path, part: str) -> Features:
     """The cached features of ``folder/part``."""
-    from ..features import read_features
+    from ..features.store import read_features
 
     if not (folder / part).is_dir():
         there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
@@ -297,13 +306,16 @@ def read_classifier(path: Path, num_classes: int | None = None, layer: str | Non
     if checkpoint.feature_normalization != "none":
         raise ValueError(
             f"{str(path)!r} wants its {checkpoint.experts} experts' features at length 1, which cached ones are not: prepare "
-            "them with Checkpoint.prepare_features and alphaext.write_features, and save its linear() with alphaext.save_linear"
+            "them with Checkpoint.prepare_features and alphaext.features.write_features, and save its linear() with "
+            "alphaext.checkpoints.save_linear"
         )
     return checkpoint.linear()
 
 
 def warn_of_other_features(linear: nn.Linear, features: Features, name: str) -> None:
     """Warn where a classifier knows none of the classes by their features: then it is not of them, or counts otherwise."""
+    from ..doctor.check import check_classifier_order
+
     finding = check_classifier_order(linear.cpu(), features.features, features.labels, class_names=features.class_names)
     if finding.level == "error":
         warnings.warn(f"{name}: {finding.title}: {finding.detail}", stacklevel=2)
@@ -394,6 +406,10 @@ def console_or_quiet(console: Console | None) -> Console:
 
 def read_head(path: Path) -> AlphaNet | None:
     """The Alpha Net of a folder that 'alphaext fit' wrote; None for every other classifier."""
+    import torch
+
+    from ..head.alphanet import AlphaNet
+
     file = path / HEAD
     if not file.is_file():
         return None

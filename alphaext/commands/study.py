@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..config import option
-from ..study import ROWS, StudyOptions, run_study
-from ..study_plans import EXPERIMENTS, FORMS, POLICIES
-from ..tables import percent
+from ..study.plans import EXPERIMENTS, FORMS, POLICIES, StudyOptions
+from ..utils.text import percent
 from . import shared
+from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 _DEFAULTS = StudyOptions()
@@ -82,6 +81,8 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Run what is not there yet, print, write; returns what results.json holds."""
+        from ..study.run import ROWS, run_study
+
         console = shared.console_or_quiet(console)
         options = StudyOptions(first_seed=self.seed, **{name: getattr(self, name) for name in _OF_THE_STUDY})
         train, val = shared.read_train_and(self.features, "val")

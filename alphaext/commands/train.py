@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from ..config import option
-from ..tables import metrics_table
 from . import shared
+from .options import option
 from .shared import CommonOptions, DataOptions, ModelOptions
 
 # What train_model writes, and goes on from.
@@ -57,14 +56,15 @@ class Train(CommonOptions, DataOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Train and write; returns what result.json holds."""
-        from ..joint import train_model
+        from ..metrics.terminal import metrics_table
+        from ..pretraining.train import train_model
 
         console, started = shared.console_or_quiet(console), time.monotonic()
         images = self.need("train")
         val = self.images("val", num_classes=images.num_classes, class_names=images.class_names)
         model = self.model(images.num_classes, self.seed)
         if self.checkpoint is not None:
-            from ..backbones import find_classifier
+            from ..models.zoo import find_classifier
 
             layer = self.classifier_layer or find_classifier(model.eval(), self.example())
             self.read_checkpoint(images.num_classes).load_into(model, layer)

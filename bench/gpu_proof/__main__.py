@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--patient", action="store_true", help="let parts take as long as they want")
     parser.add_argument("--small", action="store_true", help="one small size: does everything run through?")
     options = parser.parse_args(arguments)
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+    tests = Path(__file__).resolve().parents[2] / "tests"
+    sys.path[:0] = [str(tests), str(tests / "helpers")]
     import emulated_gpu
 
     if emulated_gpu.DIRECTORY:

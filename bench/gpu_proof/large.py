@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alphaext import ops
+from alphaext.ops import head as ops
 from gpu_proof.parts import Part
 from gpu_proof.timing import Task, captured, captured_backward, time_interleaved
 

@@ -9,7 +9,7 @@ import torch
 import training
 from providers import PROVIDERS, make_problem
 
-from alphaext.engines import NativeEngine
+from alphaext.training.native_engine import NativeEngine
 from gpu_proof import heads, large, trainings
 from gpu_proof.parts import Part
 

@@ -18,7 +18,8 @@ import torch
 from problems import DTYPES, Problem, assert_close, make_problem, reference_scores
 from torch import Tensor
 
-from alphaext import ops, reference
+from alphaext import reference
+from alphaext.ops import head as ops
 from gpu_proof.parts import Part
 
 # The operators that the cases below run; a test holds this against those that have CUDA kernels.

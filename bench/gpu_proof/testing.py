@@ -71,7 +71,7 @@ def run_marked(context: Context, name: str, marks: str) -> tuple[Record, list[st
         path.unlink(missing_ok=True)
     processors = 1 if "streams" in name else os.cpu_count() or 1
     # On the emulated GPU the tests have a command of their own, which takes minutes: here those of one file will do.
-    tests = ROOT / "tests" / "test_post_hoc.py" if context.emulated else ROOT / "tests"
+    tests = ROOT / "tests" / "baselines" / "test_post_hoc.py" if context.emulated else ROOT / "tests"
     command, notes = pytest_command(missing_modules(OPTIONAL), processors, record, tests, marks)
     environment = context.environment(ALPHAEXT_REQUIRE_GPU="1")
     fault, tail, lost = None, "", 0

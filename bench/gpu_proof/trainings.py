@@ -16,7 +16,7 @@ import training
 from torch import nn
 
 import alphaext
-from alphaext.engines import NativeEngine
+from alphaext.training.native_engine import NativeEngine
 from gpu_proof.parts import Part
 from gpu_proof.timing import Task, captured, time_interleaved
 

@@ -1,0 +1,381 @@
+"""cRT and LWS: training the classifier again on frozen features, with class-balanced samples (Kang et al., ICLR 2020, 4.2).
+
+Frozen features make both small: cRT is one linear layer, two matrix products a step; LWS needs only the trained classifier's
+logits, which are computed once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..classes import ClassSplit, split_classes
+from ..training import cached_logits
+from ..training.cached_logits import Samples, check_samples
+from ..training.options import TrainingOptions
+from ..training.selection import BaselineResult, Policy, Rescaling, Validation
+from ..utils.checks import check_integer
+from ..utils.linear import linear_parameters, make_linear, wide
+from ..utils.seeds import seeded_generator
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from .balanced_sampling import ClassBalancedSampler
+from .balanced_training import BalancedTraining, check_checkpoint, fingerprint
+
+__all__ = ["crt", "lws"]
+
+
+_POLICIES = ("best_all", "best_few", "last")
+
+# Elements of a block of features that are checked, or of logits that are computed, at a time.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def crt(
+    features: TensorLike,
+    labels: TensorLike,
+    num_classes: int | None = None,
+    *,
+    linear: nn.Module | None = None,
+    val_features: TensorLike | None = None,
+    val_labels: TensorLike | None = None,
+    split: ClassSplit | None = None,
+    bias: bool = True,
+    epochs: int = 10,
+    batch_size: int = 512,
+    lr: float = 0.2,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    images_per_class: int = 1,
+    select: str | None = None,
+    min_all: float | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> BaselineResult:
+    """Train a new linear classifier on frozen features, with class-balanced samples (classifier re-training, cRT).
+
+    The loss is the cross-entropy over all classes; SGD with momentum; the learning rate falls along a cosine, epoch by epoch.
+    The defaults are Kang et al.'s for ImageNet-LT; :data:`RETRAINING_PRESETS` has their other data sets too. (Their scheduler
+    steps before it trains, so that their epochs run one ahead on the cosine, and their last epoch trains nothing.)
+
+    Args:
+        features: ``[n, D]``, floating point, the training features; a tensor, an array or a memory map, float16 too. They are
+            read batch by batch, and trained on in float32 (float64 for float64 features).
+        labels: ``[n]`` integers; every class must have a sample.
+        num_classes: N. Default: that of ``linear`` or ``split``, or the largest label plus one.
+        linear: the classifier to do better than, whose own accuracy over all is the default of ``min_all``. Training does not
+            use it.
+        val_features: ``[m, D]``, to select the epoch by; with ``val_labels``.
+        val_labels: ``[m]`` integers.
+        split: which classes are few, medium and many, for the validation accuracies. Default: by the training samples, with the
+            paper's thresholds.
+        bias: whether the classifier has one; Kang et al.'s has.
+        epochs: 10. An epoch draws as many samples as there are, less what fills no batch.
+        batch_size: 512.
+        lr: learning rate of the first epoch, 0.2.
+        momentum: 0.9.
+        weight_decay: L2 penalty, 5e-4, of the bias too.
+        images_per_class: see :class:`alphaext.baselines.balanced_sampling.ClassBalancedSampler`.
+        select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data, as
+            Kang et al. select); ``"best_few"``, the best few accuracy among those whose accuracy over all is not below
+            ``min_all``; ``"last"`` (default without). Of equal epochs the first wins.
+        min_all: for ``"best_few"``, a fraction of 1; None takes that of ``linear``.
+        seed: of the initial weights, U(+-1/sqrt(D)), and of the samples.
+        device: where to train; None where the features are.
+        checkpoint: a file that is rewritten after each epoch, whole or not at all. If it exists, training goes on from it, to
+            the same bits as without the interruption; a checkpoint of another data set or configuration is an error.
+        progress: show a progress bar; None shows it where standard error is a terminal.
+
+    Returns:
+        A :class:`alphaext.baselines.BaselineResult`; its table has a row an epoch, with ``loss`` (mean cross-entropy), ``lr``.
+
+    Raises:
+        ValueError, TypeError: for arguments out of range or that disagree, a class without samples, or features that are not
+            finite, before any training; the message names them.
+        FloatingPointError: when the loss is no longer finite, naming epoch and learning rate.
+        KeyboardInterrupt: passed on; the epochs that were finished are in the checkpoint.
+
+    Example:
+        >>> labels = torch.tensor([0] * 60 + [1] * 6)
+        >>> features = torch.randn(66, 4) + 2 * labels[:, None]
+        >>> crt(features, labels, epochs=2, batch_size=32, lr=0.1).chosen
+        {'epoch': 2}
+    """
+    started = time.monotonic()
+    options = _options(epochs, batch_size, lr, momentum, weight_decay, seed)
+    path = None if checkpoint is None else check_checkpoint(checkpoint)
+    original = None if linear is None else linear_parameters(linear)
+    source = as_tensor(features, "features").detach()
+    check_shape(source, "features", ("n", "D"))
+    check_floating(source, "features")
+    if num_classes is not None:
+        num_classes = check_integer(num_classes, "num_classes", minimum=1)
+    elif original is not None:
+        num_classes = len(original[0])
+    else:
+        ids = check_labels(labels, None)
+        num_classes = split.num_classes if isinstance(split, ClassSplit) else int(ids.max()) + 1 if len(ids) else 1
+    place = check_device(device, source)
+    shape = torch.empty(num_classes, source.shape[1], dtype=wide(source[:0]).dtype, device="meta")
+    if original is not None and original[0].shape != shape.shape:
+        raise ValueError(f"linear must have shape {list(shape.shape)}, got {list(original[0].shape)}")
+    samples = check_samples(shape, source, labels)
+    sampler = ClassBalancedSampler(samples.labels, num_classes, seed=options.seed, images_per_class=images_per_class)
+    validation = _validation(val_features, val_labels, split, samples.labels, shape)
+    before = _accuracy_of(original, validation)
+    policy = Policy.of(select, min_all, validation, before, _POLICIES)
+    _check_rows(samples)
+
+    model = _Classifier(samples, shape, options, bool(bias), place)
+    run = BalancedTraining("crt", model, options, sampler, validation, policy)
+    run.train(path, progress, {"data": fingerprint(samples, validation)})
+    weight, *biases = run.selected
+    return run.result(make_linear(weight, biases[0] if biases else None), before, {"bias": bool(bias)}, started)
+
+
+def lws(
+    linear: nn.Module,
+    features: TensorLike,
+    labels: TensorLike,
+    *,
+    val_features: TensorLike | None = None,
+    val_labels: TensorLike | None = None,
+    split: ClassSplit | None = None,
+    epochs: int = 5,
+    batch_size: int = 512,
+    lr: float = 0.2,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    images_per_class: int = 1,
+    select: str | None = None,
+    min_all: float | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> BaselineResult:
+    """Learn one factor a class for a trained classifier, with class-balanced samples (learnable weight scaling, LWS).
+
+    A factor multiplies the class's whole logit, its row and its bias, as in Kang et al.'s code, and starts at 1. Training is
+    that of :func:`crt` with the classifier frozen: it needs only the classifier's logits of the samples that are drawn, which
+    are computed once (beyond 2 GiB of them, batch by batch).
+
+    Args:
+        linear: the trained classifier, such as ``nn.Linear``.
+        features: ``[n, D]``, as for :func:`crt`, as are all others; scores are computed in the classifier's dtype, but at least
+            float32.
+        labels: ``[n]`` integers; every class must have a sample.
+        val_features: ``[m, D]``, to select the epoch by; with ``val_labels``.
+        val_labels: ``[m]`` integers.
+        split: which classes are few, medium and many.
+        epochs: 5 in Kang et al.'s configurations.
+        batch_size: 512.
+        lr: 0.2.
+        momentum: 0.9.
+        weight_decay: L2 penalty of the factors, 5e-4.
+        images_per_class: as for :func:`crt`.
+        select: as for :func:`crt`. Epoch 0, the classifier as it was, takes part.
+        min_all: for ``"best_few"``, a fraction of 1; None takes the classifier's own.
+        seed: of the samples drawn and their order.
+        device: where to train; None where ``linear`` is.
+        checkpoint: as for :func:`crt`.
+        progress: show a progress bar; None shows it where standard error is a terminal.
+
+    Returns:
+        A :class:`alphaext.baselines.BaselineResult`: ``linear`` has the factors multiplied in, ``scales`` are the factors.
+
+    Raises:
+        ValueError, TypeError, FloatingPointError, KeyboardInterrupt: as :func:`crt`.
+
+    Example:
+        >>> labels = torch.tensor([0] * 60 + [1] * 6)
+        >>> result = lws(nn.Linear(4, 2), torch.randn(66, 4), labels, epochs=2, batch_size=32)
+        >>> result.chosen, result.scales.shape
+        ({'epoch': 2}, torch.Size([2]))
+    """
+    started = time.monotonic()
+    options = _options(epochs, batch_size, lr, momentum, weight_decay, seed)
+    path = None if checkpoint is None else check_checkpoint(checkpoint)
+    own_weight, own_bias = linear_parameters(linear)
+    place = check_device(device, own_weight)
+    weight = wide(own_weight).to(place)
+    bias = None if own_bias is None else wide(own_bias).to(place)
+    samples = check_samples(weight, features, labels)
+    sampler = ClassBalancedSampler(samples.labels, len(weight), seed=options.seed, images_per_class=images_per_class)
+    validation = _validation(val_features, val_labels, split, samples.labels, weight)
+    if validation is not None:
+        validation.keep(weight)
+    before = _accuracy_of((weight, bias), validation)
+    policy = Policy.of(select, min_all, validation, before, _POLICIES)
+    _check_rows(samples)
+
+    model = _Scales(samples, weight, bias, options, sampler)
+    run = BalancedTraining("lws", model, options, sampler, validation, policy)
+    run.train(path, progress, {"classifier and data": fingerprint(samples, validation, weight, bias)})
+    scales = run.selected[0]
+    # On the classifier's own device and in its dtype, whatever it was trained on.
+    scaled_bias = None if bias is None else (bias * scales).to(own_weight)
+    made = make_linear((weight * scales[:, None]).to(own_weight), scaled_bias)
+    result = run.result(made, before, {}, started)
+    result.scales = scales.cpu()
+    return result
+
+
+class _Classifier:
+    """A linear layer, trained from random weights."""
+
+    first_candidate = 1
+    blocks = 0
+
+    def __init__(self, samples: Samples, shape: Tensor, options: TrainingOptions, bias: bool, device: torch.device) -> None:
+        self.samples, self.options = samples, options
+        generator = seeded_generator(options.seed)
+        bound = 1 / math.sqrt(max(shape.shape[1], 1))
+        start = [torch.empty(shape.shape, dtype=shape.dtype, device="cpu")]
+        if bias:
+            start.append(torch.empty(len(shape), dtype=shape.dtype, device="cpu"))
+        self.parameters = [tensor.uniform_(-bound, bound, generator=generator).to(device) for tensor in start]
+        self.momentum = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def prepare(self, report: Callable[[], None]) -> None:
+        pass
+
+    def step(self, indices: Tensor, lr: float) -> Tensor:
+        weight, options = self.parameters[0], self.options
+        rows = _take(self.samples.real(), indices).to(weight.device).to(weight.dtype)
+        labels = self.samples.labels.index_select(0, indices).to(weight.device)
+        scores = rows @ weight.t() if len(self.parameters) == 1 else torch.addmm(self.parameters[1], rows, weight.t())
+        loss, gradient = _loss_and_gradient(scores, labels)
+        self.momentum[0].addmm_(gradient.t(), rows, beta=options.momentum)
+        if len(self.parameters) == 2:
+            self.momentum[1].mul_(options.momentum).add_(gradient.sum(dim=0))
+        for parameter, velocity in zip(self.parameters, self.momentum, strict=True):
+            velocity.add_(parameter, alpha=options.weight_decay)
+            parameter.sub_(velocity, alpha=lr)
+        return loss
+
+    def accuracy(self, validation: Validation) -> dict[str, float]:
+        weight, *biases = self.parameters
+        return validation.accuracies(weight, [Rescaling(None, biases[0] if biases else None)])[0]
+
+
+class _Scales:
+    """One factor a class, on the logits of a frozen classifier."""
+
+    first_candidate = 0
+
+    def __init__(
+        self, samples: Samples, weight: Tensor, bias: Tensor | None, options: TrainingOptions, sampler: ClassBalancedSampler
+    ) -> None:
+        self.samples, self.weight, self.bias, self.options = samples, weight, bias, options
+        self.parameters = [torch.ones(len(weight), dtype=weight.dtype, device=weight.device)]
+        self.momentum = [torch.zeros_like(self.parameters[0])]
+        drawn = torch.zeros(len(samples.labels), dtype=torch.bool, device="cpu")
+        for epoch in range(1, options.epochs + 1):
+            drawn[sampler.draw(epoch)] = True
+        self._drawn = drawn.nonzero()[:, 0]
+        fits = len(self._drawn) * len(weight) * weight.dtype.itemsize <= cached_logits.CACHE_BYTES
+        self._rows = max(1, _BLOCK_ELEMENTS // max(weight.shape))
+        self.blocks = -(-len(self._drawn) // self._rows) if fits else 0
+        self._logits: Tensor | None = None
+
+    def prepare(self, report: Callable[[], None]) -> None:
+        """Compute the logits of all samples that any epoch draws, in blocks that an interruption does not change."""
+        if self.blocks == 0:
+            return
+        logits = torch.empty(len(self._drawn), len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
+        for start in range(0, len(self._drawn), self._rows):
+            logits[start : start + self._rows] = self._compute(self._drawn[start : start + self._rows])
+            report()
+        self._place = torch.empty_like(self.samples.labels)
+        self._place[self._drawn] = torch.arange(len(self._drawn), device="cpu")
+        self._logits = logits
+
+    def _compute(self, indices: Tensor) -> Tensor:
+        rows = _take(self.samples.real(), indices).to(self.weight.device).to(self.weight.dtype)
+        return rows @ self.weight.t() if self.bias is None else torch.addmm(self.bias, rows, self.weight.t())
+
+    def step(self, indices: Tensor, lr: float) -> Tensor:
+        scales, velocity = self.parameters[0], self.momentum[0]
+        logits = self._compute(indices) if self._logits is None else _take(self._logits, self._place.index_select(0, indices))
+        labels = self.samples.labels.index_select(0, indices).to(scales.device)
+        loss, gradient = _loss_and_gradient(logits * scales, labels)
+        velocity.mul_(self.options.momentum).add_(gradient.mul_(logits).sum(dim=0)).add_(
+            scales, alpha=self.options.weight_decay
+        )
+        scales.sub_(velocity, alpha=lr)
+        return loss
+
+    def accuracy(self, validation: Validation) -> dict[str, float]:
+        scales = self.parameters[0]
+        return validation.accuracies(self.weight, [Rescaling(scales, None if self.bias is None else scales * self.bias)])[0]
+
+
+def check_device(device: torch.device | str | None, like: Tensor) -> torch.device:
+    """The device to compute on: that of ``like``, or the one asked for, if it is there."""
+    if device is None:
+        return like.device
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda', got {device!r}") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {str(place)!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    return place
+
+
+def _options(epochs: int, batch_size: int, lr: float, momentum: float, weight_decay: float, seed: int) -> TrainingOptions:
+    return TrainingOptions(
+        epochs=check_integer(epochs, "epochs", minimum=1),
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        lr_schedule="cosine",
+        seed=seed,
+    )
+
+
+def _validation(
+    val_features: TensorLike | None, val_labels: TensorLike | None, split: ClassSplit | None, labels: Tensor, weight: Tensor
+) -> Validation | None:
+    if (val_features is None) != (val_labels is None):
+        raise ValueError("val_features and val_labels must be given together")
+    if val_features is None or val_labels is None:
+        return None
+    counts = torch.bincount(labels, minlength=len(weight))
+    return Validation(val_features, val_labels, split_classes(counts) if split is None else split, weight)
+
+
+def _accuracy_of(classifier: tuple[Tensor, Tensor | None] | None, validation: Validation | None) -> dict[str, float] | None:
+    if classifier is None or validation is None:
+        return None
+    weight, bias = classifier
+    return validation.accuracies(wide(weight), [Rescaling(None, None if bias is None else wide(bias))])[0]
+
+
+def _check_rows(samples: Samples) -> None:
+    """Check that all training features are finite, which a diverging training would not tell from a large learning rate."""
+    rows = max(1, _BLOCK_ELEMENTS // max(samples.features.shape[1], 1))
+    for start in range(0, len(samples.features), rows):
+        check_finite(samples.features[start : start + rows], samples.name, first_row=start)
+
+
+def _take(tensor: Tensor, indices: Tensor) -> Tensor:
+    return tensor.index_select(0, indices.to(tensor.device))
+
+
+def _loss_and_gradient(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies, and the gradient of their mean by the scores ``[batch, N]``."""
+    log_probabilities = torch.log_softmax(scores, dim=1)
+    right = labels.unsqueeze(1)
+    own = log_probabilities.gather(1, right)
+    gradient = log_probabilities.exp_()
+    gradient.scatter_(1, right, own.expm1())
+    return -own.sum(), gradient.div_(len(scores))

@@ -1,0 +1,403 @@
+"""Where in the file of a trained model the classifier is, and where the rest of the model.
+
+Known are state dicts under any of the usual wrappers, bare linear layers, the two networks of Kang et al.'s code (ICLR 2020),
+and the experts of RIDE (Wang et al., ICLR 2021).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .files import Payload
+
+KeyPath: TypeAlias = tuple[str, ...]
+"""Where a tensor is in a file: the keys that lead to it, outermost first."""
+
+# Of several state dicts in a file, the first of these is the model.
+_WRAPPERS = ("state_dict_best", "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights")
+# Averages over training are taken only where there is nothing else, and what belongs to training never.
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_NOT_MODELS = (
+    "optimizer",
+    "optimizer_state",
+    "optimizer_state_dict",
+    "optimizer_states",
+    "scheduler",
+    "lr_scheduler",
+    "scaler",
+    "amp",
+    "criterion",
+    "callbacks",
+)
+
+# Names of last layers in torchvision, timm and the long-tail literature; a number is that of a layer in a sequence.
+_KNOWN_CLASSIFIERS = (
+    *("fc", "classifier", "head", "head.fc", "heads.head", "head.linear"),
+    *("linear", "last_linear", "output", "logits"),
+)
+_DEEPEST_CLASSIFIER = 2  # modules above it; such names further down are those of layers inside blocks
+_DEEPEST_STATE = 8  # a file's dictionaries can be within each other without end
+_NUMBERED_CLASSIFIER = re.compile(r"((?:.*\.)?(?:classifier|head|heads|fc))\.(\d+)")
+_RIDE_EXPERT = re.compile(r"(?:backbone\.)?linears\.(\d+)\.weight")
+_RIDE_SINGLE = "backbone.linear.weight"
+
+_CLASS_NAMES = ("class_names", "classes", "categories", "CLASSES")
+_NOTES = ("meta", "metadata", "hyper_parameters", "config", "args")
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a payload holds the classifier and the rest of the model.
+
+    Attributes:
+        format: ``"classifier-balancing"``, ``"state_dict"``, ``"linear"`` or ``"ride"``.
+        classifier: dotted name of the classifier in the model, wrappers' prefixes removed; empty for a bare ``{weight, bias}``.
+        weights: where the weight of each expert is; one for all but RIDE's.
+        biases: where the bias of each expert is; none for classifiers without.
+        scales: where the learned scales of LWS are, or None.
+        normalized: RIDE's normalised linear layers, stored transposed.
+        backbone: name in the model (prefixes removed) of every other tensor of the model, and where it is.
+    """
+
+    format: str
+    classifier: str
+    weights: tuple[KeyPath, ...]
+    biases: tuple[KeyPath, ...]
+    scales: KeyPath | None
+    normalized: bool
+    backbone: dict[str, KeyPath]
+
+    @property
+    def classifier_tensors(self) -> tuple[KeyPath, ...]:
+        """Where all tensors of the classifier are."""
+        return self.weights + self.biases + (() if self.scales is None else (self.scales,))
+
+
+def find_layout(
+    payload: Payload, path: Path, *, classifier: str | None, num_classes: int | None = None, state: str | None = None
+) -> Layout:
+    """Find the classifier and the rest of the model.
+
+    Args:
+        payload: what the file holds.
+        path: its path, for errors.
+        classifier: dotted name of the classifier; None finds it.
+        num_classes: prefers, among several candidates, those with so many rows.
+        state: which of the file's dictionaries is the model; None takes the usual ones.
+
+    Raises:
+        ValueError: there is no classifier, or more than one candidate; the message lists them with their shapes.
+    """
+    content: Mapping[str, Any] = payload.content
+    trail: KeyPath = ()
+    if state is not None:
+        inner = content.get(state)
+        if not isinstance(inner, Mapping) or not _holds_tensors(inner):
+            named = [key for key, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+            raise ValueError(f"state must name a dictionary of tensors in {path}, got {state!r}; it has: {_listed(named)}")
+        content, trail = inner, (state,)
+    content, trail = _find_state(content, trail, path)
+    if _is_two_networks(content):
+        return _two_networks(content, trail, path, classifier)
+    tensors = _tensors(content)
+    lightning = "pytorch-lightning_version" in payload.content
+    short: dict[str, KeyPath] = {name: (*trail, key) for key, name in short_names(tensors, lightning=lightning).items()}
+    shapes = {name: tensors[key_path[-1]] for name, key_path in short.items()}
+    if classifier is None:
+        ride = _ride(short, shapes, path)
+        if ride is not None:
+            return ride
+    if classifier is not None and not set(shapes) <= {"weight", "bias"}:
+        by_key = {key_path[-1]: name for name, key_path in short.items()}
+        name = _named_classifier(classifier, shapes, by_key, path)
+    else:
+        name = _find_classifier(shapes, path, num_classes)
+    weight, bias = _join(name, "weight"), _join(name, "bias")
+    scales = _join(name.rpartition(".")[0], "scales")  # of LWS, whose two networks somebody has put together
+    own = {weight, bias, scales}
+    backbone = {other: key_path for other, key_path in short.items() if other not in own}
+    return Layout(
+        format="state_dict" if backbone else "linear",
+        classifier=name,
+        weights=(short[weight],),
+        biases=(short[bias],) if bias in short else (),
+        scales=short.get(scales),
+        normalized=False,
+        backbone=backbone,
+    )
+
+
+def short_names(names: Iterable[str], *, lightning: bool = False) -> dict[str, str]:
+    """Each name and what is left of it without the prefixes of wrappers.
+
+    A leading ``module.`` (DataParallel) goes, ``_orig_mod.`` (torch.compile) anywhere, ``model.`` where every name has it.
+    With ``lightning``, a checkpoint of PyTorch Lightning, names without ``model.`` are no part of the model and are left out.
+
+    Example:
+        >>> short_names(["module.fc.weight", "module.fc.bias"])
+        {'module.fc.weight': 'fc.weight', 'module.fc.bias': 'fc.bias'}
+    """
+    short = {name: name for name in names}
+    if lightning and any(name.startswith("model.") for name in short):
+        short = {name: name for name in short if name.startswith("model.")}
+    while True:
+        stripped = {name: rest.replace("_orig_mod.", "").removeprefix("module.") for name, rest in short.items()}
+        if stripped and all(rest.startswith("model.") for rest in stripped.values()):
+            stripped = {name: rest.removeprefix("model.") for name, rest in stripped.items()}
+        if stripped == short:
+            return short
+        if len(set(stripped.values())) < len(stripped):
+            return short  # two models of the same names, which prefixes tell apart
+        short = stripped
+
+
+def class_names(payload: Payload, num_classes: int) -> tuple[str, ...] | None:
+    """The names of the classes, where the file holds as many as there are classes."""
+    places: list[Mapping[str, Any]] = [payload.content]
+    for key in (*_NOTES, *_WRAPPERS):
+        inner = payload.content.get(key)
+        if isinstance(inner, Mapping):
+            places.append(inner)
+    for place in places:
+        for key in _CLASS_NAMES:
+            names = place.get(key)
+            if isinstance(names, (list, tuple)) and len(names) == num_classes and all(isinstance(n, str) for n in names):
+                return tuple(names)
+        indices = place.get("class_to_idx")
+        if isinstance(indices, Mapping) and sorted(indices.values(), key=str) == sorted(range(num_classes), key=str):
+            return tuple(str(name) for name in sorted(indices, key=lambda name: int(indices[name])))
+    return None
+
+
+def check_classifier_tensors(layout: Layout, payload: Payload, path: Path) -> None:
+    """Check dtypes and shapes of the classifier's tensors.
+
+    Raises:
+        ValueError: naming the tensor, what it is and what it should be.
+    """
+    for key_path in layout.classifier_tensors:
+        tensor = tensor_at(payload.content, key_path)
+        name = " / ".join(key_path)
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in _FLOATING:
+            kind = "quantised" if tensor.is_quantized else f"{tensor.dtype}, {tensor.layout}"
+            raise ValueError(f"the classifier of {path} must be dense and floating point, got {kind} for {name}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"the classifier of {path} must be finite, got NaN or infinity in {name}")
+    first = tensor_at(payload.content, layout.weights[0])
+    for key_path in layout.weights:
+        tensor = tensor_at(payload.content, key_path)
+        if tensor.dim() != 2 or tensor.shape != first.shape or 0 in tensor.shape:
+            wanted = "[N, D]" if len(layout.weights) == 1 else f"{list(first.shape)}, as that of the first expert"
+            raise ValueError(f"{' / '.join(key_path)} of {path} must have shape {wanted}, got {list(tensor.shape)}")
+    width = first.shape[1] if layout.normalized else first.shape[0]
+    for key_path in layout.biases:
+        tensor = tensor_at(payload.content, key_path)
+        if tensor.shape != (width,):
+            raise ValueError(
+                f"{' / '.join(key_path)} of {path} must have one number for each of the {width} classes, "
+                f"got shape {list(tensor.shape)}"
+            )
+    if layout.scales is not None:
+        tensor = tensor_at(payload.content, layout.scales)
+        if tensor.shape not in ((width,), (width, 1)):
+            raise ValueError(
+                f"{' / '.join(layout.scales)} of {path} must have one scale for each of the {width} classes, "
+                f"got {tensor.numel()} in shape {list(tensor.shape)}"
+            )
+
+
+def tensor_at(content: Mapping[str, Any], key_path: KeyPath) -> Tensor:
+    """The tensor that ``key_path`` leads to."""
+    value: Any = content
+    for key in key_path:
+        value = value[key]
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def _holds_tensors(content: Mapping[str, Any], depth: int = 4) -> bool:
+    if _tensors(content):
+        return True
+    return depth > 0 and any(isinstance(value, Mapping) and _holds_tensors(value, depth - 1) for value in content.values())
+
+
+def _is_two_networks(content: Mapping[str, Any]) -> bool:
+    inner = content.get("classifier")
+    return isinstance(inner, Mapping) and bool(_tensors(inner))
+
+
+def _find_state(content: Mapping[str, Any], trail: KeyPath, path: Path) -> tuple[Mapping[str, Any], KeyPath]:
+    """The dictionary that holds the model's tensors, and where it is."""
+    if _is_two_networks(content):
+        return content, trail
+    if len(trail) > _DEEPEST_STATE:
+        raise ValueError(f"{path} has its dictionaries too deep within each other: {' / '.join(trail)}")
+    inner = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Mapping) and _holds_tensors(value)
+    }
+    for key in _WRAPPERS:
+        if key in inner:
+            return _find_state(inner[key], (*trail, key), path)
+    if _tensors(content):
+        return content, trail
+    others = [key for key in inner if key not in _AVERAGES + _NOT_MODELS]
+    if len(others) > 1:
+        raise ValueError(f"{path} holds several dictionaries of tensors; say with state= which is the model: {_listed(others)}")
+    for key in (*others, *_AVERAGES):
+        if key in inner:
+            return _find_state(inner[key], (*trail, key), path)
+    raise ValueError(f"{path} is not a checkpoint of a model: no tensors in it; it has: {_listed(map(str, content))}")
+
+
+def _two_networks(content: Mapping[str, Any], trail: KeyPath, path: Path, classifier: str | None) -> Layout:
+    """Kang et al.'s file: one network makes the features, the other is a linear layer ``fc``, with ``scales`` for LWS."""
+    inside = (*trail, "classifier")
+    tensors = _tensors(content["classifier"])
+    short = {name: (*inside, key) for key, name in short_names(tensors).items()}
+    # A name given is that in the model, so it need not be the one in here, where there is but one layer.
+    names = ["fc" if classifier is None else classifier, "fc", *([""] if "bias" in short else [])]
+    name = next((name for name in names if _join(name, "weight") in short), None)
+    if name is None:
+        found = _listed(_shapes({name: tensors[key_path[-1]] for name, key_path in short.items()}))
+        raise ValueError(
+            f"the classifier of {path} must be a linear layer fc, got {found} (a cosine or a memory classifier is none)"
+        )
+    weight, bias = _join(name, "weight"), _join(name, "bias")
+    features = content.get("feat_model")
+    backbone: dict[str, KeyPath] = {}
+    if isinstance(features, Mapping):
+        backbone = {short: (*trail, "feat_model", key) for key, short in short_names(_tensors(features)).items()}
+    return Layout(
+        format="classifier-balancing",
+        classifier=name,
+        weights=(short[weight],),
+        biases=(short[bias],) if bias in short else (),
+        scales=short.get("scales"),
+        normalized=False,
+        backbone=backbone,
+    )
+
+
+def _ride(short: dict[str, KeyPath], tensors: dict[str, Tensor], path: Path) -> Layout | None:
+    """The experts of RIDE, or None where there are none."""
+    numbered = {int(found.group(1)): name for name in short if (found := _RIDE_EXPERT.fullmatch(name))}
+    if not numbered and _RIDE_SINGLE in short:
+        numbered = {0: _RIDE_SINGLE}
+    if not numbered:
+        return None
+    if sorted(numbered) != list(range(len(numbered))):
+        raise ValueError(f"{path} lacks experts: it has linears {_listed(map(str, sorted(numbered)))}")
+    weights = [numbered[expert] for expert in range(len(numbered))]
+    biases = [name for name in (weight.removesuffix("weight") + "bias" for weight in weights) if name in short]
+    if biases and len(biases) != len(weights):
+        raise ValueError(f"{path} must have a bias for each of its {len(weights)} experts or for none, got {_listed(biases)}")
+    backbone = {name: key_path for name, key_path in short.items() if name not in weights and name not in biases}
+    first = weights[0].removesuffix(".weight")
+    return Layout(
+        format="ride",
+        classifier=first if len(weights) == 1 else first.rpartition(".")[0],
+        weights=tuple(short[name] for name in weights),
+        biases=tuple(short[name] for name in biases),
+        scales=None,
+        normalized=not biases,
+        backbone=backbone,
+    )
+
+
+def _named_classifier(classifier: str, tensors: dict[str, Tensor], by_key: dict[str, str], path: Path) -> str:
+    for name in (_join(classifier, "weight"), by_key.get(_join(classifier, "weight"), "")):
+        if name in tensors and tensors[name].dim() == 2:
+            return name.removesuffix("weight").removesuffix(".")
+    raise ValueError(
+        f"classifier must name a linear layer of {path}, got {classifier!r}; its two-dimensional weights: "
+        f"{_listed(_shapes(_candidates(tensors)))}"
+    )
+
+
+def _find_classifier(tensors: dict[str, Tensor], path: Path, num_classes: int | None) -> str:
+    candidates = _candidates(tensors)
+    if set(tensors) <= {"weight", "bias"} and "weight" in candidates:
+        return ""
+    if not candidates:
+        raise ValueError(f"{path} has no linear layer: none of its {len(tensors)} tensors is a two-dimensional weight")
+
+    def narrowed(names: list[str]) -> list[str]:
+        fitting = [name for name in names if candidates[_join(name, "weight")].shape[0] == num_classes]
+        return fitting if num_classes is not None and fitting else names
+
+    known = narrowed(_known(candidates))
+    if len(known) == 1:
+        return known[0]
+    if not known:
+        biased = [name for name in map(_module, candidates) if _has_bias(name, tensors)]
+        unbiased = list(map(_module, candidates))
+        if biased:
+            return narrowed(biased)[-1]
+        known = narrowed(unbiased)
+        if len(known) == 1:
+            return known[0]
+    shown = _listed(_shapes({_join(name, "weight"): candidates[_join(name, "weight")] for name in known}))
+    raise ValueError(f"{path} has several layers that may be the classifier; say with classifier= which: {shown}")
+
+
+def _known(candidates: dict[str, Tensor]) -> list[str]:
+    """The layers with the name of a classifier, those alone that are nearest to the top of the model."""
+    found: dict[str, int] = {}
+    last: dict[str, tuple[int, str]] = {}
+    for name in map(_module, candidates):
+        for known in _KNOWN_CLASSIFIERS:
+            if name == known or name.endswith(f".{known}"):
+                found[name] = min(found.get(name, 99), name.count(".") - known.count("."))
+        numbered = _NUMBERED_CLASSIFIER.fullmatch(name)
+        if numbered and int(numbered.group(2)) >= last.get(numbered.group(1), (-1, ""))[0]:
+            last[numbered.group(1)] = (int(numbered.group(2)), name)
+    for sequence, (_, name) in last.items():
+        found[name] = sequence.count(".")
+    top = min(found.values(), default=0)
+    return [name for name, depth in found.items() if depth == top <= _DEEPEST_CLASSIFIER]
+
+
+def _candidates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if (name == "weight" or name.endswith(".weight")) and tensor.dim() == 2 and tensor.dtype.is_floating_point
+    }
+
+
+def _has_bias(name: str, tensors: dict[str, Tensor]) -> bool:
+    bias = tensors.get(_join(name, "bias"))
+    return bias is not None and bias.shape == tensors[_join(name, "weight")].shape[:1]
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix("weight").removesuffix(".")
+
+
+def _join(module: str, tensor: str) -> str:
+    return f"{module}.{tensor}" if module else tensor
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()]
+
+
+def _listed(names: Iterable[str], limit: int = 12) -> str:
+    every = list(names)
+    text = ", ".join(every[:limit]) or "none"
+    return text if len(every) <= limit else f"{text}, ... ({len(every)} in all)"

@@ -1,0 +1,294 @@
+"""Options of the commands: one dataclass a command, filled from a TOML file and from flags.
+
+Each field is an option: its name is the flag's (``top_k`` is ``--top-k``) and the key in the TOML file, its default and its
+help are said once. A class that brings options names the section of the file where they stand in ``section``; a command
+inherits from the classes whose options it takes, so that one file serves all commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Options", "add_flags", "from_flags", "option", "read_config"]
+
+OptionsType = TypeVar("OptionsType", bound="Options")
+
+# "cifar100:train" stands where the path of a data set may stand, and is not one.
+_MAY_BE_NAMES = ("train", "val", "test")
+_NAME = re.compile(r"[\w.-]+:[\w.-]+")
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    positional: bool = False,
+) -> Any:
+    """A field of an :class:`Options` class. Without ``default`` the option must be given, in the file or as a flag.
+
+    Args:
+        default: its value where it is given nowhere.
+        help: a line that says what it is, in lower case; the default is added to it.
+        choices: the words allowed.
+        metavar: what stands for the value in the help.
+        positional: given by place instead of by name on the command line.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "positional": positional})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What all options classes share. Values are checked for their type and their choices when one is made."""
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for kind in kinds_of(type(self)):
+            object.__setattr__(self, kind.name, kind.check(getattr(self, kind.name), kind.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options by name, paths as text: what JSON can hold."""
+        return {kind.name: _plain(getattr(self, kind.name)) for kind in kinds_of(type(self))}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an option takes: its type without None and without tuple, and what surrounds it."""
+
+    name: str
+    section: str
+    type: type
+    optional: bool
+    many: bool
+    required: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None
+    metavar: str | None
+    positional: bool
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: Any, name: str, folder: Path | None = None) -> Any:
+        """``value`` as what the option holds; ``folder`` is what a relative path is relative to."""
+        if value is None and self.optional:
+            return None
+        if self.many:
+            if isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable):
+                value = (value,)
+            return tuple(self._check_one(entry, name, folder) for entry in value)
+        return self._check_one(value, name, folder)
+
+    def _check_one(self, value: Any, name: str, folder: Path | None) -> Any:
+        wanted = self.type
+        if wanted is Path and isinstance(value, (str, os.PathLike)):
+            path = Path(value).expanduser()
+            is_name = self.name in _MAY_BE_NAMES and _NAME.fullmatch(os.fspath(value))
+            return path if folder is None or is_name else folder / path
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+            words = {Path: "a path", float: "a number", int: "an integer", str: "text", bool: "true or false"}
+            raise TypeError(f"{name} must be {words[wanted]}{' or nothing' if self.optional else ''}, got {value!r}")
+        if self.choices is not None and value not in self.choices:
+            raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
+        return value
+
+    def parse(self, text: str) -> Any:
+        """One value from the command line."""
+        try:
+            if self.type in (int, float):
+                return self.type(text)
+            return Path(text).expanduser() if self.type is Path else text
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"must be {'an integer' if self.type is int else 'a number'}, got {text!r}"
+            ) from None
+
+
+def kinds_of(cls: type[Options]) -> list[Kind]:
+    """The options of a class, those of its own section last."""
+    cached = cls.__dict__.get("_kinds")
+    if cached is not None:
+        return typing.cast(list[Kind], cached)
+    sections: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        for name in inspect.get_annotations(base):
+            sections[name] = base.__dict__.get("section", "")
+    hints = typing.get_type_hints(cls)
+    kinds = []
+    for entry in dataclasses.fields(cls):
+        plain, optional, many = _unwrap(hints[entry.name])
+        kinds.append(
+            Kind(
+                name=entry.name,
+                section=sections[entry.name],
+                type=plain,
+                optional=optional,
+                many=many,
+                required=entry.default is dataclasses.MISSING,
+                default=None if entry.default is dataclasses.MISSING else entry.default,
+                help=entry.metadata["help"],
+                choices=tuple(entry.metadata["choices"]) if entry.metadata["choices"] else None,
+                metavar=entry.metadata["metavar"],
+                positional=entry.metadata["positional"],
+            )
+        )
+    cls._kinds = kinds  # type: ignore[attr-defined]
+    return kinds
+
+
+def _unwrap(hint: Any) -> tuple[type, bool, bool]:
+    """A type hint as (the plain type, may be None, is a tuple of many)."""
+    arguments = typing.get_args(hint)
+    optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    if optional:
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        arguments = typing.get_args(hint)
+    many = typing.get_origin(hint) is tuple
+    plain = arguments[0] if many else hint
+    assert plain in (bool, int, float, str, Path), hint
+    return plain, optional, many
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, configurable: bool = True) -> None:
+    """Give ``parser`` a flag for every option of ``cls``, in groups by section. What is not given is not in the result."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    # The command's own options first, and of these what must be given.
+    own = cls.__dict__.get("section", "")
+
+    def place(kind: Kind) -> tuple[bool, str, bool, bool]:
+        return kind.section != own, kind.section, not kind.positional, not kind.required
+
+    for kind in sorted(kinds_of(cls), key=place):
+        if kind.section not in groups:
+            where = f"in [{kind.section}]" if kind.section else "at the top"
+            title = f"options, {where} of a configuration" if configurable else "its options"
+            groups[kind.section] = parser.add_argument_group(title)
+        group = groups[kind.section]
+        text = kind.help.replace("%", "%%") + (" (required)" if kind.required else "")
+        if not kind.required and kind.default not in (None, ()):
+            default = kind.default if not isinstance(kind.default, tuple) else " ".join(map(str, kind.default))
+            text += f" (default: {str(default).lower() if kind.type is bool else default})".replace("%", "%%")
+        if kind.type is bool:
+            group.add_argument(kind.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            continue
+        settings: dict[str, Any] = {"type": kind.parse, "help": text, "choices": kind.choices}
+        settings["metavar"] = kind.metavar or (None if kind.choices else _METAVARS[kind.type])
+        if kind.positional and kind.choices:
+            # argparse would ask whether the default is among them; they are checked when the options are made.
+            settings |= {"choices": None, "metavar": "{" + ",".join(kind.choices) + "}"}
+        if kind.many:
+            settings["nargs"] = "*" if kind.positional or kind.optional else "+"
+        elif kind.positional:
+            settings["nargs"] = "?"
+        if kind.positional:
+            # With SUPPRESS as default argparse would still set an empty list: from_flags passes those over.
+            group.add_argument(kind.name, default=argparse.SUPPRESS, **settings)
+        else:
+            group.add_argument(kind.flag, default=argparse.SUPPRESS, dest=kind.name, **settings)
+
+
+_METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+def from_flags(
+    cls: type[OptionsType], flags: Mapping[str, Any], config: Mapping[str, Mapping[str, Any]] | None = None
+) -> OptionsType:
+    """Make the options of a command: flags first, then the file's, then the defaults.
+
+    Args:
+        cls: the command's options.
+        flags: what the command line gave, by name.
+        config: what :func:`read_config` returned.
+
+    Raises:
+        ValueError, TypeError: an option that must be given and is not, or a value that does not fit; the message names it.
+    """
+    values = {}
+    for kind in kinds_of(cls):
+        if kind.name in flags and not (kind.positional and kind.many and not flags[kind.name]):
+            values[kind.name] = flags[kind.name]
+        elif config is not None and kind.name in config.get(kind.section, {}):
+            values[kind.name] = config[kind.section][kind.name]
+        elif kind.required:
+            given = kind.name.upper() if kind.positional else kind.flag
+            where = f"in [{kind.section}]" if kind.section else "at the top"
+            raise ValueError(f"{given} must be given, or {kind.name} {where} of the configuration: {kind.help}")
+    return cls(**values)
+
+
+def read_config(path: str | os.PathLike[str], commands: Iterable[type[Options]]) -> dict[str, dict[str, Any]]:
+    """Read a TOML file that serves all ``commands``: options by section, those at its top under "".
+
+    Relative paths are relative to the file, so that it can be used from anywhere.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no TOML, or has a section or a key that no command knows (with what was probably meant).
+        TypeError: a value of another type than its option's.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"config must be a TOML file, there is no {str(file)!r}")
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {str(file)!r} is not TOML: {error}") from error
+    known: dict[str, dict[str, Kind]] = {"": {}}
+    for cls in commands:
+        for kind in kinds_of(cls):
+            known.setdefault(kind.section, {})[kind.name] = kind
+    folder = file.absolute().parent
+    result: dict[str, dict[str, Any]] = {}
+    for key, value in content.items():
+        if key in known and isinstance(value, dict):
+            entries, section = value, key
+        elif key in known[""] or not isinstance(value, dict):
+            entries, section = {key: value}, ""
+        else:
+            raise ValueError(f"config {str(file)!r} has an unknown section [{key}]{did_you_mean(key, known)}")
+        for name, entry in entries.items():
+            place = f"{name} in [{section}]" if section else name
+            if name not in known[section]:
+                where = f"in section [{section}]" if section else "at its top"
+                raise ValueError(
+                    f"config {str(file)!r} has an unknown key {name!r} {where}{did_you_mean(name, known[section])}"
+                )
+            checked = known[section][name].check(entry, f"config {str(file)!r}: {place}", folder)
+            result.setdefault(section, {})[name] = checked
+    return result
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """How an error message goes on after an unknown ``word``: with the nearest of the known ones, or with all of them."""
+    names = [name for name in known if name]
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(names)) or 'none'}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,425 @@
+"""Labelled images: what every source of images looks like to the rest of the package, and how an image is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import operator
+import os
+import struct
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..utils.checks import check_integer
+from ..utils.tensors import TensorLike, check_labels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ArrayImages", "DatasetImages", "FileImages", "ImageReadError", "LabelledImages", "decode_image"]
+
+# More classes than any data set has; a larger label is a mistake (a date, an image's own number) that would otherwise ask for
+# gigabytes of counts.
+MOST_CLASSES = 2**24
+
+
+class ImageReadError(ValueError):
+    """An image that cannot be read; the message names it and says why.
+
+    Attributes:
+        name: the image, as :meth:`LabelledImages.name` has it; empty where the error came back from another process that
+            keeps its message only (a worker of torch's ``DataLoader``).
+        reason: why, without the name.
+    """
+
+    # One argument must do: that is how DataLoader makes the error anew in the main process.
+    def __init__(self, message: str, name: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[type[ImageReadError], tuple[str, str, str]]:
+        return type(self), (str(self), self.name, self.reason)
+
+    @classmethod
+    def of(cls, name: str, reason: str) -> ImageReadError:
+        """The error about the image ``name``."""
+        return cls(f"cannot read image {name!r}: {reason}", name, reason)
+
+
+class LabelledImages(Dataset["tuple[Image, int]"], ABC):
+    """Images with a class each: a torch data set of ``(PIL image, label)`` that can also name its images.
+
+    An image is decoded when it is asked for. It can be sent to the workers of a ``DataLoader``, by fork or by spawn.
+
+    Attributes:
+        labels: int64 [n], CPU, in ``0 .. num_classes - 1``.
+        num_classes: N; there may be classes without images.
+        class_names: a name for each class, or None where the source has none.
+    """
+
+    kind: str
+
+    def __init__(self, labels: TensorLike, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> None:
+        if class_names is not None:
+            class_names = check_class_names(class_names, num_classes)
+            num_classes = len(class_names)
+        if num_classes is not None:
+            num_classes = check_integer(num_classes, "num_classes", minimum=1, maximum=MOST_CLASSES)
+        checked = check_labels(labels, MOST_CLASSES if num_classes is None else num_classes)
+        if num_classes is None:
+            if checked.numel() == 0:
+                raise ValueError("there are no images, so the number of classes is unknown: give num_classes")
+            num_classes = int(checked.max()) + 1
+        # A copy: whoever holds the array that the labels came from may change it.
+        self.labels: Tensor = checked.to("cpu", copy=True)
+        self.num_classes: int = num_classes
+        self.class_names: tuple[str, ...] | None = class_names
+
+    def __len__(self) -> int:
+        return self.labels.numel()
+
+    def __getitem__(self, index: int) -> tuple[Image, int]:
+        position = self._position(index)
+        return self.load(position), int(self.labels[position])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} images, {self.num_classes:,} classes)"
+
+    def load(self, index: int) -> Image:
+        """Decode an image whole.
+
+        Returns:
+            A PIL image of mode ``"L"`` where gray values are stored (16-bit ones scaled to 0..255), else ``"RGB"``. As
+            torchvision's loader does, transparency is dropped and EXIF rotation not applied, so that features come out as those
+            that a published checkpoint was trained on.
+
+        Raises:
+            ImageReadError: the image is missing, unreadable, truncated or too large.
+            IndexError: there is no such image.
+        """
+        return self.decode(index, self.stored(index))
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What the image is called in lists and messages: its relative path, or ``"file.npz[12]"``."""
+
+    @abstractmethod
+    def stored(self, index: int) -> bytes:
+        """The image as it is stored: the bytes of its file, or of its pixels; equal bytes are equal images.
+
+        Raises:
+            ImageReadError: they cannot be read.
+        """
+
+    @abstractmethod
+    def decode(self, index: int, stored: bytes) -> Image:
+        """Make the image out of what :meth:`stored` returned; see :meth:`load`."""
+
+    @abstractmethod
+    def subset(self, indices: TensorLike) -> LabelledImages:
+        """The images at ``indices`` (integers [m], repeats allowed), in that order, with the same names and classes.
+
+        Raises:
+            TypeError: indices that are not integers.
+            ValueError: an index out of range.
+        """
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal digits, over the kind of source, the images' names and their labels.
+
+        Image files are not read, and where the data lie does not count. Pixels that are in memory are taken instead of names.
+        """
+        digest = hashlib.sha256()
+        names = "\0".join(self.name(index) for index in range(len(self)))
+        _update(digest, self.kind.encode())
+        _update(digest, names.encode("utf-8", "surrogateescape"))
+        _update(digest, self._label_bytes())
+        return digest.hexdigest()
+
+    def _label_bytes(self) -> bytes:
+        return self.labels.numpy().astype("<i8", copy=False).tobytes()
+
+    def _position(self, index: int) -> int:
+        """``index`` as a position from the start, -1 being the last; IndexError where there is none."""
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"index must be in {-len(self)}..{len(self) - 1}, got {position}")
+        return position % len(self)
+
+    def _indices(self, indices: TensorLike) -> Tensor:
+        return check_labels(indices, len(self), "indices").to("cpu")
+
+
+class FileImages(LabelledImages):
+    """Image files under one root; :func:`alphaext.data.read_list` and :func:`alphaext.data.read_image_folder` make them.
+
+    Attributes:
+        root: the folder that ``paths`` are relative to.
+        paths: the path of each image, with ``/`` between its parts.
+    """
+
+    kind = "files"
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        paths: Sequence[str],
+        labels: TensorLike,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(labels, num_classes, class_names)
+        if len(paths) != len(self):
+            raise ValueError(f"paths and labels must have one entry an image, got {len(paths)} and {len(self)}")
+        # Absolute, so that a worker that starts elsewhere, or a later change of directory, does not lose the images.
+        self.root = Path(root).absolute()
+        self.paths = list(paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def stored(self, index: int) -> bytes:
+        name = self.name(index)
+        try:
+            with open(os.path.join(self.root, name), "rb") as file:
+                content = file.read()
+        except FileNotFoundError:
+            raise ImageReadError.of(name, f"no such file in {str(self.root)!r}") from None
+        except (OSError, ValueError) as error:  # ValueError: no file can have this name
+            raise ImageReadError.of(name, getattr(error, "strerror", None) or str(error)) from error
+        if not content:
+            raise ImageReadError.of(name, "the file is empty")
+        return content
+
+    def decode(self, index: int, stored: bytes) -> Image:
+        return decode_image(stored, self.name(index))
+
+    def subset(self, indices: TensorLike) -> FileImages:
+        chosen = self._indices(indices)
+        paths = [self.paths[index] for index in chosen.tolist()]
+        return FileImages(self.root, paths, self.labels.index_select(0, chosen), self.num_classes, self.class_names)
+
+
+class ArrayImages(LabelledImages):
+    """Images in one array in memory; :func:`alphaext.data.read_arrays` makes them. A subset shares the array.
+
+    Attributes:
+        pixels: uint8 [m, height, width] (gray) or [m, height, width, 3].
+        source: the name of the whole; images are called ``source[row]``.
+        rows: int64 [n], where each image is in ``pixels``.
+    """
+
+    kind = "array"
+
+    def __init__(
+        self,
+        pixels: npt.NDArray[np.uint8],
+        labels: TensorLike,
+        source: str,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        rows: TensorLike | None = None,
+    ) -> None:
+        super().__init__(labels, num_classes, class_names)
+        if pixels.dtype != np.uint8:
+            raise TypeError(f"images must be uint8, got {pixels.dtype}")
+        if not (pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] == 3)) or 0 in pixels.shape[1:]:
+            raise ValueError(f"images must have shape [n, height, width] or [n, height, width, 3], got {list(pixels.shape)}")
+        self.pixels, self.source = pixels, source
+        everything = torch.arange(len(pixels), device="cpu")
+        self.rows = everything if rows is None else check_labels(rows, len(pixels), "rows").to("cpu")
+        if self.rows.numel() != len(self):
+            raise ValueError(f"images and labels must have one entry an image, got {self.rows.numel()} and {len(self)}")
+
+    def name(self, index: int) -> str:
+        return f"{self.source}[{int(self.rows[self._position(index)])}]"
+
+    def stored(self, index: int) -> bytes:
+        return self._pixels(index).tobytes()
+
+    def load(self, index: int) -> Image:
+        from_array = _pillow().fromarray
+        return from_array(np.ascontiguousarray(self._pixels(index)))
+
+    def decode(self, index: int, stored: bytes) -> Image:
+        pixels = np.frombuffer(stored, dtype=np.uint8).reshape(self.pixels.shape[1:])
+        return _pillow().fromarray(pixels)
+
+    def subset(self, indices: TensorLike) -> ArrayImages:
+        chosen = self._indices(indices)
+        labels, rows = self.labels.index_select(0, chosen), self.rows.index_select(0, chosen)
+        return ArrayImages(self.pixels, labels, self.source, self.num_classes, self.class_names, rows)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        _update(digest, self.kind.encode())
+        _update(digest, repr((len(self), *self.pixels.shape[1:])).encode())
+        rows = self.rows.numpy()
+        for start in range(0, len(rows), 1024):
+            _update(digest, self.pixels[rows[start : start + 1024]].tobytes())
+        _update(digest, self._label_bytes())
+        return digest.hexdigest()
+
+    def _pixels(self, index: int) -> npt.NDArray[np.uint8]:
+        return self.pixels[int(self.rows[self._position(index)])]
+
+
+class DatasetImages(LabelledImages):
+    """The images of a data set in torchvision's manner; :func:`alphaext.data.from_torchvision` makes them.
+
+    Attributes:
+        dataset: its items are ``(PIL image, label)``.
+        source: the name of the whole; images are called ``source[row]``.
+        rows: int64 [n], where each image is in ``dataset``.
+    """
+
+    kind = "dataset"
+
+    def __init__(
+        self,
+        dataset: Any,
+        labels: TensorLike,
+        source: str,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        rows: TensorLike | None = None,
+    ) -> None:
+        super().__init__(labels, num_classes, class_names)
+        self.dataset, self.source = dataset, source
+        everything = torch.arange(len(dataset), device="cpu")
+        self.rows = everything if rows is None else check_labels(rows, len(dataset), "rows").to("cpu")
+        if self.rows.numel() != len(self):
+            raise ValueError(f"images and labels must have one entry an image, got {self.rows.numel()} and {len(self)}")
+
+    def name(self, index: int) -> str:
+        return f"{self.source}[{int(self.rows[self._position(index)])}]"
+
+    def load(self, index: int) -> Image:
+        name = self.name(index)
+        try:
+            image = self.dataset[int(self.rows[self._position(index)])][0]
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ImageReadError.of(name, _reason(error)) from error
+        if not isinstance(image, _pillow().Image):
+            raise TypeError(
+                f"the items of {self.source} must be (PIL image, label), got a {type(image).__name__} as the image: "
+                "make the data set without a transform"
+            )
+        return _plain(image, name)
+
+    def stored(self, index: int) -> bytes:
+        image = self.load(index)
+        size = struct.pack("<2sii", image.mode[:2].encode(), *image.size)
+        return size + image.tobytes()
+
+    def decode(self, index: int, stored: bytes) -> Image:
+        mode, width, height = struct.unpack_from("<2sii", stored)
+        return _pillow().frombytes("L" if mode.startswith(b"L") else "RGB", (width, height), stored[struct.calcsize("<2sii") :])
+
+    def subset(self, indices: TensorLike) -> DatasetImages:
+        chosen = self._indices(indices)
+        labels, rows = self.labels.index_select(0, chosen), self.rows.index_select(0, chosen)
+        return DatasetImages(self.dataset, labels, self.source, self.num_classes, self.class_names, rows)
+
+
+def decode_image(content: bytes, name: str) -> Image:
+    """Decode the bytes of an image file whole; see :meth:`LabelledImages.load`.
+
+    Args:
+        content: the file's bytes, in any format that Pillow reads; of several frames the first is taken.
+        name: of the image, for errors.
+
+    Raises:
+        ImageReadError: they are no image, or a truncated or broken one, or one too large to be meant (Pillow's bound).
+
+    Example:
+        >>> import io
+        >>> from PIL import Image
+        >>> file = io.BytesIO()
+        >>> Image.new("CMYK", (3, 2)).save(file, "JPEG")
+        >>> decode_image(file.getvalue(), "a.jpg").mode
+        'RGB'
+        >>> try:
+        ...     decode_image(file.getvalue()[:-200], "a.jpg")
+        ... except ImageReadError as error:
+        ...     print(error.name)
+        a.jpg
+    """
+    pillow = _pillow()
+    try:
+        with pillow.open(io.BytesIO(content)) as image:
+            image.load()
+            return _plain(image, name)
+    except (ImageReadError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them meet.
+        raise ImageReadError.of(name, _reason(error)) from error
+
+
+def check_class_names(names: Sequence[str], num_classes: int | None) -> tuple[str, ...]:
+    """Return ``names`` as a tuple after checking that they are different texts, one a class."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names must be a sequence of texts, got {names!r:.200}")
+    checked = tuple(names)
+    if not checked:
+        raise ValueError("class_names must name at least one class, got none")
+    if num_classes is not None and len(checked) != num_classes:
+        raise ValueError(f"class_names must have one name a class, got {len(checked)} names for num_classes = {num_classes}")
+    most_common, times = Counter(checked).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"class_names must be different, got {most_common!r} {times} times")
+    return checked
+
+
+def _plain(image: Image, name: str) -> Image:
+    """A decoded image of any mode as ``"L"`` or ``"RGB"``."""
+    mode = image.mode
+    if mode in ("L", "RGB"):
+        return image.copy() if type(image) is not _pillow().Image else image
+    if mode in ("1", "LA", "La"):
+        return image.convert("L")
+    if mode == "I" or mode.startswith("I;16"):
+        # Pillow's own conversion cuts at 255, which turns nearly every 16-bit image white.
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ImageReadError.of(name, f"gray values must be 8 or 16 bits, got {values.min()}..{values.max()}")
+        return _pillow().fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if mode == "F":
+        raise ImageReadError.of(name, "gray values must be 8 or 16 bits, got floating point")
+    if mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # else Pillow warns of each such image; the colours are the same
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    pillow = _pillow()
+    if isinstance(error, pillow.DecompressionBombError):
+        return f"too many pixels to be meant ({error})"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not an image of a known format"
+    return str(error) or type(error).__name__
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(f"reading images needs Pillow ({error}): pip install 'alphaext[vision]'") from error
+    return Image
+
+
+def _update(digest: Any, part: bytes) -> None:
+    """Add ``part`` with its length, so that what ends one part cannot begin the next."""
+    digest.update(struct.pack("<q", len(part)))
+    digest.update(part)

@@ -1,0 +1,364 @@
+"""Images with labels from where they are: list files, folders of class folders, arrays, torchvision's data sets."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..utils.files import PathLike
+from .images import ArrayImages, DatasetImages, FileImages, ImageReadError, LabelledImages, check_class_names
+from .list_files import existing_folder, read_list, write_list
+from .long_tailed import long_tailed_counts, make_long_tailed
+
+__all__ = [
+    "ImageReadError",
+    "LabelledImages",
+    "from_torchvision",
+    "long_tailed_counts",
+    "make_long_tailed",
+    "open_images",
+    "read_arrays",
+    "read_cifar",
+    "read_image_folder",
+    "read_list",
+    "write_list",
+]
+
+# Those of torchvision's ImageFolder, so that both see the same images.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+_PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def open_images(
+    source: PathLike,
+    *,
+    root: PathLike | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+) -> LabelledImages:
+    """Open images by what ``source`` is.
+
+    Args:
+        source: a list file (``.txt``, see :func:`read_list`), a folder of class folders (:func:`read_image_folder`), an
+            ``.npz`` file (:func:`read_arrays`), or ``"cifar10:train"``, ``"cifar10:test"``, ``"cifar100:train"``,
+            ``"cifar100:test"`` (:func:`read_cifar`, which downloads nothing here).
+        root: for a list, the folder that its paths are relative to; for CIFAR, the folder that holds it. Not for others.
+        num_classes: N, where the source alone does not tell; a source that tells must agree.
+        class_names: the names of all classes in the order of their labels; a folder's labels follow them, other sources that
+            have names must agree.
+
+    Returns:
+        The images.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        ValueError: a source of another form, a ``root`` missing or too many, or what the reader of that source refuses.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_list(folder / "train.txt", ["cat/1.jpg", "dog/1.jpg"], [0, 1])
+        >>> open_images(folder / "train.txt", root=folder)
+        FileImages(2 images, 2 classes)
+    """
+    text = os.fspath(source)
+    cifar, _, part = text.partition(":")
+    if cifar in ("cifar10", "cifar100") and part:
+        if root is None:
+            raise ValueError(f"source {text!r} needs root, the folder that holds CIFAR")
+        return _agreeing(read_cifar(cifar, root, part), text, num_classes, class_names)
+    path = Path(text)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {text!r}: source must be a list file (.txt), a folder of class folders, an .npz file, "
+            "or one of cifar10:train, cifar10:test, cifar100:train, cifar100:test"
+        )
+    if path.is_file() and path.suffix.lower() == ".txt":
+        if root is None:
+            raise ValueError(f"source {text!r} is a list and needs root, the folder that its paths are relative to")
+        return read_list(path, root, num_classes=num_classes, class_names=class_names)
+    if root is not None:
+        raise ValueError(f"root is for lists and CIFAR, but source {text!r} is neither; got root {os.fspath(root)!r}")
+    if path.is_dir():
+        return _agreeing(read_image_folder(path, class_names=class_names), text, num_classes, class_names)
+    if path.suffix.lower() == ".npz":
+        images = read_arrays(path, num_classes=num_classes)
+        if class_names is not None and images.class_names is None:
+            images = ArrayImages(images.pixels, images.labels, images.source, num_classes, class_names)
+        return _agreeing(images, text, num_classes, class_names)
+    raise ValueError(f"source must be a list (.txt), a folder of class folders or an .npz file, got {text!r}")
+
+
+def read_image_folder(root: PathLike, *, class_names: Sequence[str] | None = None) -> FileImages:
+    """Read a folder of class folders: ``root/class name/.../image``, the layout of torchvision's ``ImageFolder``.
+
+    Files that are hidden or have no image suffix are passed over; a class folder may be empty.
+
+    Args:
+        root: the folder.
+        class_names: of all classes, in the order of their labels: give the training folder's to the validation and test
+            folders, so that labels agree where a class has no folder. Default: the class folders, sorted by name.
+
+    Returns:
+        The images, by class folder and then by path, both sorted.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no class folders, no images in them, or a class folder that is not in ``class_names``.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("cat/1.jpg", "cat/2.png", "dog/1.jpg", "dog/notes.txt"):
+        ...     (folder / name).parent.mkdir(exist_ok=True)
+        ...     (folder / name).touch()
+        >>> images = read_image_folder(folder)
+        >>> [images.name(i) for i in range(3)], images.labels, images.class_names
+        (['cat/1.jpg', 'cat/2.png', 'dog/1.jpg'], tensor([0, 0, 1]), ('cat', 'dog'))
+    """
+    folder = existing_folder(root, "root")
+    with os.scandir(folder) as entries:
+        found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not found:
+        raise ValueError(f"root must hold a folder for each class, got none in {str(folder)!r}")
+    names = tuple(found) if class_names is None else check_class_names(class_names, None)
+    label_of = {name: label for label, name in enumerate(names)}
+    unknown = [name for name in found if name not in label_of]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(
+            f"class folders must be among the {len(names)} class_names, got {', '.join(map(repr, unknown[:5]))}{more} "
+            f"in {str(folder)!r}"
+        )
+    if len(found) > 1 and class_names is None and {name.lower() for name in found} <= _PART_NAMES:
+        raise ValueError(
+            f"root must hold a folder for each class, got {', '.join(found)} in {str(folder)!r}: give one of these"
+        )
+    paths: list[str] = []
+    labels: list[int] = []
+    for name in found:
+        before = len(paths)
+        paths += _image_paths(folder, name)
+        labels += [label_of[name]] * (len(paths) - before)
+    if not paths:
+        raise ValueError(
+            f"root must hold images ({', '.join(IMAGE_SUFFIXES)}) in its class folders, got none in {str(folder)!r}"
+        )
+    return FileImages(folder, paths, labels, class_names=names)
+
+
+def _image_paths(root: Path, class_folder: str) -> list[str]:
+    """The images below a class folder, relative to ``root``: by folder and then by name, both sorted."""
+    found: list[tuple[str, list[str]]] = []
+    # Each with the folders that it lies in: links are followed, as data sets are often made of them, but not back up, which
+    # would go on for ever.
+    waiting: list[tuple[str, frozenset[str]]] = [(class_folder, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        real = os.path.realpath(root / folder)
+        if real in above:
+            continue
+        images = []
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append((f"{folder}/{entry.name}", above | {real}))
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    images.append(entry.name)
+        found.append((folder, sorted(images)))
+    return [f"{folder}/{name}" for folder, images in sorted(found) for name in images]
+
+
+def read_arrays(
+    path: PathLike,
+    *,
+    images: str = "x",
+    labels: str = "y",
+    names: str | None = "names",
+    num_classes: int | None = None,
+) -> ArrayImages:
+    """Read images from the arrays of an ``.npz`` file, into memory.
+
+    Args:
+        path: the file.
+        images: name of the array of pixels, uint8 [n, height, width] (gray) or [n, height, width, 3].
+        labels: name of the array of labels, integers [n].
+        names: name of the array of the class names, text [N]; the default is passed over where the file has no such array, None
+            always.
+        num_classes: N; default, the number of names, or without names the largest label plus one.
+
+    Returns:
+        The images, called ``file.npz[0]`` and so on.
+
+    Raises:
+        FileNotFoundError: no such file.
+        TypeError: arrays of other types, or of Python objects (which are never unpickled).
+        ValueError: no ``.npz``, an array that is not in it, shapes or lengths or numbers of classes that disagree.
+
+    Example:
+        >>> import numpy, tempfile
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp()) / "digits.npz"
+        >>> numpy.savez(path, x=numpy.zeros((3, 8, 8), numpy.uint8), y=[0, 1, 1])
+        >>> images = read_arrays(path)
+        >>> image, label = images[2]
+        >>> images.name(2), image.size, label
+        ('digits.npz[2]', (8, 8), 1)
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"path must be an .npz file, got the directory {str(file)!r}")
+    try:
+        archive = np.load(file, allow_pickle=False)
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{file} is not an .npz file: {error}") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError(f"{file} is not an .npz file: it holds a single array")
+    with archive:
+        pixels = _array(archive, file, images, "images")
+        label_ids = _array(archive, file, labels, "labels")
+        class_names = None
+        if names is not None and (names in archive or names != "names"):
+            texts = _array(archive, file, names, "names")
+            if texts.dtype.kind != "U" or texts.ndim != 1:
+                raise TypeError(f"{file}: names ({names!r}) must be text [N], got {texts.dtype} {list(texts.shape)}")
+            class_names = [str(text) for text in texts]
+    try:
+        if len(pixels) == 0:
+            raise ValueError("there are no images in it")
+        return ArrayImages(pixels, label_ids, file.name, num_classes, class_names)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{file}: {error}") from None
+
+
+def _array(archive: Any, file: Path, key: str, role: str) -> npt.NDArray[Any]:
+    if key not in archive:
+        raise ValueError(f"{file} has no array {key!r} for {role}; it has {', '.join(sorted(archive.files)) or 'none'}")
+    try:
+        array = archive[key]
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise TypeError(f"{file}: {role} ({key!r}) must be an array of numbers or text, got Python objects") from None
+        raise ValueError(f"{file}: {role} ({key!r}) cannot be read: {error}") from error
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"{file}: {role} ({key!r}) cannot be read: {error}") from error
+    if array.ndim == 0:
+        raise ValueError(f"{file}: {role} ({key!r}) must have one entry an image or class, got a single value")
+    return np.asarray(array)
+
+
+def from_torchvision(dataset: Any, name: str) -> DatasetImages:
+    """Take the images of a torchvision data set, or of any that is made like one.
+
+    Args:
+        dataset: its items are ``(PIL image, label)``, so it is made without ``transform`` and ``target_transform``; its labels
+            are in ``targets``, ``labels`` or ``_labels``, the names of its classes in ``classes`` where there are any.
+        name: what to call it; its images are ``name[0]`` and so on.
+
+    Returns:
+        The images. They are read through ``dataset`` when asked for.
+
+    Raises:
+        TypeError: items of another kind, or no labels.
+        ValueError: a transform of the labels, an empty data set, or labels that disagree with its length, its first item or its
+            classes.
+
+    Example:
+        >>> from torchvision.datasets import FakeData
+        >>> fake = FakeData(size=4, num_classes=2)
+        >>> fake.targets = [fake[i][1] for i in range(4)]
+        >>> from_torchvision(fake, "fake")
+        DatasetImages(4 images, 2 classes)
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name must be a text that is not empty, got {name!r}")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"dataset must have a length and items, got {type(dataset).__name__}")
+    attribute = next((key for key in ("targets", "labels", "_labels") if getattr(dataset, key, None) is not None), None)
+    if attribute is None:
+        raise TypeError(
+            f"dataset must have its labels in targets, labels or _labels, {type(dataset).__name__} has none of them"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {name!r} has no images")
+    if getattr(dataset, "target_transform", None) is not None:
+        raise ValueError("dataset must have no target_transform: it would change the labels of its items, but not all at once")
+    classes = getattr(dataset, "classes", None)
+    labels = getattr(dataset, attribute)
+    images = DatasetImages(dataset, labels, name, class_names=None if classes is None else [str(entry) for entry in classes])
+    images.load(0)
+    item_label = int(dataset[0][1])
+    if item_label != int(images.labels[0]):
+        raise ValueError(
+            f"dataset {name!r} has {attribute}[0] = {int(images.labels[0])}, but its first item has label {item_label}"
+        )
+    return images
+
+
+def read_cifar(name: str, root: PathLike, part: str, download: bool = False) -> ArrayImages:
+    """Read CIFAR-10 or CIFAR-100, into memory, through torchvision, which checks the files' MD5 before it opens them.
+
+    Args:
+        name: ``"cifar10"`` or ``"cifar100"``.
+        root: the folder that holds the unpacked archive (``cifar-10-batches-py`` or ``cifar-100-python``).
+        part: ``"train"`` (50,000 images) or ``"test"`` (10,000).
+        download: fetch it if it is not there (170 MB).
+
+    Returns:
+        The images, 32x32 RGB, called ``cifar100:train[0]`` and so on.
+
+    Raises:
+        ImportError: torchvision is not installed.
+        FileNotFoundError: it is not there, or not whole.
+        ValueError: another name or part.
+
+    Example:
+        >>> try:
+        ...     read_cifar("cifar100", "no such folder", "train")
+        ... except FileNotFoundError as error:
+        ...     print(str(error)[:47])
+        no whole copy of cifar100 in 'no such folder' (
+    """
+    if name not in ("cifar10", "cifar100"):
+        raise ValueError(f"name must be cifar10 or cifar100, got {name!r}")
+    if part not in ("train", "test"):
+        raise ValueError(f"part must be train or test, got {part!r}")
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(f"CIFAR needs torchvision ({error}): pip install 'alphaext[vision]'") from error
+    make = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    try:
+        dataset = make(os.fspath(root), train=part == "train", download=download)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"no whole copy of {name} in {os.fspath(root)!r} ({error}); read_cifar(..., download=True) fetches it"
+        ) from error
+    return ArrayImages(dataset.data, dataset.targets, f"{name}:{part}", class_names=dataset.classes)
+
+
+def _agreeing(
+    images: LabelledImages, source: str, num_classes: int | None, class_names: Sequence[str] | None
+) -> LabelledImages:
+    """``images``, after checking that what is known of the classes is what was asked for."""
+    if num_classes is not None and images.num_classes != num_classes:
+        raise ValueError(f"source {source!r} has {images.num_classes} classes, but num_classes is {num_classes}")
+    if class_names is not None and images.class_names is not None and tuple(class_names) != images.class_names:
+        if len(class_names) != len(images.class_names):
+            raise ValueError(f"source {source!r} has {images.num_classes} classes, but class_names has {len(class_names)}")
+        first = next(i for i, name in enumerate(images.class_names) if name != class_names[i])
+        raise ValueError(
+            f"source {source!r} calls class {first} {images.class_names[first]!r}, class_names {class_names[first]!r}"
+        )
+    return images

@@ -1,0 +1,188 @@
+"""What the doctor finds: findings, and the report that holds them beside the sizes of classes and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from ..classes import ClassSplit
+
+__all__ = ["DataReport", "Finding"]
+
+Level = Literal["error", "warning", "note"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+_SHOWN_ITEMS = 20
+_SHOWN_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the doctor has to say.
+
+    Attributes:
+        level: ``"error"``, results would be wrong or nothing would run; ``"warning"``, results may not be what they seem;
+            ``"note"``, good to know.
+        title: what it is, in a few words.
+        detail: what it means and what to do about it.
+        items: all images or classes that it is about, a line each; printing cuts them, nothing else does.
+    """
+
+    level: Level
+    title: str
+    detail: str
+    items: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as JSON can hold it."""
+        return {"level": self.level, "title": self.title, "detail": self.detail, "items": list(self.items)}
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the finding with its first items."""
+        out = Console() if console is None else console
+        out.print(f"[{_STYLES[self.level]}]{self.level}[/]: [bold]{escape(self.title)}[/]", highlight=False)
+        out.print(f"  {self.detail}", highlight=False, markup=False)
+        for item in self.items[:_SHOWN_ITEMS]:
+            out.print(f"    {_one_line(item)}", highlight=False, markup=False)
+        if len(self.items) > _SHOWN_ITEMS:
+            out.print(f"    ... and {len(self.items) - _SHOWN_ITEMS:,} more", highlight=False)
+
+
+@dataclass
+class DataReport:
+    """What :func:`alphaext.doctor.check_data` found.
+
+    Attributes:
+        counts: images of each class, int64 [N], for each part that there is: ``"train"``, ``"val"``, ``"test"``. Images whose
+            label is no class are in none of them.
+        images: images of each part.
+        num_classes: N.
+        class_names: the names of the classes, from the checkpoint, the data or the class folders; None where none tells.
+        split: few, medium and many by the training images, or None if a class has none.
+        few_below: a class with fewer training images is few.
+        many_above: a class with more training images is many.
+        problems: all findings, errors first.
+        images_read: how many images were read whole.
+        seconds: how long all took.
+    """
+
+    counts: dict[str, Tensor]
+    images: dict[str, int]
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    split: ClassSplit | None
+    few_below: int
+    many_above: int
+    problems: list[Finding] = field(default_factory=list)
+    images_read: int = 0
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error among the findings."""
+        return not self.of_level("error")
+
+    def of_level(self, level: Level) -> list[Finding]:
+        """The findings of one level."""
+        return [finding for finding in self.problems if finding.level == level]
+
+    def split_sizes(self) -> dict[str, int]:
+        """How many classes are few, medium, many, and without training images, by name."""
+        counts = self.counts["train"]
+        few = (counts > 0) & (counts < self.few_below)
+        many = counts > self.many_above
+        sizes = {"few": few, "medium": ~(few | many) & (counts > 0), "many": many, "none": counts == 0}
+        return {name: int(mask.sum()) for name, mask in sizes.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as JSON can hold it."""
+        split = self.split
+        return {
+            "ok": self.ok,
+            "images": dict(self.images),
+            "images_read": self.images_read,
+            "seconds": self.seconds,
+            "num_classes": self.num_classes,
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "few_below": self.few_below,
+            "many_above": self.many_above,
+            "split_sizes": self.split_sizes(),
+            "split": None if split is None else {name: getattr(split, name).tolist() for name in ("few", "medium", "many")},
+            "counts": {part: counts.tolist() for part, counts in self.counts.items()},
+            "problems": [finding.to_dict() for finding in self.problems],
+        }
+
+    def print(self, console: Console | None = None) -> None:
+        """Print tables of the parts, the splits and the classes (of many, the largest and smallest), and then the findings."""
+        out = Console() if console is None else console
+        out.print(self._parts_table())
+        out.print(self._splits_table())
+        out.print(self._classes_table())
+        for finding in self.problems:
+            finding.print(out)
+        numbers = [len(self.of_level(level)) for level in LEVELS]
+        summary = ", ".join(plural(n, level) for n, level in zip(numbers, LEVELS, strict=True))
+        read = f"{plural(self.images_read, 'image')} read" if self.images_read else "images not read"
+        style = "green" if self.ok else "bold red"
+        out.print(f"[{style}]{summary}[/] ({read}, {self.seconds:.1f} s)", highlight=False)
+
+    def _parts_table(self) -> Table:
+        table = Table(title="Images")
+        for name in ("", "images", "classes", "smallest", "largest"):
+            table.add_column(name, justify="right" if name else "left")
+        for part, counts in self.counts.items():
+            present = int((counts > 0).sum())
+            ends = (f"{int(counts.min()):,}", f"{int(counts.max()):,}")
+            table.add_row(part, f"{self.images[part]:,}", f"{present:,} of {self.num_classes:,}", *ends)
+        return table
+
+    def _splits_table(self) -> Table:
+        table = Table(title="Splits by training images")
+        for name in ("split", "training images", "classes", *self.counts):
+            table.add_column(name, justify="left" if name == "split" else "right")
+        train = self.counts["train"]
+        few, many = (train > 0) & (train < self.few_below), train > self.many_above
+        rows = (
+            ("few", f"fewer than {self.few_below}", few),
+            ("medium", f"{self.few_below} to {self.many_above}", (train > 0) & ~(few | many)),
+            ("many", f"more than {self.many_above}", many),
+        )
+        for name, rule, mask in rows:
+            table.add_row(name, rule, f"{int(mask.sum()):,}", *(f"{int(c[mask].sum()):,}" for c in self.counts.values()))
+        return table
+
+    def _classes_table(self) -> Table:
+        train = self.counts["train"]
+        order = torch.argsort(train, descending=True, stable=True).tolist()
+        cut = len(order) > 2 * _SHOWN_CLASSES
+        shown: Sequence[int | None] = [*order[:_SHOWN_CLASSES], None, *order[-_SHOWN_CLASSES:]] if cut else order
+        table = Table(title="Classes")
+        for name in ("class", "name", *self.counts):
+            table.add_column(name, justify="left" if name == "name" else "right")
+        for label in shown:
+            if label is None:
+                table.add_row(*["..."] * (2 + len(self.counts)))
+                continue
+            name = "" if self.class_names is None else escape(_one_line(self.class_names[label]))
+            table.add_row(str(label), name, *(f"{int(counts[label]):,}" for counts in self.counts.values()))
+        return table
+
+
+def plural(number: int, noun: str) -> str:
+    """``number`` with ``noun`` in its singular or plural: ``"1 image"``, ``"2,000 classes"``, ``"3 entries"``."""
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun}"
+
+
+def _one_line(text: str) -> str:
+    """``text`` without what would break a line or a terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -1,0 +1,10 @@
+"""The forms that a head can have, by name."""
+
+from __future__ import annotations
+
+RULES = ("clamp", "softmax", "l1")
+COEFFICIENTS = ("mlp", "direct")
+INITS = ("identity", "default")
+FIRST_LAYERS = ("dense", "factored")
+POOLS = ("base", "many", "all")
+METRICS = ("euclidean", "cosine", "random")

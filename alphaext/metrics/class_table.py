@@ -1,0 +1,368 @@
+"""What became of each class: its accuracy under two classifiers, and what the repaired few classes were composed of."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..classes import ClassSplit
+from ..utils.files import PathLike, check_output_file, whole_file, write_json
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_integral, check_shape
+from .comparison import check_same_samples
+from .evaluation import PARTS, Predictions, check_split, part_of_class, per_class
+
+__all__ = ["ClassRow", "class_table", "read_class_table", "write_class_table"]
+
+SORT_KEYS = (
+    "class_id",
+    "name",
+    "split",
+    "training_images",
+    "test_samples",
+    "accuracy_before",
+    "accuracy_after",
+    "gain",
+    "own_alpha",
+    "distance",
+)
+
+
+@runtime_checkable
+class ComposedClassifier(Protocol):
+    """A classifier whose few rows are composed, as those of :class:`alphaext.AlphaNet` are.
+
+    Attributes:
+        members: ``[F, K+1]`` int64 class ids: the few class itself, then its neighbours.
+    """
+
+    members: Tensor
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+
+    def alphas(self) -> Tensor:
+        """Their coefficients, ``[F, K+1]``."""
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class under two classifiers, made by :func:`class_table`.
+
+    Attributes:
+        class_id: the class.
+        name: its name; its id as text where no names are known.
+        split: ``"few"``, ``"medium"`` or ``"many"``.
+        training_images: how many there were.
+        test_samples: how many it was measured on.
+        accuracy_before: top-1, a fraction of 1; NaN without test samples.
+        accuracy_after: the same of the second classifier.
+        gain: after less before.
+        neighbors: the classes that its classifier was composed of besides itself, as the head has them (nearest first); none
+            for a class that was not repaired, or if no head was given.
+        neighbor_names: their names.
+        alphas: their coefficients.
+        own_alpha: the coefficient of its own classifier; None for a class that was not repaired.
+        distance: Euclidean, from its mean feature to that of the closest neighbour; None if it is not known.
+    """
+
+    class_id: int
+    name: str
+    split: str
+    training_images: int
+    test_samples: int
+    accuracy_before: float
+    accuracy_after: float
+    gain: float
+    neighbors: tuple[int, ...] = ()
+    neighbor_names: tuple[str, ...] = ()
+    alphas: tuple[float, ...] = ()
+    own_alpha: float | None = None
+    distance: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as numbers, text and lists, for JSON."""
+        return asdict(self)
+
+
+def class_table(
+    before: Predictions,
+    after: Predictions,
+    split: ClassSplit,
+    counts: TensorLike,
+    *,
+    class_names: Sequence[str] | None = None,
+    head: ComposedClassifier | None = None,
+    class_means: TensorLike | None = None,
+    sort_by: str = "class_id",
+    descending: bool = False,
+) -> list[ClassRow]:
+    """Return a row for each class: how well it was recognised before and after, and what its classifier was composed of.
+
+    Args:
+        before: what the first classifier says of the test samples.
+        after: what the second one says of the same samples, in the same order.
+        split: which classes are few, medium and many.
+        counts: training images of each class, integers [N] (:func:`alphaext.class_counts`).
+        class_names: N names.
+        head: the head that the second classifier is or was folded from, for neighbours and coefficients.
+        class_means: floating point [N, D], the mean training features by which neighbours were chosen
+            (:func:`alphaext.class_means`), for the distance to the closest one; only with ``head``.
+        sort_by: the field of :class:`ClassRow` to sort by; default the class. What is not known comes last; equal rows come in
+            the order of classes.
+        descending: the largest first.
+
+    Returns:
+        N rows.
+
+    Raises:
+        TypeError: arguments of another type.
+        ValueError: different samples, numbers of classes that disagree, an unknown ``sort_by``, ``class_means`` without a
+            ``head``.
+
+    Example:
+        >>> split = ClassSplit(few=[3], medium=[2], many=[0, 1])
+        >>> head = AlphaNet.from_linear(nn.Linear(8, 4), members=[[3, 0, 1]], gamma=0.5, seed=0)
+        >>> features, labels = torch.randn(40, 8), torch.arange(40) % 4
+        >>> predictions = predict(head, features, labels)
+        >>> rows = class_table(predictions, predictions, split, [500, 400, 50, 5], class_names=["a", "b", "c", "d"], head=head)
+        >>> rows[3].name, rows[3].split, rows[3].gain, rows[3].neighbor_names, rows[3].alphas, rows[3].own_alpha
+        ('d', 'few', 0.0, ('a', 'b'), (0.25, 0.25), 0.5)
+    """
+    parts = check_split(before, split, "before")
+    check_split(after, split, "after")
+    num_classes = parts.num_classes
+    check_same_samples(before, after)
+    names = check_class_names(class_names, num_classes)
+    trained = _check_counts(counts, num_classes)
+    if sort_by not in SORT_KEYS:
+        raise ValueError(f"sort_by must be one of {', '.join(SORT_KEYS)}, got {sort_by!r}")
+    composed = _composition(head, class_means, num_classes, names)
+    accuracies = zip(per_class(before).tolist(), per_class(after).tolist(), strict=True)
+    part_names = [PARTS[number] for number in part_of_class(parts).tolist()]
+    rows = [
+        ClassRow(
+            class_id=c,
+            name=names[c],
+            split=part_names[c],
+            training_images=trained[c],
+            test_samples=samples,
+            accuracy_before=was,
+            accuracy_after=now,
+            gain=now - was,
+            **composed.get(c, {}),
+        )
+        for c, (samples, (was, now)) in enumerate(zip(before.counts().tolist(), accuracies, strict=True))
+    ]
+    return _sorted(rows, sort_by, descending)
+
+
+def write_class_table(rows: Sequence[ClassRow], path: PathLike, *, overwrite: bool = False) -> None:
+    """Write rows as CSV or JSON, whole or not at all.
+
+    CSV (UTF-8, with a header, fields quoted where they must be) has a column for each field of :class:`ClassRow`, and three for
+    each neighbour: ``neighbor_1``, ``neighbor_1_name``, ``neighbor_1_alpha``; what is not known is empty. JSON is an object
+    whose ``classes`` are the rows; what is not known is null.
+
+    Args:
+        rows: as :func:`class_table` returns them.
+        path: a file that ends in ``.csv`` or ``.json``, in a directory that exists.
+        overwrite: replace a file that is there.
+
+    Raises:
+        TypeError: rows of another type.
+        ValueError: another ending, a directory, no such directory, or a file that is there already.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> row = ClassRow(0, "sea, deep", "many", 500, 50, 0.5, 0.25, -0.25)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_class_table([row], f"{folder}/classes.csv")
+        ...     print(pathlib.Path(folder, "classes.csv").read_text().splitlines()[1])
+        0,"sea, deep",many,500,50,0.5,0.25,-0.25,,
+    """
+    rows = list(rows)
+    for row in rows:
+        if not isinstance(row, ClassRow):
+            raise TypeError(f"rows must be ClassRow's, as class_table returns them, got {type(row).__name__}")
+    target = check_output_file(path, "path", overwrite=overwrite)
+    if target.suffix == ".json":
+        write_json(target, {"classes": [row.to_dict() for row in rows]})
+    elif target.suffix == ".csv":
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(_cells(rows))
+        with whole_file(target) as file:
+            file.write(text.getvalue().encode())
+    else:
+        raise ValueError(f"path must end in .csv or .json, got {str(target)!r}")
+
+
+def read_class_table(path: PathLike) -> list[ClassRow]:
+    """Read the CSV file that :func:`write_class_table` wrote, each value as it was.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The rows, in the file's order; an accuracy that is not known is NaN.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, or has a value that its column cannot have; the message names the line.
+
+    Example:
+        >>> import tempfile
+        >>> row = ClassRow(2, "fjord", "few", 5, 50, 0.25, 0.5, 0.25, (0,), ("sea",), (0.3,), 0.7, 1.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_class_table([row], f"{folder}/classes.csv")
+        ...     read_class_table(f"{folder}/classes.csv") == [row]
+        True
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        rows = []
+        try:
+            header = next(lines, [])
+            more = header[len(_PLAIN) :]
+            most = len(more) // len(_OF_NEIGHBOR)
+            if header != [*_PLAIN, *_neighbor_columns(most)]:
+                raise ValueError(f"its columns must be {', '.join([*_PLAIN, *_neighbor_columns(1)])} and so on")
+            for line in lines:
+                if len(line) != len(header):
+                    raise ValueError(f"there must be {len(header)} fields, got {len(line)}")
+                rows.append(_row_of(line))
+        except (UnicodeDecodeError, csv.Error, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is not a table of classes: line {lines.line_num}: {error}") from error
+    return rows
+
+
+def _row_of(line: list[str]) -> ClassRow:
+    values: dict[str, Any] = {name: _value(name, cell) for name, cell in zip(_PLAIN, line, strict=False)}
+    if values["split"] not in PARTS:
+        raise ValueError(f"split must be one of {', '.join(PARTS)}, got {values['split']!r}")
+    cells = line[len(_PLAIN) :]
+    neighbors = [cells[k : k + 3] for k in range(0, len(cells), 3) if cells[k] != ""]
+    return ClassRow(
+        **values,
+        neighbors=tuple(int(_number("neighbor", class_id, int)) for class_id, _, _ in neighbors),
+        neighbor_names=tuple(name for _, name, _ in neighbors),
+        alphas=tuple(_number("neighbor_alpha", alpha, float) for _, _, alpha in neighbors),
+    )
+
+
+def _value(name: str, cell: str) -> Any:
+    if name in ("name", "split"):
+        return cell
+    if name in ("class_id", "training_images", "test_samples"):
+        return _number(name, cell, int)
+    if cell == "":
+        return None if name in ("own_alpha", "distance") else math.nan
+    return _number(name, cell, float)
+
+
+def _number(name: str, cell: str, kind: type[int] | type[float]) -> float:
+    try:
+        return kind(cell)
+    except ValueError:
+        raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {cell!r}") from None
+
+
+def check_class_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+    """A name for each class: those given, after a check, or else the ids as text."""
+    if class_names is None:
+        return [str(c) for c in range(num_classes)]
+    names = list(class_names)
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names must be a list of text, got {type(class_names).__name__} of {class_names!r:.60}")
+    if len(names) != num_classes:
+        raise ValueError(f"class_names must be one a class, got {len(names)} names for {num_classes} classes")
+    return names
+
+
+def _check_counts(counts: TensorLike, num_classes: int) -> list[int]:
+    trained = as_tensor(counts, "counts").detach()
+    check_shape(trained, "counts", (num_classes,))
+    check_integral(trained, "counts")
+    if bool((trained < 0).any()):
+        index = int((trained < 0).nonzero()[0, 0])
+        raise ValueError(f"counts must be at least 0, got {int(trained[index])} for class {index}")
+    return trained.tolist()
+
+
+def _composition(
+    head: ComposedClassifier | None, class_means: TensorLike | None, num_classes: int, names: list[str]
+) -> dict[int, dict[str, Any]]:
+    """Of each class that ``head`` repairs, the fields of its row that tell what it is composed of."""
+    if head is None:
+        if class_means is not None:
+            raise ValueError("class_means tell distances to a head's neighbours: give head as well")
+        return {}
+    if not isinstance(head, ComposedClassifier):
+        raise TypeError(f"head must be an AlphaNet, got {type(head).__name__}")
+    if head.out_features != num_classes:
+        raise ValueError(f"head must be of the split's {num_classes} classes, got {head.out_features}")
+    members = head.members.cpu()
+    distances = None if class_means is None else _distances(class_means, members, num_classes)
+    alphas = head.alphas().detach().tolist()
+    return {
+        own: {
+            "neighbors": tuple(neighbors),
+            "neighbor_names": tuple(names[c] for c in neighbors),
+            "alphas": tuple(alphas[row][1:]),
+            "own_alpha": alphas[row][0],
+            "distance": None if distances is None else distances[row],
+        }
+        for row, (own, *neighbors) in enumerate(members.tolist())
+    }
+
+
+def _distances(class_means: TensorLike, members: Tensor, num_classes: int) -> list[float]:
+    """From each few class's mean to the closest of its neighbours', [F]."""
+    means = as_tensor(class_means, "class_means").detach().cpu()
+    check_shape(means, "class_means", (num_classes, "D"))
+    check_floating(means, "class_means")
+    check_finite(means, "class_means")
+    wide = means.double()
+    # Differences, not a matrix product, which cancels where means are close.
+    return [float((wide[row[1:]] - wide[row[0]]).norm(dim=1).min()) for row in members]
+
+
+def _sorted(rows: list[ClassRow], sort_by: str, descending: bool) -> list[ClassRow]:
+    def key(row: ClassRow) -> Any:
+        value = getattr(row, sort_by)
+        return PARTS.index(value) if sort_by == "split" else value
+
+    def known(row: ClassRow) -> bool:
+        value = getattr(row, sort_by)
+        return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+    # A stable sort, in reverse too: equal rows stay in the order of classes.
+    return sorted(filter(known, rows), key=key, reverse=descending) + [row for row in rows if not known(row)]
+
+
+_PLAIN = [name for name in ClassRow.__dataclass_fields__ if name not in ("neighbors", "neighbor_names", "alphas")]
+_OF_NEIGHBOR = ("neighbor_{}", "neighbor_{}_name", "neighbor_{}_alpha")
+
+
+def _neighbor_columns(most: int) -> list[str]:
+    return [name.format(k) for k in range(1, most + 1) for name in _OF_NEIGHBOR]
+
+
+def _cells(rows: list[ClassRow]) -> list[list[Any]]:
+    """A header and the rows of the CSV file; None becomes an empty field."""
+    header = [*_PLAIN, *_neighbor_columns(max((len(row.neighbors) for row in rows), default=0))]
+    cells: list[list[Any]] = [list(header)]
+    for row in rows:
+        values = [getattr(row, name) for name in _PLAIN]
+        for neighbor in zip(row.neighbors, row.neighbor_names, row.alphas, strict=True):
+            values += neighbor
+        values += [None] * (len(header) - len(values))
+        cells.append([None if isinstance(value, float) and math.isnan(value) else value for value in values])
+    return cells

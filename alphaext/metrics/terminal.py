@@ -1,0 +1,232 @@
+"""Accuracies, comparisons and classes as tables for the terminal, in percent with one decimal, "-" for what is not known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from ..utils.checks import check_integer
+from ..utils.text import percent
+from .class_table import ClassRow
+from .comparison import Comparison
+
+__all__ = [
+    "class_rows_table",
+    "comparison_table",
+    "losses_table",
+    "metrics_table",
+]
+
+_PARTS = ("few", "medium", "many", "all")
+_VERDICT_STYLES = {"better": "green", "worse": "red"}
+
+
+def metrics_table(
+    metrics: Mapping[str, Mapping[str, float]],
+    *,
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    interval_style: str = "plus_minus",
+    top5: bool = True,
+    average: str = "samples",
+    title: str | None = None,
+) -> Table:
+    """Accuracies of several classifiers, side by side: a row each, or two with top-5.
+
+    Args:
+        metrics: of each classifier, by its name, what :func:`alphaext.metrics.split_metrics` returned.
+        intervals: of each classifier that has some, what :func:`alphaext.metrics.bootstrap_intervals` returned.
+        interval_style: ``"plus_minus"``, half the width of the interval (default), or ``"range"``, from low to high.
+        top5: a second row with the top-5 accuracies.
+        average: ``"samples"`` (default), or ``"classes"`` for the mean over classes.
+        title: above the table.
+
+    Returns:
+        The table, for ``rich.print`` or a console's ``print``.
+
+    Raises:
+        ValueError: an unknown ``interval_style`` or ``average``, intervals of a classifier without metrics.
+
+    Example:
+        >>> metrics = {"few": 0.1, "medium": 0.4, "many": 0.661, "all": float("nan")}
+        >>> table = metrics_table({"before": metrics}, intervals={"before": {"few": (0.09, 0.12)}}, top5=False)
+        >>> [[str(cell) for cell in column.cells] for column in table.columns]
+        [['before'], ['1'], ['10.0 ±1.5'], ['40.0'], ['66.1'], ['-']]
+    """
+    if interval_style not in ("plus_minus", "range"):
+        raise ValueError(f'interval_style must be "plus_minus" or "range", got {interval_style!r}')
+    if average not in ("samples", "classes"):
+        raise ValueError(f'average must be "samples" or "classes", got {average!r}')
+    unknown = [name for name in intervals or {} if name not in metrics]
+    if unknown:
+        raise ValueError(f"intervals must be of classifiers that metrics has, got {', '.join(map(repr, unknown))}")
+    table = _table(title)
+    table.add_column("classifier", overflow="fold")
+    for column in ("top", *_PARTS):
+        table.add_column(column, justify="right", no_wrap=True)
+    suffix = "" if average == "samples" else "_class_mean"
+    for name, values in metrics.items():
+        found = (intervals or {}).get(name, {})
+        for top in ("", "_top5") if top5 else ("",):
+            keys = [f"{part}{suffix}{top}" for part in _PARTS]
+            cells = [_with_interval(values.get(key), found.get(key), interval_style) for key in keys]
+            table.add_row(Text("" if top else name), "5" if top else "1", *cells, end_section=bool(top) or not top5)
+    return table
+
+
+def comparison_table(comparison: Comparison, *, title: str | None = None) -> Table:
+    """What a second classifier gains and loses against the first: a row for few, medium, many and all classes.
+
+    Args:
+        comparison: what :func:`alphaext.metrics.compare` returned.
+        title: above the table.
+
+    Returns:
+        The table: top-1 accuracy before and after, the difference with its interval, samples gained and lost, how many of the
+        lost went to few classes, the p-value of the exact McNemar test, and the verdict.
+
+    Raises:
+        TypeError: something else than a comparison.
+    """
+    _check(comparison, Comparison, "comparison")
+    table = _table(title)
+    table.add_column("classes")
+    for column in ("samples", "before", "after", "difference", "gained", "lost", "to few", "p"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for name, part in comparison.parts.items():
+        low, high = comparison.intervals[name]
+        difference = percent(comparison.differences[name], sign=True)
+        if not math.isnan(low):
+            difference += f" [{percent(low, sign=True)}, {percent(high, sign=True)}]"
+        table.add_row(
+            name,
+            f"{part.samples:,}",
+            percent(comparison.before[name]),
+            percent(comparison.after[name]),
+            Text(difference),
+            f"{part.gained:,}",
+            f"{part.lost:,}",
+            f"{part.lost_to_few:,}",
+            "-" if part.samples == 0 else _p_value(part.p_value),
+            Text(part.verdict, style=_VERDICT_STYLES.get(part.verdict, "")),
+        )
+    return table
+
+
+def losses_table(comparison: Comparison, *, class_names: Sequence[str] | None = None, title: str | None = None) -> Table:
+    """The classes that a second classifier recognises less often than the first, and what their samples are taken for now.
+
+    Args:
+        comparison: what :func:`alphaext.metrics.compare` returned.
+        class_names: N names; default the ids.
+        title: above the table.
+
+    Returns:
+        The table, a row for each class in ``comparison.paid``.
+
+    Raises:
+        TypeError: something else than a comparison.
+        ValueError: fewer names than classes.
+    """
+    _check(comparison, Comparison, "comparison")
+    largest = max((c for loss in comparison.paid for c in (loss.class_id, *(c for c, _ in loss.went_to))), default=-1)
+    if class_names is not None and largest >= len(class_names):
+        raise ValueError(
+            f"class_names must be one a class, got {len(class_names)} names, and class {largest} in the comparison"
+        )
+    table = _table(title)
+    table.add_column("class", overflow="fold")
+    for column in ("samples", "before", "after", "gained", "lost", "to few"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("lost samples are taken for", overflow="fold")
+
+    def name_of(class_id: int) -> str:
+        return str(class_id) if class_names is None else class_names[class_id]
+
+    for loss in comparison.paid:
+        shown = [f"{name_of(class_id)} ({count})" for class_id, count in loss.went_to[:5]]
+        more = len(loss.went_to) - len(shown)
+        table.add_row(
+            Text(name_of(loss.class_id)),
+            f"{loss.samples:,}",
+            percent(loss.before),
+            percent(loss.after),
+            f"{loss.gained:,}",
+            f"{loss.lost:,}",
+            f"{loss.to_few:,}",
+            Text(", ".join(shown) + (f", {more} more" if more else "")),
+        )
+    return table
+
+
+def class_rows_table(rows: Sequence[ClassRow], *, limit: int | None = None, title: str | None = None) -> Table:
+    """Classes, one a row, in the order given, with neighbours and coefficients where they are known.
+
+    Args:
+        rows: what :func:`alphaext.metrics.class_table` returned.
+        limit: the most rows to show; default all.
+        title: above the table.
+
+    Returns:
+        The table; coefficients stand behind the names of what they multiply, the class's own in a column of its own.
+
+    Raises:
+        TypeError: rows of another type, a ``limit`` that is not an integer.
+        ValueError: a negative ``limit``.
+    """
+    rows = list(rows)
+    for row in rows:
+        _check(row, ClassRow, "rows")
+    if limit is not None:
+        rows = rows[: check_integer(limit, "limit", minimum=0)]
+    composed = any(row.neighbors for row in rows)
+    measured = any(row.distance is not None for row in rows)
+    table = _table(title)
+    table.add_column("class", overflow="fold")
+    table.add_column("split")
+    for column in ("trained", "tested", "before", "after", "gain", *(["alpha"] * composed), *(["distance"] * measured)):
+        table.add_column(column, justify="right", no_wrap=True)
+    if composed:
+        table.add_column("neighbours (alpha)", overflow="fold")
+    for row in rows:
+        cells = [
+            row.split,
+            f"{row.training_images:,}",
+            f"{row.test_samples:,}",
+            percent(row.accuracy_before),
+            percent(row.accuracy_after),
+            percent(row.gain, sign=True),
+        ]
+        if composed:
+            cells.append("-" if row.own_alpha is None else f"{row.own_alpha:.2f}")
+        if measured:
+            cells.append("-" if row.distance is None else f"{row.distance:.3g}")
+        neighbors = zip(row.neighbor_names, row.alphas, strict=True)
+        composition = [Text(", ".join(f"{name} ({alpha:.2f})" for name, alpha in neighbors))] if composed else []
+        table.add_row(Text(row.name), *cells, *composition)
+    return table
+
+
+def _table(title: str | None) -> Table:
+    return Table(title=None if title is None else Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None, style: str) -> Text:
+    text = percent(value)
+    if interval is not None and text != "-" and not math.isnan(interval[0]):
+        low, high = interval
+        text += f" ±{percent((high - low) / 2)}" if style == "plus_minus" else f" [{percent(low)}, {percent(high)}]"
+    return Text(text)
+
+
+def _p_value(p_value: float) -> str:
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def _check(value: object, kind: type, name: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__}")

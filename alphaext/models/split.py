@@ -1,0 +1,363 @@
+"""Where a model ends in a linear classifier: all before that layer is its backbone, and what goes into it its features."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..utils.tensors import check_floating
+
+__all__ = ["SplitModel", "evaluating", "find_classifier", "linear_layers", "run_model", "split_model"]
+
+# How far logits may be from those of a plain linear layer on the features, relative to the largest logit: the rounding of the
+# model's own dtype, with room for sums in another order.
+_PARITY = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def find_classifier(model: nn.Module, example: Tensor | None = None) -> str:
+    """Find the last linear layer of a model.
+
+    Args:
+        model: any module.
+        example: a batch of images ``[n, ...]``. With it the model is run once, in eval mode, and the layer is the ``nn.Linear``
+            whose output is the model's output. Without it the last ``nn.Linear`` in the order of the modules is taken on trust;
+            :func:`split_model` with an example shows whether rightly.
+
+    Returns:
+        The layer's dotted name, as in ``model.named_modules()``.
+
+    Raises:
+        TypeError: not a module, not a batch of floating-point images.
+        ValueError: a model without an ``nn.Linear``, or one whose output is something else than a linear layer's (a softmax
+            behind it, a tuple), or whose last layer is used twice in a pass. The message lists the linear layers with their
+            shapes.
+
+    Example:
+        >>> from alphaext.models import SmallConvNet
+        >>> find_classifier(SmallConvNet(10), torch.zeros(1, 3, 28, 28))
+        'fc'
+    """
+    _check_model(model)
+    linears = linear_layers(model)
+    if example is None:
+        return list(linears)[-1]
+    images = _to_model(model, example, "example")
+    outputs: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in linears}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        # With its version, which a change in place raises: such an output is no longer the layer's.
+        return lambda module, inputs, output: outputs[name].append((output, output._version))
+
+    hooks = [linear.register_forward_hook(keep(name)) for name, linear in linears.items()]
+    try:
+        with evaluating(model):
+            logits = run_model(model, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check_logits(logits, linears)
+    same = [
+        name
+        for name, seen in outputs.items()
+        if any(output._version == version and _equal(output, logits) for output, version in seen)
+    ]
+    if not same:
+        raise ValueError(
+            f"model must end in an nn.Linear whose output it returns, but its output {list(logits.shape)} is not that of any "
+            "(a softmax, a scale or a mean of several heads may follow); wrap it in a module that returns the layer's output. "
+            f"Its linear layers: {_listed(linears)}"
+        )
+    name = same[-1]
+    _check_used_once(name, len(outputs[name]))
+    return name
+
+
+class SplitModel:
+    """A model seen as a backbone that makes features and a linear classifier that makes logits of them.
+
+    :func:`split_model` makes one. The model is the very one that was handed in: nothing is copied.
+
+    Attributes:
+        model: the whole model.
+        classifier_name: dotted name of its linear classifier.
+
+    Example:
+        >>> from alphaext.models import SmallConvNet
+        >>> split = split_model(SmallConvNet(10))
+        >>> split.classifier_name, split.num_classes, split.in_features
+        ('fc', 10, 192)
+        >>> split.features(torch.zeros(2, 3, 28, 28)).shape
+        torch.Size([2, 192])
+    """
+
+    def __init__(self, model: nn.Module, classifier_name: str) -> None:
+        self.model = model
+        self.classifier_name = classifier_name
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The linear classifier, as it is in the model now."""
+        layer = self.model.get_submodule(self.classifier_name)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    @property
+    def num_classes(self) -> int:
+        """N, the classifier's outputs."""
+        return self.classifier.out_features
+
+    @property
+    def in_features(self) -> int:
+        """D, the features' width."""
+        return self.classifier.in_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its images are taken to."""
+        return self.classifier.weight.device
+
+    def features(self, images: Tensor) -> Tensor:
+        """What goes into the classifier for a batch of images, with the model in eval mode and without gradients.
+
+        The model's training mode is as before afterwards.
+
+        Args:
+            images: floating point ``[n, ...]``, transformed as the model expects; taken to the model's device and dtype.
+
+        Returns:
+            float32 ``[n, D]`` on the model's device.
+
+        Raises:
+            TypeError: images that are not a floating-point tensor.
+            ValueError: images of a shape that the model cannot take; a classifier that is not used exactly once in a pass, or
+                on something else than ``[n, D]``.
+        """
+        return self._run(images)[0]
+
+    def fingerprint(self) -> str:
+        """SHA-256 by which models with other features are told apart, the same on every device.
+
+        It is over the names, shapes, dtypes and bytes of all tensors of the state dict but the classifier's own, on which the
+        features do not depend.
+        """
+        own = f"{self.classifier_name}." if self.classifier_name else ""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if name.startswith(own) or not isinstance(tensor, Tensor):
+                continue
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return (
+            f"SplitModel({type(self.model).__name__}, classifier_name={self.classifier_name!r}, "
+            f"num_classes={self.num_classes}, in_features={self.in_features})"
+        )
+
+    def _run(self, images: Tensor) -> tuple[Tensor, Any]:
+        """Features and the model's own output."""
+        inputs = _to_model(self.model, images, "images")
+        seen: list[Any] = []
+
+        def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.append(arguments[0] if arguments else named["input"])
+
+        hook = self.classifier.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with evaluating(self.model):
+                output = run_model(self.model, inputs)
+        finally:
+            hook.remove()
+        _check_used_once(self.classifier_name, len(seen))
+        features: Tensor = seen[0]
+        if features.dim() != 2 or len(features) != len(inputs):
+            raise ValueError(
+                f"features must have shape [{len(inputs)}, {self.in_features}], one row an image, but the classifier "
+                f"{self.classifier_name!r} gets {list(features.shape)} from the images {list(inputs.shape)}"
+            )
+        return features.detach().to(torch.float32), output
+
+
+def split_model(model: nn.Module, classifier: str | None = None, example: Tensor | None = None) -> SplitModel:
+    """Split a model into its backbone and its last linear layer.
+
+    Args:
+        model: any module that ends in an ``nn.Linear``; of ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``
+            what they wrap.
+        classifier: dotted name of that layer, as in ``"fc"`` or ``"heads.head"``. Default: :func:`find_classifier`.
+        example: a batch of images ``[n, ...]``. With it the logits that a plain linear layer makes of the features are compared
+            with the model's own, so that a wrong layer, or one that does more than a matrix product and a bias, is found.
+
+    Returns:
+        The :class:`SplitModel`.
+
+    Raises:
+        TypeError: not a module, not a batch of floating-point images.
+        ValueError: as :func:`find_classifier`; a ``classifier`` that the model does not have or that is no ``nn.Linear``;
+            logits that differ (the message has the largest difference).
+
+    Example:
+        >>> from alphaext.models import make_model
+        >>> split_model(make_model("mobilenet_v3_small", 7), example=torch.zeros(2, 3, 64, 64))
+        SplitModel(MobileNetV3, classifier_name='classifier.3', num_classes=7, in_features=1024)
+    """
+    _check_model(model)
+    model, classifier = _unwrapped(model, classifier)
+    if classifier is None:
+        classifier = find_classifier(model, example)
+    linears = linear_layers(model)
+    if classifier not in linears:
+        modules = dict(model.named_modules())
+        seen = f"a {type(modules[classifier]).__name__}" if classifier in modules else "not there"
+        raise ValueError(
+            f"classifier must name an nn.Linear of the model, but {classifier!r} is {seen}. "
+            f"Its linear layers: {_listed(linears)}"
+        )
+    split = SplitModel(model, classifier)
+    _check_plain(split)
+    if example is not None:
+        _check_parity(split, example)
+    return split
+
+
+def _unwrapped(model: nn.Module, classifier: str | None) -> tuple[nn.Module, str | None]:
+    """What a wrapper holds: its names have no prefix, and hooks work in it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner, prefix = model.module, "module."
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            inner, prefix = model._orig_mod, "_orig_mod."
+        else:
+            return model, classifier
+        model, classifier = inner, classifier and classifier.removeprefix(prefix)
+
+
+def _check_parity(split: SplitModel, example: Tensor) -> None:
+    features, logits = split._run(example)
+    linears = linear_layers(split.model)
+    _check_logits(logits, linears)
+    if logits.shape != (len(features), split.num_classes):
+        raise ValueError(
+            f"classifier {split.classifier_name!r} makes logits {[len(features), split.num_classes]}, but the model returns "
+            f"{list(logits.shape)}. Its linear layers: {_listed(linears)}"
+        )
+    _compare(_plain(split.classifier, features), logits, split.classifier_name, "the model's output")
+
+
+def _check_plain(split: SplitModel) -> None:
+    """Whether the layer is a matrix product and a bias, and nothing more: a subclass may scale or normalise."""
+    layer = split.classifier
+    if type(layer) is nn.Linear or layer.weight.device.type == "meta":
+        return
+    generator = torch.Generator("cpu").manual_seed(0)
+    features = torch.randn(2, layer.in_features, generator=generator, device="cpu")
+    with evaluating(layer):
+        output = layer(features.to(layer.weight.device, layer.weight.dtype))
+    name = split.classifier_name
+    _compare(_plain(layer, features.to(layer.weight.device)), output, name, f"that of {type(layer).__name__}.forward")
+
+
+@torch.no_grad()
+def _plain(layer: nn.Linear, features: Tensor) -> Tensor:
+    return functional.linear(features.to(layer.weight.dtype), layer.weight, layer.bias)
+
+
+def _compare(plain: Tensor, logits: Tensor, name: str, what: str) -> None:
+    expected, seen = plain.detach().double(), logits.detach().double()
+    largest = float(seen.abs().max()) if seen.numel() else 0.0
+    difference = float((expected - seen).abs().max()) if seen.numel() else 0.0
+    tolerance = _PARITY.get(logits.dtype, 1e-4) * largest
+    # Written so that NaN fails too.
+    if not difference <= tolerance:
+        raise ValueError(
+            f"classifier {name!r} is not the plain linear layer that ends this model: a matrix product and a bias differ from "
+            f"{what} by up to {difference:g}, where the largest logit is {largest:g} and {tolerance:g} is allowed"
+        )
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _check_used_once(name: str, times: int) -> None:
+    if times != 1:
+        raise ValueError(
+            f"classifier {name!r} must be used once in a forward pass of the model in eval mode, it is used {times} times"
+        )
+
+
+def _check_logits(logits: object, linears: dict[str, nn.Linear]) -> None:
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"model must return one tensor of logits, got a {type(logits).__name__}; wrap it in a module that returns the "
+            f"logits. Its linear layers: {_listed(linears)}"
+        )
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a model by their names, in the order of its modules; a ValueError if it has none."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise ValueError(f"model must end in an nn.Linear, but this {type(model).__name__} has none")
+    return linears
+
+
+def _listed(linears: dict[str, nn.Linear], limit: int = 8) -> str:
+    """The last linear layers, which come into question first."""
+    names = list(linears)[-limit:]
+    text = ", ".join(f"{name!r} [{linears[name].out_features}, {linears[name].in_features}]" for name in names)
+    return text if len(linears) <= limit else f"{text} (the last {limit} of {len(linears)})"
+
+
+def _equal(output: Tensor, logits: Tensor) -> bool:
+    if output is logits:
+        return True
+    if output.shape != logits.shape or output.dtype != logits.dtype or output.device != logits.device:
+        return False
+    # NaN is equal to itself here: what a broken model returns is still its layer's output.
+    return bool(torch.allclose(output, logits, rtol=0, atol=0, equal_nan=True))
+
+
+def _to_model(model: nn.Module, images: object, name: str) -> Tensor:
+    """A batch of images where the model is, in the dtype it computes in."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a tensor of images [n, ...], got {type(images).__name__}")
+    check_floating(images, name)
+    if images.dim() < 2:
+        raise ValueError(f"{name} must be a batch of images [n, ...], got shape {list(images.shape)}")
+    parameter = next(model.parameters())
+    return images.to(parameter.device, parameter.dtype)
+
+
+def run_model(model: nn.Module, images: Tensor) -> Any:
+    """What the model makes of the images. What it raises where their shape is wrong becomes a ValueError that names it."""
+    try:
+        return model(images)
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise
+        raise ValueError(
+            f"the model, a {type(model).__name__}, cannot take images {list(images.shape)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients; afterwards each of its modules in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Also where the caller is in inference mode: a tensor made there can never be trained on.
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,201 @@
+"""Models by name. How a model is split into its backbone and its classifier is in ``splitting.py``, its names are here too."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.checks import check_integer
+from .split import SplitModel, find_classifier, linear_layers, split_model
+
+__all__ = ["SmallConvNet", "SplitModel", "find_classifier", "make_model", "model_names", "split_model"]
+
+# torchvision's builders warn that this default is going to change unless it is given.
+_NEEDS_INIT_WEIGHTS = ("googlenet", "inception_v3")
+
+
+class SmallConvNet(nn.Module):
+    """Four convolutions for small images, 8 to 64 pixels wide, the mean over positions, and the classifier ``fc``.
+
+    Its 192 features come from convolutions of 16, 48, 96 and 192 channels, kernels of 5, 3, 3 and 3 and strides of 2, 2, 2 and
+    1, each followed by batch normalisation and ReLU.
+
+    Args:
+        num_classes: N.
+        in_channels: of the images, default 3.
+
+    Raises:
+        TypeError, ValueError: a number that is not an integer of at least 1.
+
+    Example:
+        >>> SmallConvNet(10, in_channels=1)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        num_classes = check_integer(num_classes, "num_classes", minimum=1)
+        in_channels = check_integer(in_channels, "in_channels", minimum=1)
+        self.backbone = nn.Sequential(
+            *_convolution(in_channels, 16, 5, 2),
+            *_convolution(16, 48, 3, 2),
+            *_convolution(48, 96, 3, 2),
+            *_convolution(96, 192, 3, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.fc = nn.Linear(192, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.backbone(images))
+        return logits
+
+
+def _convolution(inputs: int, outputs: int, size: int, stride: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+
+def model_names() -> list[str]:
+    """The names that :func:`make_model` takes: ``"small"`` and torchvision's classification models.
+
+    timm's names are its own affair (``timm.list_models()``); here they begin with ``timm:``.
+
+    Raises:
+        ImportError: torchvision is not installed.
+
+    Example:
+        >>> [name for name in model_names() if name.startswith("resnet1")]
+        ['resnet101', 'resnet152', 'resnet18']
+    """
+    models = _torchvision_models()
+    return ["small", *models.list_models(module=models)]
+
+
+def make_model(name: str, num_classes: int, *, in_channels: int = 3, pretrained: bool = False, seed: int = 0) -> nn.Module:
+    """Make a classification model of a known architecture, on the CPU.
+
+    Args:
+        name: one of :func:`model_names`, as in ``"resnext50_32x4d"`` (ImageNet-LT in Kang et al., ICLR 2020) or ``"resnet152"``
+            (Places-LT there); or ``"timm:NAME"`` with timm installed.
+        num_classes: N, the outputs of the last layer.
+        in_channels: of the images. Other than 3 only for ``"small"`` and for timm's models.
+        pretrained: with the library's own weights (downloaded if they are not on this machine), and a new last layer where
+            ``num_classes`` is not theirs. Default: random weights.
+        seed: of the random weights. The global random state stays as it is.
+
+    Returns:
+        The model, in training mode, as torchvision and timm hand them out.
+
+    Raises:
+        ImportError: torchvision or timm is needed and not installed.
+        ValueError: an unknown name (close ones are in the message), or ``in_channels`` that the model cannot take.
+        OSError: the pretrained weights could not be had.
+
+    Example:
+        >>> model = make_model("resnet18", 5)
+        >>> find_classifier(model), model.fc.out_features
+        ('fc', 5)
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be text such as 'resnet50', got {name!r}")
+    num_classes = check_integer(num_classes, "num_classes", minimum=1)
+    in_channels = check_integer(in_channels, "in_channels", minimum=1)
+    seed = check_integer(seed, "seed")
+    if name.startswith("timm:"):
+        make = _timm_maker(name[len("timm:") :], num_classes, in_channels)
+    elif name == "small":
+        make = _small_maker(num_classes, in_channels)
+    else:
+        make = _torchvision_maker(name, num_classes, in_channels)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        try:
+            return make(pretrained)
+        except (ImportError, TypeError, ValueError):
+            raise
+        except Exception as error:  # of a download: what urllib, ssl, huggingface_hub and the disk raise knows no limits
+            if not pretrained:
+                raise
+            raise OSError(
+                f"the pretrained weights of {name} could not be had: {type(error).__name__}: {error}; weights that are on this "
+                "machine can be loaded as a checkpoint instead: make the model with pretrained=False and load its state dict"
+            ) from error
+
+
+def _small_maker(num_classes: int, in_channels: int) -> Callable[[bool], nn.Module]:
+    def make(pretrained: bool) -> nn.Module:
+        if pretrained:
+            raise ValueError("pretrained must be False for 'small', which has no pretrained weights")
+        return SmallConvNet(num_classes, in_channels)
+
+    return make
+
+
+def _torchvision_models() -> Any:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ImportError(
+            f"models by name, other than 'small', need torchvision ({error}): pip install 'alphaext[vision]'"
+        ) from error
+    return models
+
+
+def _torchvision_maker(name: str, num_classes: int, in_channels: int) -> Callable[[bool], nn.Module]:
+    models = _torchvision_models()
+    known = model_names()
+    if name not in known:
+        raise ValueError(_unknown(name, known, "alphaext.models.model_names() lists all; timm's are written 'timm:NAME'"))
+    if in_channels != 3:
+        raise ValueError(f"in_channels must be 3 for torchvision's {name}, got {in_channels}; 'small' and timm: take others")
+    options = {"init_weights": True} if name in _NEEDS_INIT_WEIGHTS else {}
+
+    def make(pretrained: bool) -> nn.Module:
+        if not pretrained:
+            return models.get_model(name, weights=None, num_classes=num_classes, **options)
+        model: nn.Module = models.get_model(name, weights="DEFAULT")
+        _replace_classifiers(model, name, num_classes)
+        return model
+
+    return make
+
+
+def _replace_classifiers(model: nn.Module, name: str, num_classes: int) -> None:
+    """Give a pretrained model a new last layer, unless it has as many classes; and new auxiliary ones, if it has such."""
+    last = find_classifier(model)
+    outputs = model.get_submodule(last).out_features
+    if outputs == num_classes:
+        return
+    auxiliary = [layer for layer in linear_layers(model) if name in _NEEDS_INIT_WEIGHTS and layer.endswith(("fc", "fc2"))]
+    for layer in dict.fromkeys([last, *auxiliary]):
+        old = model.get_submodule(layer)
+        assert isinstance(old, nn.Linear)
+        model.set_submodule(layer, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
+
+
+def _timm_maker(name: str, num_classes: int, in_channels: int) -> Callable[[bool], nn.Module]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"models named 'timm:NAME' need timm ({error}): pip install timm") from error
+    if not timm.is_model(name.split(".")[0]):
+        known = [f"timm:{model}" for model in timm.list_models()]
+        raise ValueError(_unknown(f"timm:{name}", known, "timm.list_models() lists all"))
+
+    def make(pretrained: bool) -> nn.Module:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+        return model
+
+    return make
+
+
+def _unknown(name: str, known: list[str], how_to_list: str) -> str:
+    # A name cut short comes before a name mistyped.
+    close = [full for full in known if full.startswith(name)] + difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(list(dict.fromkeys(close))[:3])}? " if close else ""
+    return f"name must be that of a known model, got {name!r}; {hint}{how_to_list}"

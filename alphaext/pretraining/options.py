@@ -1,0 +1,121 @@
+"""The options of a joint training, checked, and the learning rates that follow from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..utils.checks import check_choice, check_integer, check_number
+from .epochs import SAMPLINGS
+
+__all__ = ["JointOptions"]
+
+_SCHEDULES = ("cosine", "step", "constant")
+_OPTIMIZERS = ("sgd", "adamw")
+_SELECTIONS = ("best_all", "last")
+_PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class JointOptions:
+    """How to train; :func:`alphaext.pretraining.train_model` says what each option means."""
+
+    epochs: int = 90
+    batch_size: int = 512
+    lr: float = 0.2
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    warmup_epochs: int = 0
+    lr_step: int = 30
+    lr_factor: float = 0.1
+    optimizer: str = "sgd"
+    sampling: str = "instance"
+    label_smoothing: float = 0.0
+    amp: str | None = None
+    drop_last: bool = True
+    sync_batch_norm: bool = False
+    channels_last: bool = True
+    deterministic: bool = True
+    select: str | None = None
+    few_below: int = 20
+    many_above: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Kept as Python's own numbers: checkpoints hold them, and NumPy's would make those unreadable without unpickling.
+        bounds = {
+            "epochs": (1, 2**31),
+            "batch_size": (1, 2**31),
+            "warmup_epochs": (0, 2**31),
+            "lr_step": (1, 2**31),
+            "few_below": (0, 2**40),
+            "many_above": (0, 2**40),
+            "seed": (0, 2**63 - 1),
+        }
+        for name, (minimum, maximum) in bounds.items():
+            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum, maximum=maximum))
+        for name in ("lr", "lr_factor"):
+            object.__setattr__(self, name, check_number(getattr(self, name), name, above=0))
+        for name in ("momentum", "weight_decay", "label_smoothing"):
+            object.__setattr__(self, name, check_number(getattr(self, name), name, minimum=0))
+        for name in ("nesterov", "drop_last", "sync_batch_norm", "channels_last", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        check_choice(self.schedule, "schedule", _SCHEDULES)
+        check_choice(self.optimizer, "optimizer", _OPTIMIZERS)
+        check_choice(self.sampling, "sampling", SAMPLINGS)
+        if self.amp is not None and self.amp not in _PRECISIONS:
+            raise ValueError(f"amp must be None, 'bfloat16' or 'float16', got {self.amp!r}")
+        if self.select is not None:
+            check_choice(self.select, "select", _SELECTIONS)
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be less than epochs={self.epochs}, got {self.warmup_epochs}")
+        if self.label_smoothing >= 1:
+            raise ValueError(f"label_smoothing must be below 1, got {self.label_smoothing:g}")
+        if self.nesterov and (self.momentum == 0 or self.optimizer != "sgd"):
+            raise ValueError(
+                f"nesterov needs optimizer='sgd' and a momentum above 0, got {self.optimizer!r} and momentum={self.momentum:g}"
+            )
+        if self.few_below > self.many_above + 1:
+            raise ValueError(f"few_below must be at most many_above + 1 = {self.many_above + 1}, got {self.few_below}")
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """What ``amp`` computes in."""
+        return None if self.amp is None else _PRECISIONS[self.amp]
+
+    def learning_rate(self, epoch: int, step: int, steps: int) -> float:
+        """The learning rate of a step (0 is the first of ``steps``) of an epoch (1 is the first)."""
+        if epoch <= self.warmup_epochs:
+            return self.lr * ((epoch - 1) * steps + step + 1) / (self.warmup_epochs * steps)
+        done = epoch - 1 - self.warmup_epochs
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * done / (self.epochs - self.warmup_epochs)))
+        if self.schedule == "step":
+            return self.lr * float(self.lr_factor ** (done // self.lr_step))
+        return self.lr
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of these parameters, all in one group."""
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.SGD(
+            parameters,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+            # A gradient scaler leaves it to a fused SGD to step over infinite gradients. Where the first step has them, that
+            # SGD then goes on from a momentum that nothing was written to (seen in torch 2.14): noise becomes weights.
+            fused=self.amp != "float16",
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for one training to go on from another's file."""
+        return asdict(self)

@@ -1,0 +1,106 @@
+"""The whole repair in one call: few and base classes, neighbours, training, and a plain linear layer back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..classes import ClassSplit, class_counts, split_classes
+from ..head.alphanet import AlphaNet
+from ..head.neighbors import pool_size
+from ..training.many import fit_many
+from ..training.presets import preset_options
+from ..training.result import FitResult
+from ..utils.linear import linear_parameters
+from ..utils.tensors import TensorLike, check_labels
+
+__all__ = ["Repair", "repair"]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What :func:`repair` made.
+
+    Attributes:
+        linear: the repaired layer: its base rows are the original ones, to the bit.
+        head: the Alpha Net that it is folded from, with coefficients and neighbours.
+        result: the training's history, and with validation samples the accuracies before and after.
+        split: which classes are few, medium and many.
+    """
+
+    linear: nn.Linear
+    head: AlphaNet
+    result: FitResult
+    split: ClassSplit
+
+
+def repair(
+    linear: nn.Module,
+    features: TensorLike,
+    labels: TensorLike,
+    *,
+    val_features: TensorLike | None = None,
+    val_labels: TensorLike | None = None,
+    preset: str = "best",
+    few_below: int = 20,
+    many_above: int = 100,
+    split: ClassSplit | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Repair:
+    """Rebuild the few rows of a trained classifier, by cached features.
+
+    Args:
+        linear: the trained classifier, such as ``nn.Linear``, in float32 or float64; it is not changed.
+        features: ``[n, D]``, the training features.
+        labels: ``[n]`` integers.
+        val_features: ``[m, D]``, with ``val_labels``: what the epoch and the constant on the few scores are chosen by. Without,
+            the last epoch is taken, and no constant.
+        val_labels: ``[m]`` integers.
+        preset: ``"best"``, ``"default"`` or ``"paper"`` (:data:`alphaext.training.PRESETS`).
+        few_below: a class with fewer training samples is few; 20 in the paper.
+        many_above: a class with more is many; 100 in the paper.
+        split: which classes are few, medium and many, instead of these two.
+        progress: show a progress bar; None shows it where standard error is a terminal.
+        options: any of a configuration of :func:`alphaext.fit_many`, in place of the preset's.
+
+    Returns:
+        A :class:`Repair`.
+
+    Raises:
+        TypeError, ValueError: as :func:`alphaext.fit_many`.
+        FloatingPointError: the training diverged.
+
+    Example:
+        >>> features, labels = torch.randn(95, 8), torch.arange(4).repeat_interleave(torch.tensor([30, 30, 30, 5]))
+        >>> original = nn.Linear(8, 4)
+        >>> made = repair(original, features, labels, epochs=2)
+        >>> torch.equal(made.linear.weight[:3], original.weight[:3]), made.head.coefficients
+        (True, 'direct')
+    """
+    if split is not None and not isinstance(split, ClassSplit):
+        raise TypeError(f"split must be a ClassSplit, got {type(split).__name__}")
+    if split is None:
+        weight, _ = linear_parameters(linear)
+        counts = class_counts(check_labels(labels, len(weight), "labels"), len(weight))
+        split = split_classes(counts, few_below=few_below, many_above=many_above)
+    available = pool_size(split, options.get("pool", "base"))
+    config = preset_options(preset, pool_size=available, validation=val_features is not None) | options
+    try:
+        (run,) = fit_many(
+            linear,
+            features,
+            labels,
+            [config],
+            val_features=val_features,
+            val_labels=val_labels,
+            split=split,
+            progress=progress,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).removeprefix("configs[0]: ")) from error
+    if run.head is None or run.result is None:
+        raise FloatingPointError(run.error)
+    return Repair(run.head.fold(), run.head, run.result, split)

@@ -1,0 +1,488 @@
+"""What a study trains: the paper's experiments, each as a list of configurations, and the choice among them on validation.
+
+Figures, tables and appendices named here are those of the paper. Every experiment varies one thing of an Alpha Net and leaves
+the rest as :class:`StudyOptions` says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..training.options import TrainingOptions
+from ..training.presets import PRESETS
+from ..utils.checks import check_choice, check_gamma, check_integer, check_number
+
+__all__ = ["EXPERIMENTS", "FORMS", "POLICIES", "Configuration", "StudyOptions", "Trial", "choose", "plan"]
+
+EXPERIMENTS = {
+    "gamma": "the own coefficient's bound (figures 5 and 9 to 12)",
+    "top-k": "how many neighbours (appendix C, figure 7)",
+    "pool": "which classes neighbours come from, over all gammas (appendix D, figure 8)",
+    "sharing": "one sub-module for all few classes or one each, over all gammas (appendix A, figure 6)",
+    "negatives": "base samples for each few sample, at gamma 0.5 (appendix E, table 4)",
+    "rule": "how a sub-module's outputs become coefficients",
+    "start": "the start of the training, and whether a clamped coefficient can return",
+    "controls": "random and cosine neighbours; coefficients that are equal and not trained",
+    "data-size": "few classes with fewer training samples",
+    "beyond": "what lifts it above one constant on the few logits: each means alone, together, and left out of all",
+    "compare": "the rivals and the Alpha Net, each with what validation chooses for it (tables 1 and 2)",
+}
+"""The experiments of a study."""
+
+ROWS = "rows"
+"""A rival that is trained like the best form: one neighbour, and a residual that can make any row of it."""
+
+METHODS = {"default": "Alpha Net", "paper": "Alpha Net, paper's form", "best": "Alpha Net, best", ROWS: "free rows"}
+"""What each form, and that rival, is called in results."""
+
+FROZEN = "frozen uniform alphas"
+"""The control without training: gamma for a class's own classifier and ``(1 - gamma) / K`` for each neighbour."""
+
+POLICIES = ("best_all", "best_few", "knee")
+"""What a choice on validation samples goes by; see :func:`choose`."""
+
+RETRAINED = ("crt", "lws")
+"""The rivals that train on class-balanced samples, a row of "compare" for each seed."""
+
+_NOT_OF_BEST = {"shared", "negative_ratio"}  # it has no sub-modules, and equally many samples of every class
+
+CANDIDATES = "candidates"
+"""Under this name stand the results of which "compare" shows the chosen ones."""
+
+_NEGATIVES_GAMMA = 0.5
+_OF_IDENTITY = ("first_seed", "gammas", "top_k", "epochs", "batch_size", "lr", "pca_dim", "policy", "max_drop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """What to study; checked when made.
+
+    Attributes:
+        experiments: names out of :data:`EXPERIMENTS`; all by default.
+        seeds: trainings of each configuration: of weights, samples, random neighbours, and cuts of the data.
+        first_seed: the seeds are this one and those that follow.
+        gammas: tried by gamma, pool, sharing, and compare, which chooses among them (the best form has 1). The paper's 0.1 to
+            0.9, and 1.
+        fixed_gammas: those with which the experiments train that do not vary gamma: 0.7, which the paper chose, and 1, the
+            package's default. (negatives has 0.5, the paper's.)
+        top_ks: of top-k; 2, 5 and 10 in the paper.
+        few_samples: of data-size: training samples that each few class keeps at most.
+        negative_ratios: of negatives; 0 and 1 in the paper.
+        forms: out of :data:`FORMS`: the forms of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size. compare
+            and beyond have their own. The best form has its own top_k, epochs, batch_size and lr, and no part in sharing and
+            negatives, whose options it does not have.
+        sharing_lr: learning rate of the one sub-module that all classes share, which each class's gradient moves: many more
+            than one of its own has, so that it diverges at theirs.
+        retraining_epochs: of cRT and LWS, rivals in compare; 0 leaves them out.
+        retraining_lrs: learning rates of cRT and LWS, among which compare chooses.
+        top_k: neighbours; 5 in the paper.
+        epochs: 80 in the paper.
+        batch_size: 64 in the paper.
+        lr: learning rate; 0.1 in the paper.
+        pca_dim: of the sub-modules' inputs; 500 in the paper for ImageNet-LT, 300 for Places-LT; None for full rows.
+        policy: what every choice on validation samples goes by, also that of the epoch (under "knee", which compares, by
+            "best_all"); see :func:`choose`.
+        max_drop: under "best_few": points of accuracy over all that may be lost; None for 0.
+
+    Raises:
+        TypeError, ValueError: a value out of range; the message names it.
+
+    Example:
+        >>> StudyOptions(experiments=["gamma"], gammas=[0.5, 1]).gammas
+        (0.5, 1.0)
+    """
+
+    experiments: Sequence[str] = tuple(EXPERIMENTS)
+    seeds: int = 3
+    first_seed: int = 0
+    gammas: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    fixed_gammas: Sequence[float] = (0.7, 1.0)
+    top_ks: Sequence[int] = (2, 5, 10)
+    few_samples: Sequence[int] = (1, 2, 5, 10)
+    negative_ratios: Sequence[float] = (0.0, 0.5, 1.0, 2.0, 4.0)
+    forms: Sequence[str] = ("default",)
+    sharing_lr: float = 0.01
+    retraining_epochs: int = 10
+    retraining_lrs: Sequence[float] = (0.1, 0.4)
+    top_k: int = 5
+    epochs: int = 80
+    batch_size: int = 64
+    lr: float = 0.1
+    pca_dim: int | None = 500
+    policy: str = "best_all"
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "experiments": lambda value: _chosen_of(value, "experiments", tuple(EXPERIMENTS)),
+            "forms": lambda value: _chosen_of(value, "forms", tuple(FORMS)),
+            "gammas": _named(check_gamma, "gammas"),
+            "fixed_gammas": _named(check_gamma, "fixed_gammas"),
+            "top_ks": lambda value: check_integer(value, "top_ks", minimum=1),
+            "few_samples": lambda value: check_integer(value, "few_samples", minimum=1),
+            "negative_ratios": lambda value: check_number(value, "negative_ratios", minimum=0),
+            "retraining_lrs": lambda value: check_number(value, "retraining_lrs", above=0),
+        }
+        for name, check in checks.items():
+            values = getattr(self, name)
+            if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+                raise TypeError(f"{name} must be a list, got {values!r}")
+            checked = tuple(dict.fromkeys(check(value) for value in values))
+            if not checked:
+                raise ValueError(f"{name} must be given at least one value, got none")
+            object.__setattr__(self, name, checked)
+        # In one order, whatever order they are asked for in.
+        object.__setattr__(self, "experiments", tuple(name for name in EXPERIMENTS if name in self.experiments))
+        for name, minimum in (("seeds", 1), ("first_seed", 0), ("top_k", 1), ("retraining_epochs", 0)):
+            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum))
+        if self.pca_dim is not None:
+            object.__setattr__(self, "pca_dim", check_integer(self.pca_dim, "pca_dim", minimum=1))
+        checked_training = TrainingOptions(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
+        for name in ("epochs", "batch_size", "lr"):
+            object.__setattr__(self, name, getattr(checked_training, name))
+        object.__setattr__(self, "sharing_lr", check_number(self.sharing_lr, "sharing_lr", above=0))
+        object.__setattr__(self, "max_drop", check_policy(self.policy, self.max_drop))
+
+    def identity(self) -> dict[str, Any]:
+        """The options that must be equal for results to stand in one table; the others only say which results there are."""
+        return {name: getattr(self, name) for name in _OF_IDENTITY}
+
+    def seed_values(self) -> list[int]:
+        """The seeds."""
+        return list(range(self.first_seed, self.first_seed + self.seeds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """What differs between the trainings of a study, under the names of :func:`alphaext.fit_many`.
+
+    ``few_samples`` is how many training samples each few class keeps at most; None for all.
+    """
+
+    gamma: float
+    top_k: int
+    pool: str = "base"
+    metric: str = "euclidean"
+    shared: bool = False
+    rule: str = "clamp"
+    init: str = "identity"
+    projected_gradient: bool = True
+    negative_ratio: float = 1.0
+    coefficients: str = "mlp"
+    residual: int = 0
+    regularize: float = 0.0
+    samples_per_class: int | None = None
+    augment: str | None = None
+    augment_neighbors: int = 5
+    prior_correction: bool = False
+    few_bias: bool = False
+    few_samples: int | None = None
+    epochs: int
+    batch_size: int
+    lr: float
+    lr_schedule: str = "step"
+
+    def cells(self) -> dict[str, Any]:
+        """The columns of results that say which configuration it was."""
+        return {name: getattr(self, name) for name in CONFIGURATION}
+
+
+CONFIGURATION = tuple(entry.name for entry in fields(Configuration))
+"""The columns of results that :class:`Configuration` fills."""
+
+FORMS: dict[str, dict[str, Any]] = {
+    form: {
+        name: value
+        for name, value in preset.items()
+        if name in CONFIGURATION and name != "gamma" and value != PRESETS["default"][name]
+    }
+    for form, preset in PRESETS.items()
+}
+"""Alpha Net by preset: what differs from the default's options, but gamma, which experiments say."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A line of the results to come: a configuration that is trained with a seed, for an experiment.
+
+    Several experiments may ask for one training. ``seed`` is None where nothing is random.
+    """
+
+    experiment: str
+    method: str
+    configuration: Configuration
+    seed: int | None
+
+    @property
+    def training(self) -> tuple[Configuration, int | None]:
+        """What trials have in common that need the same training."""
+        return self.configuration, self.seed
+
+
+def plan(options: StudyOptions, pool_size: int | None = None) -> list[Trial]:
+    """Return what the experiments asked for consist of, in the order of the results.
+
+    Args:
+        options: the study's.
+        pool_size: base classes that there are: the best form takes at most so many neighbours.
+
+    Returns:
+        All trials. Those of "compare" stand under "candidates"; the rivals, which are not trained, are not among them.
+
+    Example:
+        >>> trials = plan(StudyOptions(experiments=["top-k"], seeds=1, fixed_gammas=[1.0]))
+        >>> [trial.configuration.top_k for trial in trials]
+        [2, 5, 10]
+    """
+    plans = {
+        "gamma": _gamma,
+        "top-k": _top_k,
+        "pool": _pool,
+        "sharing": _sharing,
+        "negatives": _negatives,
+        "rule": _rule,
+        "start": _start,
+        "controls": _controls,
+        "data-size": _data_size,
+        "beyond": _beyond,
+        "compare": _compare,
+    }
+    trials = []
+    for experiment in options.experiments:
+        name = CANDIDATES if experiment == "compare" else experiment
+        for (method, configuration), seed in itertools.product(plans[experiment](options), options.seed_values()):
+            trials.append(Trial(name, method, configuration, None if method == FROZEN else seed))
+    if pool_size is not None:
+        trials = [_within(trial, pool_size) for trial in trials]
+    return list(dict.fromkeys(trials))
+
+
+def _within(trial: Trial, pool_size: int) -> Trial:
+    own = trial.configuration
+    of_best = trial.method.startswith((METHODS["best"], "Alpha Net, more neighbours"))
+    if not of_best or own.top_k != FORMS["best"]["top_k"]:
+        return trial
+    return replace(trial, configuration=replace(own, top_k=min(own.top_k, pool_size)))
+
+
+def _base(options: StudyOptions, gamma: float, form: str = "default", **changes: Any) -> Configuration:
+    common = {name: getattr(options, name) for name in ("top_k", "epochs", "batch_size", "lr")}
+    return replace(Configuration(gamma=gamma, **(common | FORMS[form])), **changes)
+
+
+_Plan = Iterator[tuple[str, Configuration]]
+
+
+def _each(options: StudyOptions, gammas: Sequence[float], changes: Sequence[Mapping[str, Any]]) -> _Plan:
+    """All changes at all gammas in all forms, but those that a form has no room for."""
+    for form, change, gamma in itertools.product(options.forms, changes, gammas):
+        if form != "best" or not _NOT_OF_BEST.intersection(change):
+            yield METHODS[form], _base(options, gamma, form, **change)
+
+
+def _gamma(options: StudyOptions) -> _Plan:
+    return _each(options, options.gammas, [{}])
+
+
+def _top_k(options: StudyOptions) -> _Plan:
+    return _each(options, options.fixed_gammas, [{"top_k": top_k} for top_k in options.top_ks])
+
+
+def _pool(options: StudyOptions) -> _Plan:
+    return _each(options, options.gammas, [{"pool": pool} for pool in ("many", "base", "all")])
+
+
+def _sharing(options: StudyOptions) -> _Plan:
+    return _each(options, options.gammas, [{"shared": False}, {"shared": True, "lr": options.sharing_lr}])
+
+
+def _negatives(options: StudyOptions) -> _Plan:
+    return _each(options, [_NEGATIVES_GAMMA], [{"negative_ratio": ratio} for ratio in options.negative_ratios])
+
+
+def _data_size(options: StudyOptions) -> _Plan:
+    return _each(options, options.fixed_gammas, [{"few_samples": most} for most in (*options.few_samples, None)])
+
+
+def _rule(options: StudyOptions) -> _Plan:
+    for gamma in options.fixed_gammas:
+        yield METHODS["default"], _base(options, gamma)
+    # l1 has no gamma, and to softmax it is a bound and no share: both with the one that bounds nothing.
+    for rule in ("softmax", "l1"):
+        yield f"Alpha Net, {rule}", _base(options, 1.0, rule=rule)
+
+
+def _start(options: StudyOptions) -> _Plan:
+    names = {("identity", True): METHODS["default"], ("default", False): METHODS["paper"]}
+    for init, projected, gamma in itertools.product(("identity", "default"), (True, False), options.fixed_gammas):
+        method = names.get((init, projected), f"Alpha Net, {init} start")
+        yield method, _base(options, gamma, init=init, projected_gradient=projected)
+
+
+def _controls(options: StudyOptions) -> _Plan:
+    for metric, method in (
+        ("euclidean", METHODS["default"]),
+        ("random", "Alpha Net, random neighbours"),
+        ("cosine", "Alpha Net, cosine neighbours"),
+    ):
+        for gamma in options.fixed_gammas:
+            yield method, _base(options, gamma, metric=metric)
+    for gamma in options.gammas:
+        yield FROZEN, _base(options, gamma, epochs=0)
+
+
+def _compare(options: StudyOptions) -> _Plan:
+    for form, gamma in itertools.product(("default", "paper"), options.gammas):
+        yield METHODS[form], _base(options, gamma, form)
+    yield METHODS["best"], _base(options, 1.0, "best")
+    yield METHODS[ROWS], _base(options, 1.0, "best", top_k=1)
+
+
+def _beyond(options: StudyOptions) -> _Plan:
+    """Each means alone, on the default form with gamma 1; all together; and all but one, or with another in its place."""
+    best = FORMS["best"]
+    yield METHODS["default"], _base(options, 1.0)
+    alone: dict[str, dict[str, Any]] = {
+        "one constant": {"few_bias": True},
+        "direct coefficients": {"coefficients": "direct"},
+        "direct coefficients, L2": {"coefficients": "direct", "regularize": best["regularize"]},
+        "L2": {"regularize": best["regularize"]},
+        "more neighbours": {"top_k": best["top_k"]},
+        "residual, L2": {name: best[name] for name in ("coefficients", "residual", "regularize")},
+        "balanced classes": {"samples_per_class": best["samples_per_class"]},
+        "prior correction": {"prior_correction": True},
+        "drawn samples": {name: best[name] for name in ("samples_per_class", "augment", "augment_neighbors")},
+    }
+    for name, changes in alone.items():
+        yield f"Alpha Net, {name}", _base(options, 1.0, **changes)
+    yield METHODS["best"], _base(options, 1.0, "best")
+    left_out: dict[str, dict[str, Any]] = {
+        "without the constant": {"few_bias": False},
+        "without residual": {"residual": 0},
+        "without L2": {"regularize": 0.0},
+        "without drawn samples": {"augment": None},
+        "without drawn samples, proportional classes, prior correction": {
+            "augment": None,
+            "samples_per_class": None,
+            "prior_correction": True,
+        },
+        "with sub-modules, without residual": {"coefficients": "mlp", "residual": 0, "top_k": options.top_k},
+        "few neighbours": {"top_k": options.top_k},
+        "random neighbours": {"metric": "random"},
+    }
+    for name, changes in left_out.items():
+        yield f"{METHODS['best']}, {name}", _base(options, 1.0, "best", **changes)
+    yield METHODS[ROWS], _base(options, 1.0, "best", top_k=1)
+
+
+def choose(
+    rows: Sequence[Mapping[str, Any]],
+    policy: str,
+    max_drop: float | None = None,
+    *,
+    original: Mapping[str, Any] | None = None,
+    part: str = "val",
+) -> Mapping[str, Any]:
+    """Choose one of several results by its accuracy on validation samples; nothing else of a row is looked at.
+
+    Args:
+        rows: results with ``val_few`` and ``val_all``, fractions of 1; those that have none (a training that diverged) take no
+            part. Put the one nearest to no change first: of equal ones the first is chosen.
+        policy: ``"best_all"``, the best accuracy over all; ``"best_few"``, the best few accuracy among those that lose at most
+            ``max_drop`` points over all against ``original`` (if all lose more, the best over all); ``"knee"``, of those that
+            no other beats in few and in all, the one that lies farthest from the line between the two extremes, each axis
+            measured by how far they are apart.
+        max_drop: points (0.5 is half a percent of the samples), at least 0; only with ``"best_few"``; None for 0.
+        original: the result of the original classifier; only ``"best_few"`` needs it.
+        part: ``"val"``. It is here to be refused: whoever chooses by test samples has none left to measure on.
+
+    Returns:
+        One of ``rows``.
+
+    Raises:
+        TypeError: a ``max_drop`` that is no number.
+        ValueError: a ``part`` other than ``"val"``, an unknown policy, ``max_drop`` with another policy, ``"best_few"`` without
+            ``original``, no row with validation accuracies.
+
+    Example:
+        >>> rows = [{"gamma": 1.0, "val_few": 0.1, "val_all": 0.5}, {"gamma": 0.7, "val_few": 0.3, "val_all": 0.49}]
+        >>> choose(rows, "best_all")["gamma"], choose(rows, "best_few", max_drop=2.0, original=rows[0])["gamma"]
+        (1.0, 0.7)
+    """
+    if part != "val":
+        raise ValueError(
+            f"part must be 'val', got {part!r}: what is chosen by its accuracy on other samples, test ones above all, has seen "
+            "them, and its accuracy on them is no longer that of new samples"
+        )
+    drop = check_policy(policy, max_drop)
+    known = [row for row in rows if _is_number(row.get("val_all"))]
+    if not known:
+        raise ValueError(f"rows must have at least one with val_all to choose by, got none among {len(rows)}")
+    if policy == "best_all":
+        return max(known, key=lambda row: row["val_all"])
+    with_few = [row for row in known if _is_number(row.get("val_few"))]
+    if not with_few:
+        raise ValueError(f"rows must have val_few for policy {policy!r}: there are no validation samples of few classes")
+    if policy == "knee":
+        return _knee(with_few)
+    if original is None or not _is_number(original.get("val_all")):
+        raise ValueError("original must be given, with its val_all, for policy 'best_few': it says what may be lost")
+    # A few rounding errors below, for the difference of two fractions is not exact.
+    least = original["val_all"] - (drop or 0.0) / 100 - 1e-9
+    allowed = [row for row in with_few if row["val_all"] >= least]
+    if not allowed:
+        return max(known, key=lambda row: row["val_all"])
+    return max(allowed, key=lambda row: (row["val_few"], row["val_all"]))
+
+
+def _knee(rows: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+    def beaten(row: Mapping[str, Any]) -> bool:
+        few, total = row["val_few"], row["val_all"]
+        return any(
+            other["val_few"] >= few and other["val_all"] >= total and (other["val_few"], other["val_all"]) != (few, total)
+            for other in rows
+        )
+
+    front = [row for row in rows if not beaten(row)]
+
+    def share(row: Mapping[str, Any], name: str) -> float:
+        values = [other[name] for other in front]
+        width = max(values) - min(values)
+        return (row[name] - min(values)) / width if width else 0.0
+
+    # The extremes are (0, 1) and (1, 0): the distance from their line grows with the sum. Of two points the better in all.
+    return max(front, key=lambda row: (share(row, "val_few") + share(row, "val_all"), row["val_all"]))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def check_policy(policy: str | None, max_drop: float | None) -> float | None:
+    """``max_drop``, checked together with the policy; None stands for no policy."""
+    if policy is not None:
+        check_choice(policy, "policy", POLICIES)
+    if max_drop is None:
+        return None
+    if policy != "best_few":
+        raise ValueError(f"max_drop goes with policy 'best_few', got {max_drop!r} with {policy!r}")
+    return check_number(max_drop, "max_drop", minimum=0)
+
+
+def _chosen_of(value: object, name: str, choices: tuple[str, ...]) -> str:
+    check_choice(value, name, choices)
+    return str(value)
+
+
+def _named(check: Any, name: str) -> Any:
+    def checked(value: object) -> float:
+        try:
+            return float(check(value))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+
+    return checked

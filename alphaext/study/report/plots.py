@@ -1,0 +1,195 @@
+"""How the figures of a report are drawn: lines, points, bars and steps, in percent, on one axes each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...utils.figures import INK, MUTED, PAPER, series_color, series_marker, shortened, wrapped
+from ..rows import ORIGINAL, Row
+from .data import Group
+
+PART_NAMES = {"few": "few", "medium": "medium", "many": "many", "all": "all"}
+# Colour and marker of each split, wherever splits stand beside each other.
+PART_PLACES = {"few": 0, "medium": 2, "many": 1}
+ALL_MARKER, ORIGINAL_MARKER = "D", "*"
+
+# Known methods look the same in every figure; those that nobody knows get the next places.
+_METHODS = {
+    "Alpha Net": 0,
+    "Alpha Net, paper's form": 1,
+    "ncm": 2,
+    "tau": 3,
+    "logit-adjustment": 4,
+    "few-bias": 5,
+    "Alpha Net, best": 6,
+    "free rows": 7,
+}
+FRONT_PLACE = _METHODS["few-bias"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Values against x, with their spread; those that are None are left out."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    spread: Sequence[float | None]
+    color: str
+    marker: str
+    baseline: float | None = None
+    dash: str = "-"
+
+
+def method_places(methods: Iterable[str]) -> dict[str, int]:
+    """The place of each method among colours and markers."""
+    places = dict(_METHODS)
+    for method in methods:
+        if method not in places and method != ORIGINAL:
+            places[method] = len(places)
+    return places
+
+
+def part_look(part: str) -> tuple[str, str]:
+    """Colour and marker of a split."""
+    if part == "all":
+        return INK, ALL_MARKER
+    return series_color(PART_PLACES[part]), series_marker(PART_PLACES[part])
+
+
+def in_percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def part_lines(
+    groups: Sequence[Group], x: Sequence[float], suffix: str, original: Row | None, *, gain: bool = False
+) -> list[Line]:
+    """A line for few, medium, many and all, dotted where the original classifier is; those without samples are left out."""
+    lines = []
+    for part in PART_NAMES:
+        metric = f"test_{part}{suffix}"
+        values = [group.gain(metric, original) if gain else group.mean(metric) for group in groups]
+        if all(value is None for value in values):
+            continue
+        before = None if original is None or gain else original[metric]
+        color, marker = part_look(part)
+        y, spread = [in_percent(value) for value in values], [in_percent(group.spread(metric)) for group in groups]
+        lines.append(Line(part, x, y, spread, color, marker, in_percent(before)))
+    return lines
+
+
+def draw_lines(axes: Any, lines: Sequence[Line], xlabel: str, ylabel: str, ticks: Sequence[str] | None = None) -> None:
+    """Lines with error bars; ``ticks`` name the places 0, 1, 2 ... of categories."""
+    if lines and ylabel.startswith("gain"):
+        axes.axhline(0, color=MUTED, linewidth=1.0)
+    for line in lines:
+        known = [(x, y, s) for x, y, s in zip(line.x, line.y, line.spread, strict=True) if y is not None]
+        if line.baseline is not None:
+            axes.axhline(line.baseline, color=line.color, linestyle=":", linewidth=1.2)
+        axes.errorbar(
+            [x for x, _, _ in known],
+            [y for _, y, _ in known],
+            yerr=[s or 0.0 for _, _, s in known] if any(s for _, _, s in known) else None,
+            color=line.color,
+            marker=line.marker,
+            linestyle=line.dash,
+            elinewidth=1.0,
+            label=shortened(line.label),
+        )
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if ticks is not None:
+        axes.set_xticks(range(len(ticks)), [shortened(tick, 16) for tick in ticks])
+        axes.set_xlim(-0.4, len(ticks) - 0.6)
+
+
+def draw_gains(axes: Any, groups: Sequence[Group], original: Row | None) -> None:
+    """A row for each configuration: what few and all gain, with their spread."""
+    axes.axvline(0, color=MUTED, linewidth=1.0)
+    places = list(range(len(groups)))
+    for part, shift in (("few", -0.14), ("all", 0.14)):
+        color, marker = part_look(part)
+        metric = f"test_{part}"
+        found = [
+            (place + shift, 100 * gain, 100 * (group.spread(metric) or 0.0))
+            for place, group in zip(places, groups, strict=True)
+            if (gain := group.gain(metric, original)) is not None
+        ]
+        if found:
+            y, x, spread = (list(values) for values in zip(*found, strict=True))
+            bars = spread if any(spread) else None
+            axes.errorbar(x, y, xerr=bars, color=color, marker=marker, linestyle="none", elinewidth=1.0, label=part)
+    axes.set_yticks(places, [wrapped(shortened(group.label, 72), 26, 3) for group in groups], fontsize=7.5)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_xlabel("gain over the original, points")
+
+
+def draw_bars(axes: Any, gains: Sequence[float]) -> None:
+    """A bar for each class, those above and those below zero in different colours."""
+    places = range(1, len(gains) + 1)
+    colors = [series_color(1) if gain >= 0 else series_color(0) for gain in gains]
+    axes.bar(places, gains, width=0.8 if len(gains) < 60 else 1.0, color=colors)
+    axes.axhline(0, color=MUTED, linewidth=1.0)
+    axes.set_xlabel("few classes, by their gain")
+    axes.set_ylabel("gain, points")
+    axes.margins(x=0.01)
+
+
+def draw_scatter(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
+    """A point for each class."""
+    axes.axhline(0, color=MUTED, linewidth=1.0)
+    axes.scatter(x, y, s=16, color=series_color(0), alpha=0.55, linewidths=0)
+    axes.set_xlabel("distance to the closest neighbour's mean")
+    axes.set_ylabel("gain, points")
+
+
+def draw_steps(axes: Any, gains: Mapping[str, Sequence[float]], edges: Sequence[float]) -> None:
+    """How many of each split's classes gain so much, in percent of the split's."""
+    import numpy as np
+
+    axes.axvline(0, color=MUTED, linewidth=1.0)
+    dashes = {"few": "-", "medium": "--", "many": "-."}
+    for part, values in gains.items():
+        counts, _ = np.histogram(values, bins=np.asarray(edges))
+        label = f"{part} ({len(values)} classes)"
+        shares = 100 * counts / max(len(values), 1)
+        axes.stairs(shares, edges, color=part_look(part)[0], linewidth=1.8, linestyle=dashes[part], label=label)
+    axes.set_xlabel("gain, points")
+    axes.set_ylabel("classes of the split, %")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Few accuracy and another number of a method, with their spread over seeds, in percent."""
+
+    label: str
+    x: float
+    y: float
+    x_spread: float
+    y_spread: float
+    color: str
+    marker: str
+
+
+def draw_points(axes: Any, points: Sequence[Point], *, large: bool = False, connected: bool = False) -> None:
+    """Points with error bars in both directions; large ones are filled with the page's colour."""
+    for point in points:
+        axes.errorbar(
+            [point.x],
+            [point.y],
+            xerr=[point.x_spread] if point.x_spread else None,
+            yerr=[point.y_spread] if point.y_spread else None,
+            color=point.color,
+            marker=point.marker,
+            linestyle="none",
+            elinewidth=1.0,
+            markersize=8.5 if large else 4.5,
+            markerfacecolor=PAPER if large else point.color,
+            markeredgewidth=1.6 if large else 0.8,
+            zorder=5 if point.marker == ORIGINAL_MARKER else 4 if large else 3,
+            label=shortened(point.label) if point.label else None,
+        )
+    if connected and len(points) > 1:
+        axes.plot([p.x for p in points], [p.y for p in points], color=points[0].color, linewidth=1.0, alpha=0.7, zorder=2)

@@ -1,0 +1,222 @@
+"""A report of studies: one HTML file, the figures as PNG and SVG, and the tables as Markdown, from the studies' files alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...utils.figures import clean_text, require_matplotlib
+from ...utils.files import PathLike, folder_lock, read_json, whole_file, write_json
+from ..plans import EXPERIMENTS
+from .content import DataTable, FigureBlock, Section, TextBlock, markdown, pictures_of
+from .data import Study, read_studies
+from .figures import class_blocks, experiment_blocks
+from .front_figure import front_blocks
+from .page import page
+from .tables import calibration_table, compare_table, confusion_tables, cost_table, error_table, settings_table
+
+__all__ = ["ReportFiles", "write_report"]
+
+HTML, TABLES, FIGURES, WRITTEN = "report.html", "tables.md", "figures", "report.json"
+_FORMAT = "alphaext report 1"
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """What :func:`write_report` wrote.
+
+    Attributes:
+        html: the report, complete in itself.
+        tables: its tables as Markdown.
+        figures: its figures, each as PNG and as SVG.
+        findings: what the report says of the trade-off front, a sentence each.
+    """
+
+    html: Path
+    tables: Path
+    figures: tuple[Path, ...]
+    findings: tuple[str, ...]
+
+
+def write_report(
+    study: PathLike | Sequence[PathLike], output: PathLike, *, overwrite: bool = False, title: str | None = None
+) -> ReportFiles:
+    """Make a report of one or several studies out of the files that they wrote; nothing is trained or measured again.
+
+    The folder gets ``report.html``, which needs no other file and no network; ``tables.md``; ``figures/``, each figure as PNG
+    and SVG; and ``report.json``, which says what was written, so that a later report replaces its own files and no other. The
+    same studies make the same bytes, with the same version of matplotlib.
+
+    Args:
+        study: the folder that ``alphaext study`` or :func:`alphaext.study.run_study` wrote, or several, such as those of
+            several classifiers: the trade-off front and the comparison then hold all of them, and each has a section.
+        output: the report's folder; made if need be.
+        overwrite: replace files of these names that were not written by a report, or were changed since.
+        title: of the page.
+
+    Returns:
+        Where the files are, and what the report says of the front.
+
+    Raises:
+        FileNotFoundError: a folder without a study.
+        ImportError: matplotlib is missing.
+        TypeError: arguments of another type.
+        ValueError: a file of a study that is not as it must be, or files in ``output`` that are not a report's own.
+
+    Example:
+        >>> import tempfile
+        >>> from alphaext.study import StudyOptions, run_study
+        >>> folder, labels = tempfile.mkdtemp(), torch.arange(4).repeat_interleave(torch.tensor([30, 30, 30, 5]))
+        >>> for part in ("train", "val", "test"):
+        ...     _ = write_features(f"{folder}/{part}", torch.randn(95, 8), labels, num_classes=4)
+        >>> options = StudyOptions(experiments=["negatives"], negative_ratios=[1.0], epochs=1, seeds=1, top_k=2)
+        >>> _ = run_study(folder, nn.Linear(8, 4), f"{folder}/study", options, many_above=20)
+        >>> files = write_report(f"{folder}/study", f"{folder}/report")
+        >>> files.html.name, files.tables.name, [path.suffix for path in files.figures[:2]]
+        ('report.html', 'tables.md', ['.png', '.svg'])
+    """
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title must be text or None, got {title!r}")
+    folders = [study] if isinstance(study, (str, os.PathLike)) else list(study)
+    target = Path(output)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"output must be a folder, got the file {str(target)!r}")
+    studies = read_studies(folders)
+    require_matplotlib()
+    sections = _sections(studies)
+    heading = title if title is not None else f"Alpha Net study: {', '.join(each.name for each in studies)}"
+    files: dict[str, bytes] = {
+        HTML: page(heading, _lead(studies), sections, _foot(studies)).encode("utf-8"),
+        TABLES: markdown(heading, sections).encode("utf-8"),
+    }
+    for picture in pictures_of(sections):
+        files[f"{FIGURES}/{picture.name}.png"] = picture.png
+        files[f"{FIGURES}/{picture.name}.svg"] = picture.svg
+    _write(target, files, overwrite)
+    findings = (block.text for block in sections[0].blocks if isinstance(block, TextBlock) and block.kind == "finding")
+    return ReportFiles(
+        target / HTML, target / TABLES, tuple(target / name for name in files if name.startswith(FIGURES)), tuple(findings)
+    )
+
+
+def _sections(studies: Sequence[Study]) -> list[Section]:
+    sections = [Section("front", "The trade-off front", tuple(front_blocks(studies)))]
+    compared = [table for make in (compare_table, cost_table, calibration_table) if (table := make(studies)) is not None]
+    if compared:
+        sections.append(Section("compare", "Alpha Net and its rivals", tuple(compared)))
+    sections += [_study_section(study, len(studies) > 1) for study in studies]
+    errors = error_table(studies)
+    about: list[TextBlock | DataTable | FigureBlock] = [] if errors is None else [errors]
+    about += [settings_table(study) for study in studies]
+    return [*sections, Section("about", "How it was made", tuple(about))]
+
+
+def _study_section(study: Study, several: bool) -> Section:
+    blocks: list[TextBlock | DataTable | FigureBlock] = []
+    if study.info["finished"] is None:
+        blocks.append(TextBlock("This study is not finished: run again, it goes on. What is here is what there is.", "warning"))
+    if study.missing:
+        named = "; ".join(f"{name} ({EXPERIMENTS[name]})" for name in study.missing)
+        blocks.append(TextBlock(f"Not in this study: {named}."))
+    parts = []
+    shown = {"classes": ("Classes", class_blocks(study)), "confusions": ("Confusions", _confusion_blocks(study))}
+    for experiment in study.experiments:
+        if experiment != "compare":
+            shown[experiment] = (experiment, experiment_blocks(study, experiment))
+    for number, (title, content) in enumerate(shown.values()):
+        if content:
+            parts.append(Section(f"part--{study.key}--{number}", title, tuple(content)))
+    title = f"The classifier {study.name}" if several else "The experiments"
+    return Section(f"study--{study.key}", title, tuple(blocks), tuple(parts))
+
+
+def _confusion_blocks(study: Study) -> list[TextBlock | DataTable | FigureBlock]:
+    tables = confusion_tables(study)
+    if not tables:
+        return []
+    totals = [row for row in study.confusions if row.is_total]
+    before, after = sum(row.before for row in totals), sum(row.after for row in totals)
+    text = f"Under the Alpha Net that validation chose, first seed: {before:,} test samples confused before, {after:,} after."
+    if not any(not row.is_total for row in study.confusions):
+        text += " No pair of classes is confused more or less often than before."
+    return [TextBlock(text), *tables]
+
+
+def _lead(studies: Sequence[Study]) -> list[str]:
+    lead = []
+    for study in studies:
+        numbers = [f"{study.part('classes', part)} {part}" for part in ("few", "medium", "many")]
+        tested = study.part("samples", "test")
+        samples = "" if tested is None else f", {tested:,} test samples"
+        finished = study.info["finished"]
+        date = "not finished" if finished is None else f"finished {clean_text(finished)[:10]}"
+        lead.append(f"{study.name}: {', '.join(numbers)} classes{samples}; study {date}.")
+    lead.append("All accuracies are on test samples; whatever was chosen was chosen on validation samples.")
+    return lead
+
+
+def _foot(studies: Sequence[Study]) -> list[str]:
+    foot = [text for text in dict.fromkeys(study.attribution for study in studies) if text]
+    for study in studies:
+        versions = ", ".join(f"{name} {value}" for name, value in study.info["versions"].items() if value)
+        foot.append(f"{study.name}: {versions or 'versions not known'}; finished {study.info['finished'] or 'not yet'}.")
+    return foot
+
+
+def _write(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
+    """Write all files, each whole; what an earlier report wrote is replaced or removed, nothing else unless ``overwrite``."""
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder, "a report"):
+        earlier = {} if made else _written(folder)
+        own = {name for name, known in earlier.items() if _digest(folder / name) in known}
+        foreign = [name for name in (*files, WRITTEN) if (folder / name).exists() and name not in own]
+        # The record is its own where it could be read.
+        foreign = [name for name in foreign if name != WRITTEN or not earlier]
+        same = [name for name in foreign if name in digests and _digest(folder / name) == digests[name]]
+        if not overwrite and len(foreign) > len(same):
+            name = next(name for name in foreign if name not in same)
+            raise ValueError(
+                f"output {str(folder)!r} has {name}, which no report wrote or which was changed since; give another folder, or "
+                "overwrite it (--overwrite)"
+            )
+        (folder / FIGURES).mkdir(exist_ok=True)
+        # First what will be there, then the files: after an interruption they are known as a report's own.
+        both = {
+            name: sorted({*earlier.get(name, ()), *([digests[name]] if name in digests else [])}) for name in {*earlier, *files}
+        }
+        write_json(folder / WRITTEN, {"format": _FORMAT, "files": dict(sorted(both.items()))})
+        for name in own - set(files):
+            (folder / name).unlink(missing_ok=True)
+        for name, content in files.items():
+            with whole_file(folder / name) as file:
+                file.write(content)
+        write_json(folder / WRITTEN, {"format": _FORMAT, "files": {name: [digests[name]] for name in sorted(digests)}})
+
+
+def _written(folder: Path) -> dict[str, list[str]]:
+    """The digests of what an earlier report wrote, by name; empty where there was none."""
+    path = folder / WRITTEN
+    if not path.is_file():
+        return {}
+    try:
+        record = read_json(path, "a report's record")
+    except ValueError:
+        return {}
+    files = record.get("files")
+    if record.get("format") != _FORMAT or not isinstance(files, dict):
+        return {}
+    # Names that lead out of the folder are no report's.
+    return {
+        name: [str(digest) for digest in digests]
+        for name, digests in files.items()
+        if isinstance(digests, list) and (name in (HTML, TABLES) or Path(name) == Path(FIGURES) / Path(name).name)
+    }
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() and not path.is_symlink() else None

@@ -1,0 +1,241 @@
+"""A study: every experiment of the paper on cached features, with several seeds, into one table.
+
+What is trained is in :mod:`alphaext.study.plans`, the table in :mod:`alphaext.study.rows`. Whatever is chosen is chosen on
+validation samples; each result is measured on validation and on test samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..classes import split_classes
+from ..features.store import Features, as_json, differences, read_features
+from ..utils.checks import check_integer
+from ..utils.files import PathLike, folder_lock, read_json, write_json
+from ..utils.linear import linear_parameters, make_linear
+from .plans import EXPERIMENTS, POLICIES, StudyOptions, choose
+from .rivals import compare_rivals
+from .rows import ResultsFile, read_rows, row_key, summarize
+from .trials import CHECKPOINTS, Problem, Trainings
+
+__all__ = ["EXPERIMENTS", "POLICIES", "StudyOptions", "choose", "read_rows", "run_study", "summarize"]
+
+RESULTS, ROWS, CLASSES, CONFUSIONS = "results.json", "results.csv", "classes.csv", "confusions.csv"
+FORMAT = "alphaext study 1"
+_PARTS = ("train", "val", "test")
+
+
+def run_study(
+    features: PathLike,
+    linear: nn.Module,
+    output: PathLike,
+    options: StudyOptions | None = None,
+    *,
+    classifier_name: str = "classifier",
+    few_below: int = 20,
+    many_above: int = 100,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    attribution: str | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Run the paper's experiments on a trained classifier and cached features.
+
+    The folder ``output`` gets ``results.csv``, a row for each head or rival and seed
+    (:data:`alphaext.study.rows.COLUMNS`); ``results.json``, what it was made of, and what was chosen of what; and, with the
+    experiment "compare", ``classes.csv`` and ``confusions.csv``: what became of each class under the chosen Alpha Net of the
+    first seed (:func:`alphaext.metrics.class_table`), and which confusions it mends and makes
+    (:mod:`alphaext.metrics.confusions`).
+
+    An interrupted study goes on where it stopped when it is run again, to the same rows but for ``seconds``, which are then
+    those of the last run. More experiments and seeds may be asked for later; the rows that are there stay. Trainings that
+    several experiments ask for are run once, and all that see the same samples share their logits (:func:`alphaext.fit_many`).
+
+    Args:
+        features: the folder of cached features, with ``train``, ``val`` and ``test`` in it, as ``alphaext extract`` writes it.
+        linear: the trained classifier, such as ``nn.Linear``; on a GPU, the study runs there.
+        output: a new folder, an empty one, or one of the same study.
+        options: which experiments, seeds and settings; default all of the paper's.
+        classifier_name: what the classifier is called in the results.
+        few_below: a class with fewer training images is few; 20 in the paper.
+        many_above: a class with more training images is many; 100 in the paper.
+        jobs: trainings at a time; default one a core.
+        overwrite: start anew where there are results already.
+        attribution: a text that goes into ``results.json``, such as the data set's licence.
+        progress: show progress bars; None shows them where standard error is a terminal.
+
+    Returns:
+        What ``results.json`` holds: ``identity``, ``versions``, ``machine``, ``options``, ``experiments`` (those that are
+        complete), ``choices``, and ``summary`` (:func:`alphaext.study.summarize`), among others.
+
+    Raises:
+        FileNotFoundError: no features of one of the three parts.
+        TypeError, ValueError: arguments out of range, features that do not belong together or to the classifier, results of
+            another study in the folder; before any work.
+        KeyboardInterrupt: passed on; what was done is kept.
+
+    Example:
+        >>> import tempfile
+        >>> folder, labels = tempfile.mkdtemp(), torch.arange(4).repeat_interleave(torch.tensor([30, 30, 30, 5]))
+        >>> for part in ("train", "val", "test"):
+        ...     _ = write_features(f"{folder}/{part}", torch.randn(95, 8), labels, num_classes=4)
+        >>> options = StudyOptions(experiments=["top-k"], top_ks=[1, 2], fixed_gammas=[1.0], epochs=2, seeds=2)
+        >>> results = run_study(folder, nn.Linear(8, 4), f"{folder}/study", options, many_above=20)
+        >>> [(entry["method"], entry["configuration"], entry["seeds"]) for entry in results["summary"]]
+        [('original', {}, 1), ('Alpha Net', {'top_k': 1}, 2), ('Alpha Net', {'top_k': 2}, 2)]
+    """
+    settings = options if options is not None else StudyOptions()
+    if jobs is not None:
+        check_integer(jobs, "jobs", minimum=1)
+    parts = _read_parts(Path(features))
+    weight, bias = linear_parameters(linear)
+    train = parts["train"]
+    if tuple(weight.shape) != (train.num_classes, train.features.shape[1]):
+        raise ValueError(
+            f"linear must have weight {[train.num_classes, train.features.shape[1]]} for these features, got "
+            f"{list(weight.shape)}"
+        )
+    split = split_classes(train.class_counts(), few_below=few_below, many_above=many_above)
+    if not len(split.few) or not len(split.base):
+        raise ValueError(f"the training features must have few and base classes, got {split!r}")
+    identity = as_json(
+        {
+            "format": FORMAT,
+            "features": {part: _fingerprint(entry) for part, entry in parts.items()},
+            "classifier": _digest([weight] if bias is None else [weight, bias]),
+            "few_below": few_below,
+            "many_above": many_above,
+            "options": settings.identity(),
+        }
+    )
+    folder = Path(output)
+    earlier = _check_output(folder, identity, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder, "a study"):
+        if earlier is None:
+            for name in (RESULTS, ROWS, CLASSES, CONFUSIONS):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        file = ResultsFile(folder / ROWS)
+        name = classifier_name or "classifier"
+        problem = Problem(settings, make_linear(weight, bias), parts, split, name, file, progress)
+        results = {
+            "identity": identity,
+            "classifier": name,
+            "features": os.fspath(features),
+            "samples": {part: len(entry) for part, entry in parts.items()},
+            "classes": {part: len(getattr(split, part)) for part in ("few", "medium", "many")},
+            "versions": _versions(),
+            "machine": _machine(weight.device),
+            "options": asdict(settings),
+            "attribution": attribution if attribution is not None else (earlier or {}).get("attribution"),
+            "experiments": (earlier or {}).get("experiments", []),
+            "choices": (earlier or {}).get("choices", []),
+        }
+        # Before there are any: it says whose results these are.
+        write_json(folder / RESULTS, results)
+        trainings = Trainings(problem, folder, jobs)
+        try:
+            problem.measure_original()
+            trainings.run()
+            if "compare" in settings.experiments:
+                seeds = (None, *settings.seed_values())
+                of_other_seeds = [choice for choice in results["choices"] if choice["seed"] not in seeds]
+                results["choices"] = compare_rivals(problem, trainings, folder / CLASSES, folder / CONFUSIONS) + of_other_seeds
+            file.arrange(row_key(trainings.row(trial)) for trial in trainings.trials)
+        finally:
+            file.write()
+        done = {*results["experiments"], *settings.experiments}
+        rows = file.in_order()
+        results |= {
+            "experiments": [name for name in EXPERIMENTS if name in done],
+            "rows": len(rows),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "summary": summarize(rows),
+        }
+        write_json(folder / RESULTS, results)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return results
+
+
+def _read_parts(folder: Path) -> dict[str, Features]:
+    missing = [part for part in _PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"features must be a folder with the features of {', '.join(_PARTS)} in it, there is no "
+            f"{str(folder / missing[0])!r}; 'alphaext extract' writes it"
+        )
+    parts = {part: read_features(folder / part) for part in _PARTS}
+    train = parts["train"]
+    for part, other in parts.items():
+        found = {
+            "the network (its fingerprint)": (train.metadata.get("model"), other.metadata.get("model")),
+            "their width": (train.features.shape[1], other.features.shape[1]),
+            "the number of classes": (train.num_classes, other.num_classes),
+            "the names of the classes": (train.class_names, other.class_names),
+        }
+        for what, (here, there) in found.items():
+            if here is not None and there is not None and here != there:
+                raise ValueError(f"features of train and {part} in {str(folder)!r} do not belong together: {what} differs")
+    return parts
+
+
+def _fingerprint(features: Features) -> dict[str, Any]:
+    return {
+        "features_sha256": features.metadata["features_sha256"],
+        "labels_sha256": _digest([features.labels]),
+        "passes": features.passes,
+    }
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_output(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """What ``results.json`` says where the folder is of the same study and goes on; None where it begins."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output must be a folder, got the file {str(folder)!r}")
+    there = [name for name in (RESULTS, ROWS, CLASSES, CONFUSIONS) if (folder / name).exists()]
+    if overwrite or not there:
+        return None
+    advice = "give another folder, or overwrite it (--overwrite)"
+    if RESULTS not in there:
+        raise ValueError(f"output must be a new folder or one of the same study, {str(folder)!r} has {there[0]}; {advice}")
+    earlier = read_json(folder / RESULTS, "a study's results")
+    own = earlier.get("identity")
+    if own == identity:
+        return earlier
+    found = differences(identity, own) if isinstance(own, Mapping) else ["it says not of which"]
+    raise ValueError(f"output {str(folder)!r} holds another study: {'; '.join(found[:3])}; {advice}")
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("alphaext", "torch", "numpy", "scikit-learn"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"platform": platform.platform(), "processors": os.cpu_count(), "device": str(device), "gpu": gpu}

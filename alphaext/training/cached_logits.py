@@ -1,0 +1,258 @@
+"""What training needs of each sample, computed once: its logits of the few classes' members, and its base classes' log-sum-exp.
+
+With a frozen classifier these are constants (docs/exactness.md, identities a and b), so neither features nor classifier
+are touched again, and no ``[samples, num_classes]`` matrix is ever held: logits are made and thrown away block by block.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import training as ops
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from .augmentation import DrawnFeatures
+
+if TYPE_CHECKING:
+    from ..head.alphanet import AlphaNet
+
+__all__ = [
+    "Columns",
+    "Samples",
+    "TrainingLogits",
+    "ValidationLogits",
+    "check_samples",
+]
+
+# The most bytes of cached logits of training samples; beyond it those of base samples are computed anew each epoch.
+CACHE_BYTES = 2 << 30
+
+# Elements of a block of logits: it stays in the processor's cache between the product and what is kept of it.
+_BLOCK_ELEMENTS = 1 << 20
+_WIDTH_MULTIPLE = 16  # of features, in a product
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Features ``[n, D]``, any floating dtype, in memory or memory-mapped, and their labels ``[n]`` int64 on the CPU."""
+
+    features: Tensor | DrawnFeatures
+    labels: Tensor
+    name: str = "features"
+
+    def real(self) -> Tensor:
+        """The features, where none are drawn."""
+        assert isinstance(self.features, Tensor)
+        return self.features
+
+
+def check_samples(
+    weight: Tensor, features: TensorLike, labels: TensorLike, features_name: str = "features", labels_name: str = "labels"
+) -> Samples:
+    """Features and labels for a classifier ``weight`` ``[N, D]``, checked for all but their values."""
+    data = as_tensor(features, features_name).detach()
+    check_floating(data, features_name)
+    check_shape(data, features_name, ("n", weight.shape[1]))
+    targets = check_labels(labels, len(weight), labels_name).cpu()
+    if len(targets) != len(data):
+        raise ValueError(f"{features_name} and {labels_name} must have one entry a sample, got {len(data)} and {len(targets)}")
+    if len(data) == 0:
+        raise ValueError(f"{features_name} must not be empty")
+    return Samples(data, targets, features_name)
+
+
+class Columns:
+    """The distinct columns of logits that the members of some heads need.
+
+    A column is a class's logits, or under the rule ``"l1"``, where neighbours come without their bias, its logits less its
+    bias. Heads of one classifier share columns and everything computed from them. Directions of a residual are rows behind
+    the classifier's, numbered from N on: to training they are members like any other.
+
+    Attributes:
+        weight: ``[N + R, D]``, the classifier's rows and the directions.
+        own_bias: ``[N + R]``, or None.
+        class_ids: ``[U]`` int64, rows of ``weight``.
+        bias: ``[U]``, what is subtracted.
+        few_penalty: ``[N + R]``, 0 for base classes and minus infinity for all others.
+        few_of_class: ``[N]`` int32, which few class a class is, or -1.
+        few_classes: ``[F]`` int32.
+    """
+
+    def __init__(self, heads: list[AlphaNet]) -> None:
+        first = heads[0]
+        self.weight, self.own_bias = first.weight.detach(), None if first.bias is None else first.bias.detach()
+        self.num_classes = first.out_features
+        # The directions of one residual begin with those of a smaller one.
+        most = max(heads, key=lambda head: head.num_directions)
+        if most.directions is not None:
+            self.weight = torch.cat([self.weight, most.directions])
+            if self.own_bias is not None and most.direction_bias is not None:
+                self.own_bias = torch.cat([self.own_bias, most.direction_bias])
+        num_classes, dtype = len(self.weight), first.weight.dtype
+        self._width = num_classes
+        biases = torch.zeros(num_classes, dtype=dtype, device="cpu") if self.own_bias is None else self.own_bias.cpu()
+        keys = torch.cat([self._keys(head).flatten() for head in heads]).unique()
+        self._known = keys
+        self.class_ids = keys % num_classes
+        self.bias = torch.where(keys >= num_classes, biases[self.class_ids], torch.zeros((), dtype=dtype, device="cpu"))
+        few = first.few_classes.cpu()
+        self.few_classes = few.to(torch.int32)
+        self.few_penalty = torch.zeros(num_classes, dtype=dtype, device="cpu")
+        self.few_penalty[few] = -torch.inf
+        self.few_penalty[self.num_classes :] = -torch.inf
+        self.few_of_class = torch.full((self.num_classes,), -1, dtype=torch.int32, device="cpu")
+        self.few_of_class[few] = torch.arange(len(few), dtype=torch.int32, device="cpu")
+
+    def _keys(self, head: AlphaNet) -> Tensor:
+        keys = head.members.cpu().clone()
+        if head.rule == "l1" and head.bias is not None:
+            keys[:, 1:] += self._width
+        if head.num_directions:
+            directions = self.num_classes + torch.arange(head.num_directions, device="cpu")
+            keys = torch.cat([keys, directions.expand(len(keys), -1)], dim=1)
+        return keys
+
+    def with_log_prior(self, log_prior: Tensor) -> Columns:
+        """The same with ``log_prior`` ``[N]`` added to the base classes' logits where their log-sum-exp is taken."""
+        columns = copy.copy(self)
+        columns.few_penalty = self.few_penalty.clone()
+        columns.few_penalty[: self.num_classes] += log_prior.to(columns.few_penalty.dtype).masked_fill(log_prior.isnan(), 0)
+        columns.few_penalty[self.few_classes.long()] = -torch.inf
+        return columns
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def of(self, head: AlphaNet) -> Tensor:
+        """Where ``head`` finds its members, and directions: ``[F, K+1 (+ R)]`` int32 positions among the columns."""
+        return torch.searchsorted(self._known, self._keys(head)).to(torch.int32)
+
+
+class TrainingLogits:
+    """A row for each of some samples: ``logits`` ``[rows, U]``, and ``[rows]`` of the other three."""
+
+    def __init__(
+        self, columns: Columns, rows: int, device: torch.device | str = "cpu", log_prior: Tensor | None = None
+    ) -> None:
+        """``log_prior`` ``[N]`` is added to the base classes' logits; few ones get theirs in training, with their scores."""
+        self.columns = columns if log_prior is None else columns.with_log_prior(log_prior)
+        self._log_prior = None if log_prior is None else log_prior.masked_fill(log_prior.isinf(), 0)
+        dtype = columns.few_penalty.dtype
+        self.logits = _allocate((rows, len(columns)), dtype, device, f"the member logits of {rows} training samples")
+        self.base_logsumexp = torch.empty(rows, dtype=dtype, device=device)
+        self.label_logit = torch.empty(rows, dtype=dtype, device=device)
+        self.few_of_label = torch.full((rows,), -1, dtype=torch.int32, device=device)
+
+    def fill(self, first_row: int, samples: Samples, indices: Tensor) -> None:
+        """Compute the rows from ``first_row`` on for the samples ``indices``."""
+        labels = samples.labels[indices]
+        rows = slice(first_row, first_row + len(indices))
+        self.few_of_label[rows] = self.columns.few_of_class[labels].to(self.few_of_label.device)
+        for part, block_labels, logits in _blocks(self.columns, samples, indices, labels):
+            here = slice(first_row + part.start, first_row + part.stop)
+            _keep(self.columns, logits, block_labels, self.logits[here], self.base_logsumexp[here], self.label_logit[here])
+            _check_block(self.base_logsumexp[here], samples, indices[part])
+            if self._log_prior is not None:
+                self.label_logit[here] += self._log_prior[block_labels].to(self.label_logit)
+
+
+class ValidationLogits:
+    """Validation samples in blocks, with the constants of their base columns."""
+
+    def __init__(self, columns: Columns, samples: Samples, device: torch.device | str = "cpu") -> None:
+        self.columns, self.labels = columns, samples.labels.to(device)
+        count, dtype = len(samples.labels), columns.few_penalty.dtype
+        shape = ops.validation_shape(count, len(columns))
+        self.logits = _allocate(shape, dtype, device, f"the member logits of {count} validation samples")
+        self.logits[-1:].zero_()  # the last block may have room to spare
+        self.label_logit = torch.empty(count, dtype=dtype, device=device)
+        self.top_logits = torch.empty(count, ops.TOP_CLASSES, dtype=dtype, device=device)
+        self.top_ids = torch.empty(count, ops.TOP_CLASSES, dtype=torch.int32, device=device)
+        self.few_of_label = columns.few_of_class[samples.labels].to(device)
+        self._few_classes = columns.few_classes.to(device)
+        base_logsumexp = torch.empty(count, dtype=dtype, device=device)
+        indices = torch.arange(count, device="cpu")
+        for part, labels, logits in _blocks(columns, samples, indices, samples.labels):
+            blocks_here = self.logits[ops.blocks_of(part)]
+            _keep(
+                columns, logits, labels, blocks_here, base_logsumexp[part], self.label_logit[part],
+                self.top_logits[part], self.top_ids[part],
+            )  # fmt: skip
+            _check_block(base_logsumexp[part], samples, indices[part])
+
+    def hits(self, alphas: Tensor, member_columns: Tensor) -> Tensor:
+        """``[2, N]`` int64: of each class, the samples that it wins, and those that it is among the first five of.
+
+        With a leading dimension of both arguments, ``[R, F, K+1]``, those of R heads: ``[R, 2, N]``.
+        """
+        result = ops.validate(
+            alphas, member_columns, self._few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
+            self.labels, self.few_of_label, self.columns.num_classes,
+        )  # fmt: skip
+        return result.cpu()
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, what: str) -> Tensor:
+    """Memory for ``what``; a MemoryError that says how much, instead of a process that the system kills on its way."""
+    needed, available = math.prod(shape) * dtype.itemsize, _available_bytes()
+    if needed > available and torch.device(device).type == "cpu":
+        raise MemoryError(f"{what} need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free")
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    if memory.is_cpu:
+        ops.advise_huge_pages(memory)
+    return memory
+
+
+def _available_bytes() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf  # not Linux: let the allocation itself fail
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
+
+
+def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The original logits of the samples, block by block, with the slice of ``indices`` and the labels they belong to."""
+    weight, bias = columns.weight, columns.own_bias
+    # Matrix libraries round a row by its place in the product where rows begin at odd addresses. Zeros change no sum.
+    surplus = -weight.shape[1] % _WIDTH_MULTIPLE
+    weight = nn.functional.pad(weight, (0, surplus))
+    rows = max(1, _BLOCK_ELEMENTS // len(weight) // ops.BLOCK_SAMPLES) * ops.BLOCK_SAMPLES
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        for start in range(0, len(indices), rows):
+            part = slice(start, min(start + rows, len(indices)))
+            wanted = indices[part]
+            # Matrix libraries round the last few rows otherwise than those before; a sample's logits shall not depend on its
+            # company.
+            missing = -len(wanted) % ops.BLOCK_SAMPLES
+            if missing > 0:
+                wanted = torch.cat([wanted, wanted[-1:].expand(missing)])
+            contiguous = int(wanted[-1]) - int(wanted[0]) == len(wanted) - 1 and bool((wanted.diff() == 1).all())
+            block = samples.features[int(wanted[0]) : int(wanted[-1]) + 1] if contiguous else samples.features[wanted]
+            block = nn.functional.pad(block.to(device=weight.device, dtype=weight.dtype), (0, surplus))
+            yield part, labels[part], nn.functional.linear(block, weight, bias)[: part.stop - part.start]
+
+
+def _keep(columns: Columns, logits: Tensor, labels: Tensor, *written: Tensor) -> None:
+    """Keep what is needed of a block of logits; ``written`` as in :func:`alphaext.ops.training.cache_logits`."""
+    ops.cache_logits(logits, labels, columns.few_penalty, columns.class_ids, columns.bias, *written)
+
+
+def _check_block(base_logsumexp: Tensor, samples: Samples, indices: Tensor) -> None:
+    """A feature that is not finite shows in the base classes' sum, which is cheaper to look at than all features."""
+    if bool(base_logsumexp.isfinite().all()):
+        return
+    for index in indices.tolist():
+        check_finite(samples.features[index : index + 1], samples.name, first_row=index)
+    row = int(base_logsumexp.isfinite().logical_not().nonzero()[0, 0])
+    raise ValueError(
+        f"the original classifier's logits must be finite, but those of {samples.name}[{int(indices[row])}] are not: the "
+        "classifier's values are too large for its dtype"
+    )

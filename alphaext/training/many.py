@@ -1,0 +1,405 @@
+"""Training many heads on the same features, side by side: one core each, sharing all that is computed from features."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from torch import Tensor, nn
+
+from ..classes import ClassSplit, class_counts, class_means, split_classes
+from ..head.alphanet import AlphaNet
+from ..head.choices import METRICS, POOLS
+from ..head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
+from ..utils.checks import check_integer
+from ..utils.linear import linear_parameters
+from ..utils.progress import progress_bar
+from ..utils.tensors import TensorLike, as_tensor
+from .cached_logits import Samples, check_samples
+from .engine import TrainingData
+from .native_engine import NativeEngine, SharedLogits, why_not_native
+from .native_group import EngineGroup, group_key
+from .options import TrainingOptions
+from .result import FitResult
+from .single import Run, check_selection, sampled, with_drawn
+
+_HEAD_OPTIONS = ("coefficients", "hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
+_NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "metric": "euclidean", "neighbor_seed": 0, "pca_dim": 500, "residual": 0}
+
+
+@dataclass
+class SweepRun:
+    """One configuration of :func:`fit_many` and what came of it.
+
+    Attributes:
+        config: the configuration, as it was given.
+        head: the trained head, or None if the training failed.
+        result: what :func:`alphaext.fit` would return, or None.
+        error: why it failed, or empty.
+    """
+
+    config: dict[str, Any]
+    head: AlphaNet | None
+    result: FitResult | None
+    error: str
+
+
+def fit_many(
+    linear: nn.Module,
+    features: TensorLike,
+    labels: TensorLike,
+    configs: Sequence[Mapping[str, Any]],
+    *,
+    val_features: TensorLike | None = None,
+    val_labels: TensorLike | None = None,
+    few_below: int = 20,
+    many_above: int = 100,
+    split: ClassSplit | None = None,
+    means: TensorLike | None = None,
+    jobs: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> list[SweepRun]:
+    """Make and train one head a configuration, all on the same classifier and features.
+
+    The logits that trainings need are computed once for all of them. Each runs on one core in the native engine, and gives to
+    the bit what :func:`alphaext.fit` gives alone.
+
+    Args:
+        linear: the trained classifier, such as ``nn.Linear``; see :meth:`AlphaNet.from_linear`.
+        features: ``[n, D]``, the training features; class counts, class means and samples come from them.
+        labels: ``[n]`` integers.
+        configs: one mapping a head, with any options of :meth:`AlphaNet.from_linear` (``top_k``, ``pool``, ``pca_dim``,
+            ``metric``, ``neighbor_seed``, ``gamma``, ``rule``, ``init``, ``shared``, ``projected_gradient``, ``hidden_dim``)
+            and of :func:`alphaext.fit` (``lr``, ``epochs``, ``negative_ratio``, ...). ``seed`` is that of the weights and of
+            the samples.
+        val_features: ``[m, D]``, with ``val_labels``.
+        val_labels: ``[m]`` integers.
+        few_below: a class with fewer training samples is few; 20 in the paper.
+        many_above: a class with more training samples is many; 100 in the paper.
+        split: which classes are few, medium and many, instead of these two: where samples are not images one by one.
+        means: ``[N, D]``, mean training feature of each class, if at hand.
+        jobs: trainings at a time; default one a core.
+        checkpoint: a directory for one checkpoint a configuration; trainings found there are not run again.
+        progress: show a progress bar; None shows it where standard error is a terminal.
+
+    Returns:
+        A :class:`SweepRun` for each configuration, in their order. One that diverges says so in ``error`` and stops no other.
+
+    Raises:
+        ValueError, TypeError: for a configuration out of range, naming it, before any training.
+        KeyboardInterrupt: passed on; what was finished is in the checkpoints.
+
+    Example:
+        >>> linear, labels = nn.Linear(8, 4), torch.arange(4).repeat_interleave(torch.tensor([30, 30, 30, 5]))
+        >>> configs = [dict(gamma=gamma, top_k=2, epochs=2) for gamma in (0.5, 0.9)]
+        >>> [run.head.gamma for run in fit_many(linear, torch.randn(95, 8), labels, configs)]
+        [0.5, 0.9]
+    """
+    directory = _check_directory(checkpoint)
+    workers = _cores() if jobs is None else check_integer(jobs, "jobs", minimum=1)
+    builder = _Builder(linear, features, labels, few_below, many_above, means, split)
+    validation = None
+    if (val_features is None) != (val_labels is None):
+        raise ValueError("val_features and val_labels must be given together")
+    if val_features is not None and val_labels is not None:
+        validation = check_samples(builder.weight, val_features, val_labels, "val_features", "val_labels")
+    trainings: list[_Training] = []
+    for number, config in enumerate(configs):
+        try:
+            head, options = builder.make(config)
+            check_selection(options, validation, head.few_classes)
+            data = builder.sampled(head, options, validation)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"configs[{number}]: {error}") from error
+        path = _path(directory, head, options, config, {training.path for training in trainings})
+        trainings.append(_Training(dict(config), Run(head, options, data, many_above, split), path))
+    if not trainings:
+        return []
+    groups: dict[object, list[_Training]] = {}
+    for training in trainings:
+        groups.setdefault(_logits_key(training), []).append(training)
+    found: dict[int, SweepRun] = {}
+    with _progress_bar(progress, sum(t.run.options.epochs for t in trainings)) as advance:
+        for group in groups.values():
+            for training, run in zip(group, _train_all(group, workers, advance), strict=True):
+                found[id(training)] = run
+    return [found[id(training)] for training in trainings]
+
+
+def _logits_key(training: _Training) -> object:
+    """What trainings must have in common to share their logits."""
+    options = training.run.options
+    drawn = (options.augment, options.augment_samples, options.augment_neighbors, options.seed) if options.augment else None
+    balanced = options.samples_per_class is not None or options.negative_sampling == "class_balanced"
+    return drawn, balanced if options.prior_correction else None, training.run.head.num_directions
+
+
+@dataclass
+class _Training:
+    config: dict[str, Any]
+    run: Run
+    path: Path | None
+
+
+class _Stopped(Exception):
+    """Another training was interrupted."""
+
+
+def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[SweepRun]:
+    heads = [training.run.head for training in trainings]
+    samplers = [training.run.data.sampler for training in trainings]
+    most_epochs = max(training.run.options.epochs for training in trainings)
+    first = trainings[0].run
+    logits = SharedLogits(heads, first.data, range(1, most_epochs + 1), samplers, first.options.prior_correction)
+    if logits.device.type == "cuda" and logits.all_at_once:
+        return _train_side_by_side(trainings, logits, advance)
+    if not logits.all_at_once:
+        workers = 1  # the rows of base samples are one epoch's: trainings take turns
+    stop = threading.Event()
+
+    def train(training: _Training) -> SweepRun:
+        started = time.monotonic()
+
+        def report(entry: dict[str, float]) -> None:
+            advance(1)
+            if stop.is_set():
+                raise _Stopped
+
+        run = training.run
+        try:
+            if stop.is_set():
+                raise _Stopped
+            run.prepare(training.path, None, native=True, logits=logits)
+            advance(len(run.history) - 1)
+            run.train(training.path, report)
+        except (FloatingPointError, ValueError) as error:  # it diverged, or its checkpoint is of something else
+            return SweepRun(training.config, None, None, str(error))
+        except BaseException:
+            stop.set()
+            raise
+        return _result_of(training, time.monotonic() - started)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="alphaext") as pool:
+        futures: list[Future[SweepRun]] = [pool.submit(train, training) for training in trainings]
+        try:
+            pending = set(futures)
+            while pending:
+                # Woken now and then, so that Ctrl-C reaches this thread while the others work.
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                for error in (future.exception() for future in done):
+                    if error is not None and not isinstance(error, _Stopped):
+                        raise error
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def _result_of(training: _Training, seconds: float) -> SweepRun:
+    """What came of a training, which gives its engine's memory back."""
+    result = training.run.result("", seconds)
+    training.run.release()
+    return SweepRun(training.config, training.run.head, result, "")
+
+
+def _train_side_by_side(trainings: list[_Training], logits: SharedLogits, advance: Any) -> list[SweepRun]:
+    """All trainings of equal sizes and equally many epochs to go together: on a GPU an epoch of them is one launch."""
+    started = time.monotonic()
+    groups: dict[tuple[object, ...], list[_Training]] = {}
+    errors: dict[int, str] = {}
+    for training in trainings:
+        run = training.run
+        try:
+            run.prepare(training.path, None, native=True, logits=logits)
+        except ValueError as error:
+            errors[id(training)] = str(error)
+            continue
+        advance(len(run.history) - 1)
+        assert isinstance(run.engine, NativeEngine)
+        groups.setdefault((len(run.history), run.options.epochs, *group_key(run.engine)), []).append(training)
+    for members in groups.values():
+        _train_group(members, errors, advance)
+    seconds = time.monotonic() - started
+    return [SweepRun(t.config, None, None, errors[id(t)]) if id(t) in errors else _result_of(t, seconds) for t in trainings]
+
+
+def _train_group(trainings: list[_Training], errors: dict[int, str], advance: Any) -> None:
+    runs = [training.run for training in trainings]
+    group = EngineGroup([run.engine for run in runs if isinstance(run.engine, NativeEngine)])
+    try:
+        for epoch in range(len(runs[0].history), runs[0].options.epochs + 1):
+            losses = group.train(epoch, [run.options.lr_multiplier(epoch) for run in runs])
+            for training, loss, hits in zip(trainings, losses, group.hits(), strict=True):
+                if id(training) in errors:
+                    continue  # it is trained on, on numbers that are none, because the others are
+                assert isinstance(training.run.engine, NativeEngine)
+                training.run.engine.known_hits = hits
+                try:
+                    training.run.end_epoch(loss, training.path)
+                except FloatingPointError as error:
+                    errors[id(training)] = str(error)
+                advance(1)
+    finally:
+        for run in runs:
+            run.finish()
+
+
+class _Builder:
+    """Makes heads of one classifier that share its weights and what is computed from features."""
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        features: TensorLike,
+        labels: TensorLike,
+        few_below: int,
+        many_above: int,
+        means: TensorLike | None,
+        split: ClassSplit | None,
+    ) -> None:
+        self.weight, self.bias = linear_parameters(linear)
+        self.samples: Samples = check_samples(self.weight, features, labels, "features", "labels")
+        counts = class_counts(self.samples.labels, len(self.weight))
+        if split is not None and split.num_classes != len(self.weight):
+            raise ValueError(f"split must be of the classifier's {len(self.weight)} classes, got one of {split.num_classes}")
+        self.split: ClassSplit = split or split_classes(counts, few_below=few_below, many_above=many_above)
+        if len(self.split.few) == 0:
+            raise ValueError(
+                f"labels has no few class: the smallest has {int(counts.min())} samples, few are those below {few_below}"
+            )
+        self._means = means
+        self._members: dict[tuple[str, int, str, int], Tensor] = {}
+        self._reduced: dict[int | None, Tensor] = {}
+        self._directions: tuple[Tensor, Tensor] | None = None
+        self._drawn: dict[tuple[object, ...], Samples] = {}
+        self._first: AlphaNet | None = None
+
+    def make(self, config: Mapping[str, Any]) -> tuple[AlphaNet, TrainingOptions]:
+        training = {f.name for f in fields(TrainingOptions)}
+        known = training.union(_HEAD_OPTIONS, _NEIGHBOR_OPTIONS)
+        unknown = sorted(set(config) - known)
+        if unknown:
+            raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+        neighbor = {name: config.get(name, default) for name, default in _NEIGHBOR_OPTIONS.items()}
+        members = self._members_of(*(neighbor[name] for name in ("pool", "top_k", "metric", "neighbor_seed")))
+        options = {"seed": 0} | {name: config[name] for name in _HEAD_OPTIONS if name in config}
+        members = members.to(self.weight.device)
+        z = None
+        if options.get("coefficients") != "direct":
+            z = submodule_inputs(self._reduced_to(neighbor["pca_dim"]), members)
+        options |= self._directions_of(neighbor["residual"])
+        head = AlphaNet(self.weight, self.bias, members, z, first_layer="factored", **options)
+        # One copy of the frozen classifier's numbers for all heads, but a parameter each, which can go its own way.
+        if self._first is None:
+            self._first = head
+        for name in ("weight", "bias"):
+            if getattr(head, name) is not None:
+                setattr(head, name, nn.Parameter(getattr(self._first, name).detach(), requires_grad=False))
+        reason = why_not_native(head, None)
+        if reason:
+            raise ValueError(f"the native engine cannot train this: {reason}")
+        return head, TrainingOptions(**{name: value for name, value in config.items() if name in training})
+
+    def _members_of(self, pool: str, top_k: int, metric: str, seed: int) -> Tensor:
+        if pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        seed = check_integer(seed, "neighbor_seed", minimum=0)
+        key = (pool, top_k, metric, seed)
+        if key not in self._members:
+            candidates = pool_classes(self.split, pool)
+            self._members[key] = build_members(self.means(), self.split.few, candidates, top_k, metric=metric, seed=seed).cpu()
+        return self._members[key]
+
+    def sampled(self, head: AlphaNet, options: TrainingOptions, validation: Samples | None) -> TrainingData:
+        """The data of a training; what is drawn with equal options is drawn once."""
+        samples = self.samples
+        if options.augment is not None:
+            key = (options.augment_samples, options.augment_neighbors, options.seed)
+            if key not in self._drawn:
+                self._drawn[key] = with_drawn(samples, head, options, self.means())
+            samples = self._drawn[key]
+        return sampled(samples, validation, head, options, len(self.samples.labels))
+
+    def means(self) -> Tensor:
+        if self._means is None:
+            self._means = class_means(self.samples.real(), self.samples.labels, len(self.weight))
+        return as_tensor(self._means, "means")
+
+    def _directions_of(self, count: int) -> dict[str, Tensor | None]:
+        count = check_integer(count, "residual", minimum=0)
+        if count == 0:
+            return {}
+        if self._directions is None or len(self._directions[0]) < count + 1:
+            self._directions = residual_directions(self.weight, self.means(), count)
+        directions, bias = (part[: count + 1] for part in self._directions)
+        if self.bias is None:
+            return {"directions": directions[1:], "direction_bias": None}
+        return {"directions": directions, "direction_bias": bias}
+
+    def _reduced_to(self, pca_dim: int | None) -> Tensor:
+        if pca_dim not in self._reduced:
+            self._reduced[pca_dim] = reduce_classifiers(self.weight, pca_dim)
+        return self._reduced[pca_dim]
+
+
+def _path(
+    directory: Path | None, head: AlphaNet, options: TrainingOptions, config: Mapping[str, Any], taken: set[Path | None]
+) -> Path | None:
+    """The checkpoint of a configuration: the same however it is written, another for each that is given twice."""
+    if directory is None:
+        return None
+    chosen = {name: config.get(name, default) for name, default in _NEIGHBOR_OPTIONS.items()}
+    # Left out where they change nothing: names stay what they were before there was another metric.
+    seed = int(chosen.pop("neighbor_seed"))
+    if chosen["metric"] == "random":
+        chosen["neighbor_seed"] = seed
+    if not chosen["residual"]:
+        del chosen["residual"]
+    if chosen["metric"] == "euclidean":
+        del chosen["metric"]
+    chosen |= {"init": config.get("init"), "seed of the head": head.seed, "head": repr(head)}
+    text = json.dumps(chosen | options.told(), sort_keys=True, default=str)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    paths = (directory / f"{name}{'' if number == 0 else f'-{number}'}.pt" for number in itertools.count())
+    return next(path for path in paths if path not in taken)
+
+
+def _check_directory(checkpoint: str | os.PathLike[str] | None) -> Path | None:
+    if checkpoint is None:
+        return None
+    directory = Path(checkpoint)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"checkpoint must be a directory, got the file {str(directory)!r}")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _progress_bar(progress: bool | None, epochs: int) -> Iterator[Any]:
+    columns = (
+        TextColumn("epochs of all trainings"),
+        MofNCompleteColumn(),
+        BarColumn(),
+    )
+    with progress_bar(progress, *columns) as bar:
+        task = bar.add_task("", total=epochs)
+        yield lambda count: bar.update(task, advance=count)

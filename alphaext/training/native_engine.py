@@ -1,0 +1,257 @@
+"""The native engine, which trains in the extension: SGD, a frozen classifier, float32 or float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..head.alphanet import AlphaNet, clamped_outputs
+from ..head.first_layer import first_layer_scale
+from ..ops import training as ops
+from . import cached_logits
+from .cached_logits import Columns, TrainingLogits, ValidationLogits
+from .engine import TrainingData, TrainingDiverged
+from .options import TrainingOptions
+from .sampling import EpochSampler
+from .sgd import Sgd
+
+
+def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> str | None:
+    """Why the native engine cannot train this head exactly as torch would; None if it can."""
+    if optimizer is not None and Sgd.of(optimizer) is None:
+        return (
+            f"the optimizer is {type(optimizer).__name__}, not a fresh torch.optim.SGD with one group of parameters, without "
+            "maximize, hooks or a tensor for lr"
+        )
+    if any(p is not None and p.requires_grad for p in (head.weight, head.bias)):
+        return "the classifier is trained too"
+    if optimizer is not None:
+        has = {id(p) for p in optimizer.param_groups[0]["params"]}
+        missing = [name for name, p in head.named_parameters() if p.requires_grad and id(p) not in has]
+        if missing:
+            return f"the optimizer does not have {', '.join(missing)}"
+    if type(head) is not AlphaNet:
+        return f"the head is a {type(head).__name__}, which may compute something else than AlphaNet"
+    if head.weight.dtype not in (torch.float32, torch.float64):
+        return f"the head is {head.weight.dtype}, not float32 or float64"
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in head.parameters()):
+        return "a parameter has a gradient hook"
+    frozen = [name for name, p in head.named_parameters() if not p.requires_grad and name not in ("weight", "bias")]
+    if frozen:
+        return f"{', '.join(frozen)} does not ask for a gradient"
+    return None
+
+
+def native_device(head: AlphaNet) -> torch.device:
+    """Where the native engine trains ``head``: on its GPU if the extension has kernels that run there, or else on the CPU."""
+    return head.weight.device if ops.trains_on(head.weight) else torch.device("cpu")
+
+
+class NativeEngine:
+    """Trains in the extension, from cached member logits: no features, no classifier, no first layer.
+
+    On one thread of the CPU, or, where the head is on a GPU and the extension has kernels for it, there. What a step needs of
+    the first layer is its output; its weights are put back when the head is given its parameters.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        head: AlphaNet,
+        options: TrainingOptions,
+        sgd: Sgd,
+        data: TrainingData,
+        first_epoch: int = 1,
+        logits: SharedLogits | None = None,
+    ) -> None:
+        self.head, self.options, self.sgd, self.data = head, options, sgd, data
+        self.device = native_device(head)
+        self.sampler = data.sampler
+        self.steps_per_epoch = -(-len(self.sampler) // options.batch_size)
+        epochs = range(first_epoch, options.epochs + 1)
+        if logits is None:
+            logits = SharedLogits([head], data, epochs, [self.sampler], options.prior_correction)
+        self.logits = logits
+        self.columns = self.logits.columns.of(head).to(self.device)
+        self.steps = 0
+        self.known_hits: Tensor | None = None  # of a group, counted for all of it at once
+        num_few, hidden = head.num_few, head.w2.shape[2]
+        members = head.top_k + 1 + head.num_directions  # to training, a direction is a member like any other
+        dtype = head.weight.dtype
+        self._hidden = hidden
+        with torch.no_grad():
+            start = _preactivations(head)
+            self._scale = _gradient_scale(head).to(device=self.device, dtype=dtype).contiguous()
+            w2, b2 = head.w2.detach().to(self.device), head.b2.detach().to(self.device, copy=True)
+            if head.residual is not None:
+                w2 = w2.new_zeros(len(w2), members, 0)
+                b2 = torch.cat([b2, head.residual.detach().to(self.device)], dim=1)
+            self._state = ops.pack_state(start.to(device=self.device, dtype=dtype), w2)
+            self._b2 = b2
+            self._b2_momentum = torch.zeros_like(self._b2)
+            self._raw = torch.empty(num_few, members, dtype=dtype, device=self.device)
+            self._alpha = torch.empty(num_few, members, dtype=dtype, device=self.device)
+            self._penalty = self._few_offset = None
+            if options.regularize:
+                identity = head.identity_outputs().to(self.device)
+                self._penalty = torch.stack([torch.full_like(identity, options.regularize), identity])
+            if options.prior_correction:
+                self._few_offset = self.sampler.log_prior[head.few_classes.cpu()].to(device=self.device, dtype=dtype)
+            # The dense first layer's change is told by how far its output has moved.
+            self._start = start.to(device=self.device, dtype=torch.float64) if head.first_layer == "dense" else None
+        self._call(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
+
+    def _launch(self, rows: Tensor, lr: float) -> Tensor:
+        """Train on ``rows``: float64 ``[3]``, the sum of their losses, and the step and class that failed, or -1."""
+        cached = self.logits.training
+        return ops.train_epoch(
+            self._state, self._b2, self._b2_momentum, self._raw, self._alpha,
+            rows, cached.logits, cached.base_logsumexp, cached.label_logit, cached.few_of_label, self.columns, self._scale,
+            self.options.batch_size, self.step_options(lr), self._penalty, self._few_offset,
+        )  # fmt: skip
+
+    def step_options(self, lr: float) -> ops.StepOptions:
+        """The numbers of the next epoch's steps."""
+        head, sgd = self.head, self.sgd
+        return ops.StepOptions(
+            gamma=head.gamma,
+            rule=head.rule,
+            projected_gradient=head.projected_gradient,
+            lr=lr,
+            momentum=sgd.momentum,
+            dampening=sgd.dampening,
+            weight_decay=sgd.weight_decay,
+            nesterov=sgd.nesterov,
+            first_step=self.steps == 0,
+        )
+
+    def _call(self, rows: Tensor, lr: float) -> tuple[float, int, int]:
+        """The same, read: on a GPU this waits for it."""
+        loss, failed_step, failed_class = self._launch(rows, lr).tolist()
+        return loss, int(failed_step), int(failed_class)
+
+    def learning_rate(self, multiplier: float) -> float:
+        return self.sgd.lr * multiplier
+
+    def rows_of(self, epoch: int) -> Tensor:
+        """The rows of the cached logits that an epoch trains on, in order."""
+        return self.logits.rows_of(self.sampler.indices.index_select(0, self.sampler.draw(epoch)))
+
+    def train(self, epoch: int, multiplier: float) -> float:
+        return self.after_epoch(*self._call(self.rows_of(epoch), self.learning_rate(multiplier)))
+
+    def after_epoch(self, loss: float, failed_step: int, failed_class: int) -> float:
+        """The mean loss of an epoch that the extension has trained, or TrainingDiverged."""
+        self.steps += self.steps_per_epoch
+        if failed_step >= 0:
+            where = f"step {failed_step + 1} of {self.steps_per_epoch}"
+            if failed_class >= 0:
+                where = f"class {int(self.head.few_classes[failed_class])}, {where}"
+            raise TrainingDiverged(where)
+        return loss / len(self.sampler)
+
+    def hits(self) -> Tensor | None:
+        if self.known_hits is not None:
+            known, self.known_hits = self.known_hits, None
+            return known
+        return None if self.logits.validation is None else self.logits.validation.hits(self._alpha, self.columns)
+
+    def original_hits(self) -> Tensor | None:
+        if self.logits.validation is None:
+            return None
+        own = torch.zeros_like(self._alpha)
+        own[:, 0] = 1
+        return self.logits.validation.hits(own, self.columns)
+
+    def clamped(self) -> int:
+        return int(clamped_outputs(self._raw[:, : self.head.top_k + 1], self.head.rule, self.head.gamma).sum())
+
+    def snapshot(self) -> list[Tensor]:
+        preactivation, w2 = ops.unpack_state(self._state, self.head.num_few, self._hidden)
+        return [preactivation.clone(), w2.clone(), self._b2.clone()]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Tensor], decay: float) -> None:
+        head = self.head
+        preactivation, w2, b2 = snapshot
+        if head.residual is None:
+            head.w2.copy_(w2)
+            head.b2.copy_(b2)
+        else:
+            own = head.top_k + 1
+            head.b2.copy_(b2[:, :own])
+            head.residual.copy_(b2[:, own:])
+        if head.first_layer == "factored":
+            head.preactivation.copy_(preactivation)
+            return
+        assert self._start is not None
+        head._move_outputs(preactivation.double() - decay * self._start, decay)
+
+    def state(self) -> dict[str, Any]:
+        # Copies, because a part of a stacked tensor would be saved with all of it.
+        tensors = {"state": self._state, "b2": self._b2, "b2_momentum": self._b2_momentum}
+        return {name: tensor.clone() for name, tensor in tensors.items()} | {"steps": self.steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._state.copy_(state["state"])
+        self._b2.copy_(state["b2"])
+        self._b2_momentum.copy_(state["b2_momentum"])
+        self.steps = state["steps"]
+        self._call(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
+
+
+class SharedLogits:
+    """The cached logits of a training, or of many on the same samples with the same few classes."""
+
+    def __init__(
+        self,
+        heads: list[AlphaNet],
+        data: TrainingData,
+        epochs: range,
+        samplers: list[EpochSampler],
+        prior_correction: bool = False,
+    ) -> None:
+        """For training ``heads`` in ``epochs`` on what ``samplers`` draw, which have one prior if it is corrected for."""
+        self.columns = Columns(heads)
+        self.samples = data.samples
+        count = len(data.samples.labels)
+        self._row_of = torch.full((count,), -1, dtype=torch.int64, device="cpu")
+        taken = torch.zeros(count, dtype=torch.bool, device="cpu")
+        for sampler in samplers:
+            taken[sampler.used(epochs)] = True
+        used = taken.nonzero().flatten()
+        row_bytes = len(self.columns) * self.columns.few_penalty.element_size()
+        self.all_at_once = len(used) * row_bytes <= cached_logits.CACHE_BYTES
+        if not self.all_at_once:
+            # Few samples take part in every epoch. Base ones get rows after them, anew each epoch.
+            used = samplers[0].indices[: samplers[0].num_few]
+        rows = len(used) if self.all_at_once else len(used) + max(sampler.negatives for sampler in samplers)
+        self.num_kept = len(used)
+        self.device = native_device(heads[0])
+        prior = samplers[0].log_prior if prior_correction else None
+        self.training = TrainingLogits(self.columns, rows, self.device, prior)
+        self.training.fill(0, data.samples, used)
+        self._row_of[used] = torch.arange(len(used), device="cpu")
+        self.validation = None if data.validation is None else ValidationLogits(self.columns, data.validation, self.device)
+
+    def rows_of(self, indices: Tensor) -> Tensor:
+        """The rows of an epoch's samples, in the order they are trained on."""
+        # index_select and not indexing, which waits for a second thread however few the indices.
+        rows = self._row_of.index_select(0, indices)
+        if not self.all_at_once:
+            base = (rows < 0).nonzero().flatten()
+            self.training.fill(self.num_kept, self.samples, indices[base])
+            rows[base] = self.num_kept + torch.arange(len(base), device="cpu")
+        return rows.to(self.device)
+
+
+@torch.no_grad()
+def _preactivations(head: AlphaNet) -> Tensor:
+    return head.preactivation.detach() if head.first_layer == "factored" else head._preactivations()
+
+
+def _gradient_scale(head: AlphaNet) -> Tensor:
+    return head.gradient_scale if head.first_layer == "factored" else first_layer_scale(head.z, len(head.w1))

@@ -1,0 +1,79 @@
+"""Native engines of equal sizes that train side by side: on a GPU all of them in one launch an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.training import train_epoch_many
+from .engine import TrainingDiverged
+from .native_engine import NativeEngine
+
+__all__ = ["EngineGroup", "group_key"]
+
+_STACKED = ("_state", "_b2", "_b2_momentum", "_raw", "_alpha")
+_OPTIONAL = ("_penalty", "_few_offset")
+
+
+def group_key(engine: NativeEngine) -> tuple[object, ...]:
+    """What engines must have in common to be trained together."""
+    shapes = tuple(tuple(getattr(engine, name).shape) for name in _STACKED)
+    given = tuple(getattr(engine, name) is None for name in _OPTIONAL)
+    return (*shapes, *given, engine._scale.dim(), engine.options.batch_size, engine._state.dtype, id(engine.logits))
+
+
+class EngineGroup:
+    """Trains an epoch of several engines with one call; each gets, to the bit, what it would get alone.
+
+    The engines keep their tensors, as parts of stacked ones.
+    """
+
+    def __init__(self, engines: Sequence[NativeEngine]) -> None:
+        """``engines`` of one :func:`group_key`, whose logits are all kept (``SharedLogits.all_at_once``)."""
+        self.engines = list(engines)
+        self._stacked = {name: torch.stack([getattr(engine, name) for engine in self.engines]) for name in _STACKED}
+        for name, stacked in self._stacked.items():
+            for engine, part in zip(self.engines, stacked.unbind(0), strict=True):
+                setattr(engine, name, part)
+        self._columns = torch.stack([engine.columns for engine in self.engines])
+        self._scale = torch.stack([engine._scale for engine in self.engines])
+        # Those of one group all have it or none has.
+        penalty, few_offset = (
+            None if getattr(self.engines[0], name) is None else torch.stack([getattr(e, name) for e in self.engines])
+            for name in _OPTIONAL
+        )
+        self._optional = penalty, few_offset
+
+    def train(self, epoch: int, multipliers: Sequence[float]) -> list[float | TrainingDiverged]:
+        """Train one epoch of each, at its multiple of its learning rate: the mean losses, or what went wrong."""
+        first = self.engines[0]
+        rows = [engine.rows_of(epoch) for engine in self.engines]
+        options = [
+            engine.step_options(engine.learning_rate(multiplier))
+            for engine, multiplier in zip(self.engines, multipliers, strict=True)
+        ]
+        cached = first.logits.training
+        results = train_epoch_many(
+            *self._of_run(), rows, cached.logits, cached.base_logsumexp, cached.label_logit,
+            cached.few_of_label, self._columns, self._scale, first.options.batch_size, options, *self._optional,
+        )  # fmt: skip
+        losses: list[float | TrainingDiverged] = []
+        for engine, (loss, step, failed) in zip(self.engines, results.tolist(), strict=True):
+            try:
+                losses.append(engine.after_epoch(loss, int(step), int(failed)))
+            except TrainingDiverged as error:
+                losses.append(error)
+        return losses
+
+    def _of_run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        state, b2, b2_momentum, raw, alpha = self._stacked.values()
+        return state, b2, b2_momentum, raw, alpha
+
+    def hits(self) -> list[Tensor | None]:
+        """Each engine's :meth:`NativeEngine.hits`."""
+        validation = self.engines[0].logits.validation
+        if validation is None:
+            return [None] * len(self.engines)
+        return list(validation.hits(self._stacked["_alpha"], self._columns).unbind(0))

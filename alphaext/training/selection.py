@@ -1,0 +1,249 @@
+"""Choosing among classifiers by their accuracy on validation features: what all baselines share, and what they return.
+
+Candidates that differ from one classifier by a factor and a constant a class (tau-normalisation, LWS, logit adjustment) are
+all measured from logits computed once, block by block, so that no ``[samples, classes]`` matrix is ever held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..classes import ClassSplit
+from ..metrics.accuracy import label_ranks
+from ..utils.files import without_nan
+from ..utils.tensors import TensorLike, check_finite
+from . import cached_logits
+from .cached_logits import check_samples
+from .options import selection_score
+
+__all__ = [
+    "BaselineResult",
+    "Policy",
+    "Rescaling",
+    "Validation",
+]
+
+# Elements of a block of logits: few enough to stay in a processor's cache between the product and the candidates.
+_BLOCK_ELEMENTS = 1 << 20
+
+_PARTS = ("few", "medium", "many", "all")
+
+
+@dataclass
+class BaselineResult:
+    """A classifier made by a baseline, and how it was chosen.
+
+    Attributes:
+        name: the baseline, a key of :data:`alphaext.baselines.BASELINES`.
+        linear: the classifier, which an Alpha Net can start from (:meth:`alphaext.AlphaNet.from_linear`).
+        chosen: what was chosen, such as ``{"tau": 0.7}`` or ``{"epoch": 9}``; empty where there was no choice.
+        table: a dictionary for each candidate, with its value under the name that ``chosen`` has and, with validation data, its
+            top-1 accuracy ``few``, ``medium``, ``many`` and ``all`` over samples, fractions of 1 (nan for a part without
+            samples).
+        policy: how the choice was made: ``"best_all"``, ``"best_few with all >= 0.4440"``, ``"last"``, or ``"fixed"`` for what
+            the caller had set.
+        settings: the other options that made the classifier what it is.
+        seconds: wall-clock time.
+        original: the accuracy of the classifier that the baseline started from, or None without one or without validation
+            data.
+        scales: what LWS multiplied the rows by, ``[N]``; None for the other baselines.
+    """
+
+    name: str
+    linear: nn.Linear = field(repr=False)
+    chosen: dict[str, Any]
+    table: list[dict[str, Any]] = field(repr=False)
+    policy: str
+    settings: dict[str, Any] = field(repr=False)
+    seconds: float
+    original: dict[str, float] | None = None
+    scales: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def accuracy(self) -> dict[str, float] | None:
+        """Validation accuracy of the chosen candidate: ``few``, ``medium``, ``many``, ``all``; None without validation data."""
+        for row in self.table:
+            if "all" in row and all(row.get(name) == value for name, value in self.chosen.items()):
+                return {name: row[name] for name in _PARTS}
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the classifier as numbers, texts and lists, for JSON; nan becomes None."""
+        return {
+            "name": self.name,
+            "chosen": without_nan(self.chosen),
+            "table": without_nan(self.table),
+            "policy": self.policy,
+            "settings": without_nan(self.settings),
+            "seconds": self.seconds,
+            "original": without_nan(self.original),
+            "accuracy": without_nan(self.accuracy),
+            "scales": None if self.scales is None else self.scales.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which candidate to take: the one with the largest :meth:`score`; of equal ones, the one nearest to no change.
+
+    Made by :meth:`of`, which checks it.
+
+    Example:
+        >>> accuracies = [{"few": 0.1, "all": 0.5}, {"few": 0.3, "all": 0.48}, {"few": 0.4, "all": 0.4}]
+        >>> Policy("best_few", min_all=0.45).choose(accuracies, changes=[0, 1, 2])
+        1
+
+    Attributes:
+        select: ``"best_all"``, the best accuracy over all validation samples; ``"best_few"``, the best few accuracy among those
+            whose accuracy over all is not below ``min_all`` (if none is, the best accuracy over all); or ``"last"``.
+        min_all: a fraction of 1.
+    """
+
+    select: str
+    min_all: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        select: str | None,
+        min_all: float | None,
+        validation: Validation | None,
+        original: dict[str, float] | None,
+        choices: tuple[str, ...] = ("best_all", "best_few"),
+    ) -> Policy:
+        """A policy with its defaults filled in: ``"best_all"`` with validation data, and the original's own accuracy over all.
+
+        Raises:
+            TypeError, ValueError: an unknown policy; one that needs validation data (for ``"best_few"``: of few classes) or the
+                original's accuracy, where there is none; a ``min_all`` that is no fraction or goes with another policy.
+        """
+        if select is None:
+            select = "last" if validation is None else "best_all"
+        elif select not in choices:
+            raise ValueError(f"select must be one of {', '.join(choices)}, got {select!r}")
+        if min_all is not None:
+            message = f"min_all must be a fraction in [0, 1], with select='best_few'; got {min_all!r} with {select!r}"
+            if isinstance(min_all, bool) or not isinstance(min_all, (int, float)):
+                raise TypeError(message)
+            if select != "best_few" or not 0 <= min_all <= 1:
+                raise ValueError(message)
+            min_all = float(min_all)
+        if select != "last" and validation is None:
+            raise ValueError(f"select={select!r} needs val_features and val_labels")
+        if select == "best_few" and validation is not None:
+            if int(validation.counts[validation.split.few].sum()) == 0:
+                raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
+            if min_all is None:
+                if original is None:
+                    raise ValueError("select='best_few' needs min_all, or linear, whose own accuracy over all is the default")
+                min_all = original["all"]
+        return cls(select, min_all)
+
+    def score(self, accuracy: dict[str, float]) -> float:
+        """How good a candidate is by its validation accuracy; not for ``"last"``."""
+        return selection_score(self.select, accuracy, self.min_all)
+
+    def choose(self, accuracies: Sequence[dict[str, float]], changes: Sequence[float]) -> int:
+        """The index of the candidate to take; ``changes`` says how far from no change each one is, at least 0."""
+        return max(range(len(accuracies)), key=lambda index: (self.score(accuracies[index]), -changes[index], -index))
+
+    def __str__(self) -> str:
+        return self.select if self.select != "best_few" else f"best_few with all >= {self.min_all:.4f}"
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """A change of a classifier that leaves the direction of each row as it is.
+
+    Attributes:
+        scale: ``[N]``, what multiplies the logits without bias; None for 1.
+        shift: ``[N]``, what is added then, the bias; None for 0.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """The logits of the changed classifier, from the products of features and rows ``[n, N]``."""
+        if self.scale is None:
+            return products if self.shift is None else products + self.shift
+        return products * self.scale if self.shift is None else torch.addcmul(self.shift, products, self.scale)
+
+
+class Validation:
+    """Validation samples, by which candidates are measured.
+
+    Args:
+        features: ``[m, D]``, floating point; a tensor, an array or a memory map.
+        labels: ``[m]`` integers.
+        split: which classes are few, medium and many.
+        weight: a classifier ``[N, D]`` they are for (only its shape matters).
+
+    Attributes:
+        counts: samples of each class, int64 ``[N]`` on the CPU.
+        split: as given, on the CPU.
+
+    Example:
+        >>> split = ClassSplit(few=[1], medium=[], many=[0])
+        >>> weight = torch.eye(2)
+        >>> validation = Validation(torch.tensor([[2.0, 1.0], [2.0, 1.5]]), [0, 1], split, weight)
+        >>> validation.accuracies(weight, [Rescaling(None, None), Rescaling(torch.tensor([1.0, 1.5]), None)])
+        [{'few': 0.0, 'medium': nan, 'many': 1.0, 'all': 0.5}, {'few': 1.0, 'medium': nan, 'many': 1.0, 'all': 1.0}]
+    """
+
+    def __init__(self, features: TensorLike, labels: TensorLike, split: ClassSplit, weight: Tensor) -> None:
+        self.split = check_split(split, len(weight))
+        self.samples = check_samples(weight, features, labels, "val_features", "val_labels")
+        self.counts = torch.bincount(self.samples.labels, minlength=len(weight))
+        self._kept: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
+
+    def accuracy(self, hits: Tensor) -> dict[str, float]:
+        """Top-1 accuracy over samples from the samples of each class that are recognised, int64 ``[N]``."""
+        split = self.split
+        ids = {"few": split.few, "medium": split.medium, "many": split.many, "all": torch.arange(len(hits), device="cpu")}
+        right = {name: int(hits[part].sum()) for name, part in ids.items()}
+        samples = {name: int(self.counts[part].sum()) for name, part in ids.items()}
+        return {name: right[name] / samples[name] if samples[name] else math.nan for name in ids}
+
+    def accuracies(self, weight: Tensor, candidates: Sequence[Rescaling]) -> list[dict[str, float]]:
+        """The accuracy of each change of the classifier ``weight`` ``[N, D]``."""
+        hits = torch.zeros(len(candidates), len(weight), dtype=torch.int64, device="cpu")
+        for products, labels in self.products(weight):
+            for candidate, own in zip(candidates, hits, strict=True):
+                recognised = labels.masked_select(label_ranks(candidate(products), labels) == 0)
+                own += torch.bincount(recognised, minlength=len(weight)).cpu()
+        return [self.accuracy(own) for own in hits]
+
+    def products(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Block by block, the products of features and rows ``[block, N]``, and the labels, where ``weight`` is."""
+        if self._kept is not None and self._kept[0] is weight:
+            yield from self._kept[1]
+            return
+        features = self.samples.features
+        rows = max(1, _BLOCK_ELEMENTS // max(weight.shape))
+        for start in range(0, len(features), rows):
+            block = features[start : start + rows].to(weight.device, weight.dtype)
+            check_finite(block, "val_features", first_row=start)
+            with torch.autocast(weight.device.type, enabled=False):
+                products = block @ weight.t()
+            yield products, self.samples.labels[start : start + rows].to(weight.device)
+
+    def keep(self, weight: Tensor) -> None:
+        """Keep the products with ``weight``, which are asked for time and again, if they fit the bound of cached logits."""
+        if len(self.samples.labels) * len(weight) * weight.dtype.itemsize <= cached_logits.CACHE_BYTES:
+            self._kept = weight, list(self.products(weight))
+
+
+def check_split(split: ClassSplit, num_classes: int) -> ClassSplit:
+    """Return ``split`` on the CPU after checking that it is one of ``num_classes`` classes."""
+    if not isinstance(split, ClassSplit):
+        raise TypeError(f"split must be a ClassSplit, got {type(split).__name__}; split_classes makes one from counts")
+    if split.num_classes != num_classes:
+        raise ValueError(f"split must be of the classifier's {num_classes} classes, got one of {split.num_classes}")
+    return ClassSplit(few=split.few.cpu(), medium=split.medium.cpu(), many=split.many.cpu())

@@ -1,0 +1,69 @@
+"""Checks of arguments: numbers and choices. Those of tensors are in ``_tensors``.
+
+A check raises ``TypeError`` for a wrong type or dtype and ``ValueError`` for a wrong value, shape or device. Its
+message names the argument, what was seen and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Sequence
+
+
+def format_ids(ids: Iterable[int], limit: int = 10) -> str:
+    """Write the first ``limit`` ids, and how many there are in all if there are more."""
+    listed = list(ids)
+    text = ", ".join(str(identifier) for identifier in listed[:limit])
+    return text if len(listed) <= limit else f"{text}, ... ({len(listed)} in all)"
+
+
+def _is_bool(value: object) -> bool:
+    # NumPy's too, by its name: options are checked before NumPy is loaded.
+    return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")
+
+
+def check_integer(value: int, name: str, minimum: int | None = None, maximum: int | None = None) -> int:
+    """Return ``value`` as an ``int`` after checking that it is an integer (not a bool) within the bounds."""
+    if _is_bool(value):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if (minimum is not None and integer < minimum) or (maximum is not None and integer > maximum):
+        if minimum is not None and maximum is not None:
+            allowed = f"between {minimum} and {maximum}"
+        else:
+            allowed = f"at least {minimum}" if minimum is not None else f"at most {maximum}"
+        raise ValueError(f"{name} must be {allowed}, got {integer}")
+    return integer
+
+
+def check_gamma(gamma: object) -> float:
+    """Return ``gamma`` as a ``float`` after checking that it lies in (0, 1]."""
+    if _is_bool(gamma) or not isinstance(gamma, numbers.Real):
+        raise TypeError(f"gamma must be a number in (0, 1], got {gamma!r}")
+    number = float(gamma)
+    # Written so that NaN fails too.
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"gamma must be in (0, 1], got {gamma!r}")
+    return number
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
+    """Check that ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_number(value: object, name: str, *, above: float | None = None, minimum: float | None = None) -> float:
+    """Return ``value`` as a ``float`` after checking that it is a finite number (not a bool) above or at least a bound."""
+    allowed = f"finite and above {above}" if above is not None else f"finite and at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, {allowed}, got {value!r}")
+    bad = not math.isfinite(value) or (above is not None and value <= above) or (minimum is not None and value < minimum)
+    if bad:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return float(value)

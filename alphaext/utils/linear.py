@@ -1,0 +1,49 @@
+"""Linear layers: their parameters, checked, and layers made of given ones."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .tensors import check_finite, check_floating, check_same_device, check_shape
+
+
+def check_dtype(tensor: Tensor, name: str, weight: Tensor) -> None:
+    if tensor.dtype != weight.dtype:
+        raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
+
+
+def check_classifier(weight: Tensor, bias: Tensor | None) -> None:
+    check_floating(weight, "weight")
+    check_shape(weight, "weight", ("N", "D"))
+    check_finite(weight, "weight")
+    if bias is not None:
+        check_dtype(bias, "bias", weight)
+        check_shape(bias, "bias", (weight.shape[0],))
+        check_finite(bias, "bias")
+
+
+def linear_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[N, D]`` and bias ``[N]`` or None of a linear layer, checked."""
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"linear must have a weight [num_classes, in_features], such as nn.Linear; got {type(linear).__name__}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"linear.bias must be a tensor or None, got {type(bias).__name__}")
+    check_same_device(weight=weight, bias=bias)
+    check_classifier(weight, bias)
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The same in float32 where it is narrower, which no sum should be kept in."""
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A plain linear layer of these numbers, copied."""
+    # On "meta", because initial values that nobody reads would be drawn from the caller's random numbers.
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear

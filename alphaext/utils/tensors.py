@@ -1,0 +1,127 @@
+"""Checks of tensors and arrays.
+
+Those that read a tensor's values make the CPU wait for the GPU: they belong where data enters (constructors, ``fit``, metrics),
+not inside a training step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .checks import format_ids
+
+TensorLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
+"""What users have at hand: a tensor, a NumPy array (also a read-only memory map), or nested lists of numbers."""
+
+
+def as_tensor(value: TensorLike, name: str) -> Tensor:
+    """Return ``value`` as a tensor: a tensor as it is, an array or a list on the CPU (an array shares its memory)."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        array = value if isinstance(value, np.ndarray) else np.asarray(value)
+        # torch refuses negative strides and foreign byte order.
+        if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+            array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+        with warnings.catch_warnings():
+            # Nothing here writes to what users hand in, so a read-only memory map need not be copied into memory.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            # from_numpy, because as_tensor would follow torch.set_default_device.
+            return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be a tensor, a NumPy array or a list of numbers, got {type(value).__name__}: {error}"
+        ) from error
+
+
+def check_floating(tensor: Tensor, name: str) -> None:
+    """Check that ``tensor`` has a real floating-point dtype."""
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert with .float()")
+
+
+def check_integral(tensor: Tensor, name: str) -> None:
+    """Check that ``tensor`` has an integer dtype (bool is none)."""
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {tensor.dtype}; convert with .long()")
+
+
+def check_finite(tensor: Tensor, name: str, first_row: int | None = None) -> None:
+    """Check that ``tensor`` has no NaN and no infinity; ``first_row`` says where a block begins in the whole."""
+    finite = torch.isfinite(tensor)
+    if bool(finite.all()):
+        return
+    bad = torch.nonzero(~finite)
+    place = [int(coordinate) for coordinate in bad[0]]
+    value = tensor[tuple(place)].item()
+    if first_row is not None:
+        place[0] += first_row
+    more = f" ({len(bad)} such values)" if len(bad) > 1 and first_row is None else ""
+    raise ValueError(f"{name} must be finite, got {value} at index {place}{more}")
+
+
+def check_shape(tensor: Tensor, name: str, shape: Sequence[int | str]) -> None:
+    """Check the shape of ``tensor``: a number in ``shape`` must match, a letter such as ``"N"`` stands for any size."""
+    sizes = tuple(tensor.shape)
+    if len(sizes) == len(shape) and all(isinstance(want, str) or want == size for want, size in zip(shape, sizes, strict=True)):
+        return
+    wanted = ", ".join(str(want) for want in shape)
+    raise ValueError(f"{name} must have shape [{wanted}], got {list(sizes)}")
+
+
+def check_same_device(**values: object) -> None:
+    """Check that all tensors among ``values`` (name=value) are on one device; anything but a tensor is passed over."""
+    devices = [(name, value.device) for name, value in values.items() if isinstance(value, Tensor)]
+    for name, device in devices[1:]:
+        if device != devices[0][1]:
+            raise ValueError(f"{name} is on {device} but {devices[0][0]} is on {devices[0][1]}; move both to the same device")
+
+
+def check_labels(labels: TensorLike, num_classes: int | None, name: str = "labels") -> Tensor:
+    """Return ``labels`` as int64 after checking that they are 1-D integers in ``0 .. num_classes - 1``.
+
+    With ``num_classes=None`` only negative labels are out of range.
+    """
+    # A bare [] has no dtype of its own: NumPy would call it float64.
+    tensor = torch.zeros(0, dtype=torch.int64, device="cpu") if _is_empty_list(labels) else as_tensor(labels, name)
+    check_integral(tensor, name)
+    check_shape(tensor, name, ("n",))
+    tensor = tensor.detach().to(torch.int64)
+    outside = tensor < 0
+    if num_classes is not None:
+        outside = outside | (tensor >= num_classes)
+    if bool(outside.any()):
+        index = int(torch.nonzero(outside)[0, 0])
+        allowed = "at least 0" if num_classes is None else f"in 0..{num_classes - 1}"
+        raise ValueError(f"{name} must be {allowed}, got {int(tensor[index])} at index {index}")
+    return tensor
+
+
+def _is_empty_list(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 0
+
+
+def check_class_ids(ids: TensorLike, num_classes: int | None, name: str) -> Tensor:
+    """Return ``ids`` as int64 after checking that they are 1-D, in range, and that none is repeated."""
+    tensor = check_labels(ids, num_classes, name)
+    values, counts = torch.unique(tensor, return_counts=True)
+    repeated = values[counts > 1]
+    if len(repeated):
+        raise ValueError(f"{name} must name each class once, got class {format_ids(repeated.tolist())} more than once")
+    return tensor
+
+
+def check_list(values: Sequence[float], name: str) -> list[float]:
+    """Return the numbers to choose from as a list; there must be one."""
+    if not isinstance(values, (list, tuple, range, np.ndarray)):
+        raise TypeError(f"{name} must be a list of numbers, got {values!r}")
+    if len(values) == 0:
+        raise ValueError(f"{name} is empty: there is nothing to choose from")
+    return list(values)

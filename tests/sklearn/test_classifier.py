@@ -1,0 +1,674 @@
+"""The scikit-learn meta-estimator: scikit-learn's own checks, and what Alpha Net makes of its linear classifiers."""
+
+from __future__ import annotations
+
+import doctest
+import pickle
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from joblib import Parallel, delayed
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import sparse
+from sklearn import config_context
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.svm import SVC, LinearSVC
+from sklearn.tree import DecisionTreeClassifier
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import alphaext.sklearn.classifier
+from alphaext.sklearn.classifier import AlphaNetClassifier, AlphaNetWarning
+from alphaext.sklearn.estimators import Rows, best_scale, class_means
+
+# Training images of each digit: 3 many, 4 medium and 3 few classes.
+COUNTS = (110, 105, 102, 80, 60, 45, 30, 8, 6, 4)
+DIGITS, DIGIT_LABELS = load_digits(return_X_y=True)
+
+
+class LastClassFew(AlphaNetClassifier):
+    """Takes the last class for few whatever the counts, so that each of scikit-learn's small problems trains a head."""
+
+    def _split(self, counts):
+        few = np.zeros(len(counts), dtype=bool)
+        few[np.flatnonzero(counts)[1:][-1:]] = True
+        base = (counts > 0) & ~few
+        return few, base, base, "" if few.any() else "one class only"
+
+
+def long_tailed_digits(seed: int = 0):
+    """Train and test images and labels; which digits are rare is random."""
+    random = np.random.default_rng(seed)
+    train, test = [], []
+    for count, digit in zip(COUNTS, random.permutation(10), strict=True):
+        indices = random.permutation(np.flatnonzero(digit == DIGIT_LABELS))
+        test.append(indices[:50])
+        train.append(indices[50 : 50 + count])
+    train, test = random.permutation(np.concatenate(train)), np.concatenate(test)
+    return DIGITS[train] / 16, DIGIT_LABELS[train], DIGITS[test] / 16, DIGIT_LABELS[test]
+
+
+def make_blobs(counts=(60, 50, 40, 30, 6, 4), width: int = 8, seed: int = 0):
+    random = np.random.default_rng(seed)
+    y = np.repeat(np.arange(len(counts)), counts)
+    X = 1.5 * random.standard_normal((len(counts), width))[y] + random.standard_normal((len(y), width))
+    order = random.permutation(len(y))
+    return X[order], y[order]
+
+
+def small(estimator=None, **options) -> AlphaNetClassifier:
+    """A classifier that is quickly fitted."""
+    options = {"top_k": 3, "epochs": 5, "random_state": 0} | options
+    return AlphaNetClassifier(LogisticRegression() if estimator is None else estimator, **options)
+
+
+NOT_EQUIVALENT = "check_sample_weight_equivalence_on_dense_data", "check_sample_weight_equivalence_on_sparse_data"
+
+
+def expected_failed_checks(model):
+    if isinstance(model, LastClassFew):
+        reason = "the head is trained on samples drawn at random, and copies of a sample are drawn apart from it"
+    elif isinstance(model.estimator, (LinearSVC, SGDClassifier)):
+        reason = "scikit-learn expects the same of the estimator itself: its solver goes through the samples in random order"
+    else:
+        return {}
+    return dict.fromkeys(NOT_EQUIVALENT, reason)
+
+
+BASES = (
+    None,
+    LinearSVC(random_state=0),
+    SGDClassifier(loss="log_loss", random_state=0),
+    RidgeClassifier(),
+    make_pipeline(Normalizer(), LogisticRegression(C=10)),
+)
+
+
+@parametrize_with_checks(
+    [AlphaNetClassifier(base, epochs=3, top_k=2) for base in BASES]
+    + [LastClassFew(base, epochs=1, top_k=2) for base in (None, LinearSVC(random_state=0), BASES[-1])],
+    expected_failed_checks=expected_failed_checks,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_checks_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+def test_the_default_fails_none_of_the_checks():
+    assert expected_failed_checks(AlphaNetClassifier()) == {}
+
+
+def test_examples():
+    names = {"LogisticRegression": LogisticRegression}
+    results = doctest.testmod(alphaext.sklearn.classifier, extraglobs=names)
+    assert results.failed == 0 and results.attempted > 0
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        LogisticRegression(),
+        LogisticRegression(C=0.01),
+        LinearSVC(C=0.001, random_state=0),
+        SGDClassifier(random_state=0),
+        RidgeClassifier(),
+        LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1),
+    ],
+    ids=lambda estimator: str(estimator)[:35],
+)
+def test_few_classes_get_better_and_the_rest_not_worse(estimator):
+    few_gains, gains = [], []
+    for seed in range(3):
+        X, y, X_test, y_test = long_tailed_digits(seed)
+        model = AlphaNetClassifier(make_pipeline(StandardScaler(), estimator), random_state=0).fit(X, y)
+        gain = (model.predict(X_test) == y_test) * 1.0 - (model.estimator_.predict(X_test) == y_test)
+        few_gains.append(gain[np.isin(y_test, model.few_classes_)].mean())
+        gains.append(gain.mean())
+        assert model.few_classes_.shape == (3,)
+    assert np.mean(few_gains) > 0.05 and np.mean(gains) > 0.01
+
+
+def test_rows_are_composed_as_alphas_and_members_say():
+    X, y, X_test, _ = long_tailed_digits()
+    model = small(epochs=20).fit(X, y)
+    plain = LogisticRegression().fit(X, y)
+    few = model.few_classes_
+    assert_array_equal(np.sort(few), np.flatnonzero(np.bincount(y) < 20))
+    base = np.setdiff1d(np.arange(10), few)
+    assert_array_equal(model.coef_[base], plain.coef_[base])
+    assert_array_equal(model.intercept_[base], plain.intercept_[base])
+    assert_array_equal(model.members_[:, 0], few)
+    assert np.isin(model.members_[:, 1:], base).all()
+    assert_allclose(
+        model.coef_[few], np.einsum("fk,fkd->fd", model.alphas_, plain.coef_[model.members_]), rtol=1e-10, atol=1e-12
+    )
+    assert_allclose(model.intercept_[few], (model.alphas_ * plain.intercept_[model.members_]).sum(1), rtol=1e-10, atol=1e-12)
+    assert np.abs(model.alphas_[:, 1:]).max() > 1e-3 and (model.alphas_[:, 0] <= 1).all()
+
+    scores = X_test @ model.coef_.T + model.intercept_
+    assert_allclose(model.decision_function(X_test), scores, rtol=1e-10, atol=1e-10)
+    assert_allclose(model.head_(torch.from_numpy(X_test)).detach(), scores, rtol=1e-10, atol=1e-10)
+    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+    assert_allclose(model.predict_proba(X_test), exponentials / exponentials.sum(axis=1, keepdims=True), atol=1e-12)
+    assert_allclose(np.exp(model.predict_log_proba(X_test)), model.predict_proba(X_test))
+    assert_array_equal(model.predict(X_test), model.classes_[scores.argmax(axis=1)])
+    assert_array_equal(model.estimator_.coef_, plain.coef_)
+
+    assert type(model.composed_estimator_) is LogisticRegression
+    assert b"alphaext" not in pickle.dumps(model.composed_estimator_)
+    assert len(model.result_.history) == 21
+
+
+def test_dtype_and_read_only_data():
+    X, y = make_blobs()
+    X = X.astype(np.float32)
+    X.setflags(write=False)
+    model = small().fit(X, y)
+    assert model.coef_.dtype == model.estimator_.coef_.dtype  # float32, but float64 before scikit-learn 1.8
+    assert model.alphas_.dtype == np.float64
+    assert_allclose(model.coef_, small().fit(X.astype(float), y).coef_, atol=1e-3)
+    integers = (X > 0).astype(int)
+    assert_array_equal(small().fit(integers, y).coef_, small().fit(integers.astype(float), y).coef_)
+
+
+def test_labels_may_be_strings():
+    X, y = make_blobs()
+    names = np.array(["apple", "banana", "cherry", "date", "elder", "fig"])
+    model, named = small().fit(X, y), small().fit(X, names[y].tolist())
+    assert_array_equal(named.coef_, model.coef_)
+    assert_array_equal(named.classes_, names)
+    assert_array_equal(named.few_classes_, ["elder", "fig"])
+    assert_array_equal(named.members_, names[model.members_])
+    assert_array_equal(named.predict(X), names[model.predict(X)])
+
+
+@pytest.mark.parametrize("rule", ["clamp", "l1"])
+@pytest.mark.parametrize("width", [4, 12], ids=["fewer features than classes", "more features than classes"])
+@pytest.mark.parametrize("container", [sparse.csr_matrix, sparse.csr_array, sparse.csc_array, sparse.coo_matrix])
+def test_sparse_is_dense(container, width, rule):
+    X, y = make_blobs(width=width)
+    X[np.abs(X) < 0.5] = 0
+    # More steps would let rounding grow; ten epochs of a hundred times the usual differences are seen.
+    options = {"rule": rule, "epochs": 10, "validation_fraction": 0.2, "select": "last"}
+    estimator = LogisticRegression(tol=1e-10, max_iter=1000)
+    dense, found = small(estimator, **options).fit(X, y), small(estimator, **options).fit(container(X), y)
+    assert_array_equal(found.members_, dense.members_)
+    assert_allclose(found.coef_, dense.coef_, atol=1e-5)
+    assert_allclose(found.intercept_, dense.intercept_, atol=1e-5)
+    assert_allclose(found.decision_function(container(X)), dense.decision_function(X), atol=1e-4)
+    assert_allclose(found.head_(torch.from_numpy(X)).detach(), found.decision_function(X), atol=1e-10)
+    losses = [[entry["loss"] for entry in model.result_.history[1:]] for model in (found, dense)]
+    assert_allclose(*losses, atol=1e-5)
+
+
+def test_wide_sparse_features_are_not_made_dense():
+    """Dense, they would take 440 MB."""
+    _, y = make_blobs((300, 250, 5))
+    n, width = len(y), 100_000
+    columns = np.stack([y, 10 + (7919 * np.arange(n)) % (width - 10)], axis=1)
+    X = sparse.csr_matrix((np.ones(2 * n), columns.ravel(), np.arange(0, 2 * n + 1, 2)), shape=(n, width))
+    tracemalloc.start()
+    model = small(SGDClassifier(random_state=0), epochs=2, top_k=2, validation_fraction=0.2).fit(X, y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert model.coef_.shape == (3, width) and len(model.few_classes_) == 1
+    assert peak < 60e6
+
+
+def test_pipeline_takes_raw_samples():
+    words = ["red", "green", "blue", "black", "white", "grey"]
+    random = np.random.default_rng(0)
+    _, y = make_blobs()
+    texts = [" ".join([words[label], *random.choice(words, 2)]) for label in y]
+    inner = make_pipeline(Normalizer(), LogisticRegression(C=10))
+    model = small(make_pipeline(TfidfVectorizer(), inner), validation_fraction=0.2).fit(texts, y)
+    assert not hasattr(model, "n_features_in_")
+    assert_array_equal(model.few_classes_, [4, 5])
+    features = model.estimator_[0].transform(texts)
+    assert_allclose(model.decision_function(texts), features @ model.coef_.T + model.intercept_)
+    assert model.composed_estimator_[0] is model.estimator_[0]
+    assert_array_equal(model.estimator_.predict(texts), model.estimator_[-1].predict(features))
+    assert_array_equal(model.predict_proba(texts).shape, (len(y), 6))
+
+    X, y = make_blobs()
+    scaled = StandardScaler().fit(X)
+    options = {"score_scale": 1.0}  # else a scaler would be fitted to the part of the samples that is not held out
+    whole, last = small(make_pipeline(scaled, LogisticRegression()), **options), small(**options)
+    assert_array_equal(whole.fit(X, y).coef_, last.fit(scaled.transform(X), y).coef_)
+    assert whole.n_features_in_ == 8
+
+
+def test_grid_search():
+    X, y = make_blobs()
+    grid = {"gamma": [0.5, 1.0], "estimator__C": [0.01, 1.0], "score_scale": ["auto", 1.0]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search = GridSearchCV(small(), grid, cv=2, error_score="raise").fit(X, y)
+    assert len(search.cv_results_["params"]) == 8 and search.best_score_ > 0.6
+    assert search.best_estimator_.alphas_.max(axis=0)[0] <= search.best_params_["gamma"]
+    assert len(set(search.cv_results_["mean_test_score"].tolist())) > 2
+
+
+def test_clone_and_pickle():
+    X, y = make_blobs()
+    model = small(RidgeClassifier(alpha=3), gamma=0.9, lr_schedule="multistep", lr_milestones=(2, 4)).fit(X, y)
+    copy = pickle.loads(pickle.dumps(model))
+    assert_array_equal(copy.decision_function(X), model.decision_function(X))
+    assert_array_equal(copy.alphas_, model.alphas_)
+    assert_array_equal(copy.head_.alphas(), model.head_.alphas())
+    assert copy.result_.history[1:] == model.result_.history[1:]
+    twin = clone(model)
+    assert not hasattr(twin, "coef_") and twin.get_params()["estimator__alpha"] == 3
+    assert_array_equal(twin.fit(X, y).coef_, model.coef_)
+    assert model.set_params(estimator__alpha=5, lr=0.05).estimator.alpha == 5
+
+
+def test_same_seed_same_bits_and_nothing_else_is_touched():
+    X, y = make_blobs()
+    state, torch_state, threads = np.random.get_state()[1].copy(), torch.get_rng_state(), torch.get_num_threads()
+    first = small(validation_fraction=0.2).fit(X, y)
+    assert_array_equal(np.random.get_state()[1], state)
+    assert torch.equal(torch.get_rng_state(), torch_state) and torch.get_num_threads() == threads
+    assert_array_equal(small(validation_fraction=0.2).fit(X, y).coef_, first.coef_)
+    assert_array_equal(small(validation_fraction=0.2, random_state=np.random.RandomState(0)).fit(X, y).coef_, first.coef_)
+    assert (small(validation_fraction=0.2, random_state=1).fit(X, y).coef_ != first.coef_).any()
+    jobs = Parallel(n_jobs=2, backend="threading")(delayed(small(validation_fraction=0.2).fit)(X, y) for _ in range(4))
+    assert all((job.coef_ == first.coef_).all() for job in jobs)
+    with torch.device("meta"):
+        assert_array_equal(small(validation_fraction=0.2).fit(X, y).coef_, first.coef_)
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "message"),
+    [
+        ((40, 30, 20), {}, "no class is few, with less than few_below=20 training samples: the result is the plain estimator"),
+        ((10, 12, 15), {}, "no class is a base class, with at least few_below=20 training samples"),
+        ((40, 30, 5), {"pool": "many"}, "no class has more than many_above=100 training samples, and pool='many'"),
+        ((10, 12), {}, "no class is a base class"),
+    ],
+)
+@pytest.mark.parametrize("base", [LogisticRegression(), make_pipeline(StandardScaler(), LinearSVC(random_state=0))])
+def test_falls_back_to_the_plain_estimator(base, counts, options, message):
+    X, y = make_blobs(counts)
+    model = small(base, validation_fraction=0.3, **options)
+    with pytest.warns(AlphaNetWarning, match=message) as caught:
+        model.fit(X, y)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    plain = clone(base).fit(X, y)
+    assert_array_equal(model.decision_function(X), plain.decision_function(X))
+    assert_array_equal(model.predict(X), plain.predict(X))
+    assert model.composed_estimator_ is model.estimator_
+    assert model.head_ is None and model.result_ is None
+    assert model.few_classes_.shape == (0,) and model.members_.shape == model.alphas_.shape == (0, 4)
+    assert model.coef_.shape == (1 if len(counts) == 2 else len(counts), 8)
+
+
+def test_takes_the_neighbours_there_are():
+    X, y = make_blobs((40, 30, 5))
+    with pytest.warns(AlphaNetWarning, match=r"top_k=3 is more than the classes .* chosen from: all 2 are taken") as caught:
+        model = small().fit(X, y)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert model.members_.shape == (1, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert small(pool="all", top_k=2).fit(X, y).members_.shape == (1, 3)
+
+
+@pytest.mark.parametrize("rule", ["clamp", "softmax", "l1"])
+@pytest.mark.parametrize("base", [LogisticRegression(), RidgeClassifier(), LinearSVC(fit_intercept=False, random_state=0)])
+@pytest.mark.parametrize("counts", [(60, 8), (8, 60)])
+@pytest.mark.filterwarnings("ignore:top_k=3 is more")
+def test_two_classes(counts, base, rule):
+    X, y = make_blobs(counts)
+    model = small(base, rule=rule, epochs=20)
+    if rule == "l1":
+        model.fit(X, y)
+    else:
+        with pytest.warns(AlphaNetWarning, match="of two classes, both rows are multiples of one vector"):
+            model.fit(X, y)
+    plain = model.estimator_
+    assert model.coef_.shape == (1, 8) and model.intercept_.shape == (1,)
+    scores = model.decision_function(X)
+    assert scores.shape == (68,)
+    assert_allclose(scores, X @ model.coef_[0] + model.intercept_[0], atol=1e-12)
+    two = model.head_(torch.from_numpy(X)).detach().numpy()
+    assert_allclose(two[:, 1] - two[:, 0], scores, atol=1e-12)
+    assert_array_equal(model.predict(X), (scores > 0).astype(int))
+    assert_array_equal(model.few_classes_, [int(counts[1] < counts[0])])
+    ratio = model.coef_ / plain.coef_
+    assert_allclose(ratio, ratio[0, 0])
+    assert (ratio != 1).any()
+    if rule != "l1":
+        assert_array_equal(model.predict(X), plain.predict(X))
+    if hasattr(model, "predict_proba"):
+        assert_allclose(model.predict_proba(X)[:, 1], 1 / (1 + np.exp(-scores)))
+
+
+def test_probabilities_only_where_the_estimator_has_them():
+    X, y = make_blobs()
+    for base, has in ((LogisticRegression(), True), (RidgeClassifier(), False), (SGDClassifier(), False)):
+        for model in (small(base), small(base).fit(X, y)):
+            assert hasattr(model, "predict_proba") == hasattr(model, "predict_log_proba") == has
+    ovr = SGDClassifier(loss="log_loss", random_state=0)
+    assert_allclose(small(ovr).fit(X, y).predict_proba(X).sum(axis=1), 1)
+    with pytest.raises(AttributeError, match="predict_proba"):
+        small(LinearSVC()).predict_proba(X)
+
+
+def test_sample_weight_reaches_the_classifier():
+    X, y = make_blobs()
+    weights = np.random.default_rng(0).uniform(0.5, 3, len(y))
+    expected = LogisticRegression().fit(X, y, sample_weight=weights)
+    assert_array_equal(small().fit(X, y, weights).estimator_.coef_, expected.coef_)
+    inner = make_pipeline("passthrough", LogisticRegression())
+    model = small(make_pipeline("passthrough", inner)).fit(X, y, sample_weight=weights)
+    assert_array_equal(model.estimator_[-1][-1].coef_, expected.coef_)
+    by_name = small(inner).fit(X, y, logisticregression__sample_weight=weights)
+    assert_array_equal(by_name.estimator_[-1].coef_, expected.coef_)
+    # Those of a part of the samples, where a part is held out.
+    small(validation_fraction=0.3).fit(X, y, weights)
+    with pytest.raises(TypeError, match="sample_weight was given, but LinearDiscriminantAnalysis does not support it"):
+        small(LinearDiscriminantAnalysis()).fit(X, y, weights)
+
+
+def test_samples_of_weight_zero_do_not_count():
+    X, y = make_blobs()
+    extra, extra_y = make_blobs((0, 0, 0, 0, 40, 40), seed=1)
+    weights = np.repeat([1.0, 0.0], [len(y), len(extra_y)])
+    both = np.concatenate([X, 50 + extra]), np.concatenate([y, extra_y]), weights
+    base, options = LogisticRegression(tol=1e-10, max_iter=1000), {"epochs": 10, "score_scale": 1.0}
+    model, alone = small(base, **options).fit(*both), small(base, **options).fit(X, y)
+    assert_array_equal(model.members_, alone.members_)
+    assert_allclose(model.coef_, alone.coef_, atol=1e-5)
+    # With all of a class's weights zero it is neither few nor base.
+    weights = np.where(y == 5, 0.0, 1.0)
+    assert_array_equal(small().fit(X, y, weights).few_classes_, [4])
+    assert 1 not in small(pool="all").fit(X, y, np.where(y == 1, 0.0, 1.0)).members_
+
+
+def test_metadata_routing():
+    X, y = make_blobs()
+    weights = np.random.default_rng(0).uniform(0.5, 3, len(y))
+    expected = LogisticRegression().fit(X, y, sample_weight=weights).coef_
+    with config_context(enable_metadata_routing=True):
+        model = small(LogisticRegression().set_fit_request(sample_weight=True))
+        assert_array_equal(model.fit(X, y, sample_weight=weights).estimator_.coef_, expected)
+        assert_array_equal(AlphaNetClassifier(epochs=1, top_k=2).fit(X, y, sample_weight=weights).estimator_.coef_, expected)
+        pipeline = make_pipeline(StandardScaler().set_fit_request(sample_weight=False), clone(model.estimator))
+        assert small(pipeline).fit(X, y, sample_weight=weights).fit(X, y).few_classes_.tolist() == [4, 5]
+        search = GridSearchCV(model.set_fit_request(sample_weight=True, X_val=True, y_val=True), {"gamma": [0.9]}, cv=2)
+        model.set_score_request(sample_weight=False)
+        best = search.fit(X, y, sample_weight=weights, X_val=X[:50], y_val=y[:50]).best_estimator_
+        assert "all" in best.result_.history[0]
+        with pytest.raises(ValueError, match="sample_weight"):
+            small().fit(X, y, sample_weight=weights)
+        with pytest.raises(TypeError, match="unexpected argument"):
+            model.fit(X, y, groups=weights)
+
+
+def test_validation_fraction_selects_the_epoch():
+    X, y, _, _ = long_tailed_digits()
+    model = AlphaNetClassifier(LogisticRegression(), validation_fraction=0.25, random_state=0).fit(X, y)
+    history, selected = model.result_.history, model.result_.selected_epoch
+    assert history[selected]["all"] == max(entry["all"] for entry in history)
+    assert model.result_.after["all"] >= model.result_.before["all"]
+    # A quarter of each class is kept from the estimator, too.
+    seen = np.mean([model.estimator_.score(X[y == c], y[y == c]) for c in range(10)])
+    assert seen < np.mean([LogisticRegression().fit(X, y).score(X[y == c], y[y == c]) for c in range(10)])
+    few = AlphaNetClassifier(LogisticRegression(), validation_fraction=0.25, select="best_few", min_all=0, random_state=0)
+    assert few.fit(X, y).result_.after["few"] >= model.result_.after["few"]
+
+
+def test_options_reach_the_training(capsys):
+    X, y, _, _ = long_tailed_digits()
+    options = {"validation_fraction": 0.25, "many_above": 50, "epochs": 2, "lr": 0.02, "verbose": 1}
+    model = small(**options).fit(X, y)
+    assert "epoch" in capsys.readouterr().err
+    history = model.result_.history
+    assert [entry["lr"] for entry in history[1:]] == [0.02, 0.02] and not np.isnan(history[0]["many"])
+    quiet = small(**options | {"verbose": 0}).fit(X, y)
+    assert capsys.readouterr() == ("", "")
+    assert_array_equal(quiet.coef_, model.coef_)
+    assert (small(hidden_dim=3, shared=True, epochs=1).fit(X, y).head_.w2.shape) == (1, 4, 3)
+    assert np.isnan(small(**options | {"many_above": 100}).fit(X, y).result_.history[0]["many"])
+
+
+def test_what_makes_a_class_near():
+    X, y, _, _ = long_tailed_digits()
+    means = np.stack([X[y == label].mean(axis=0) for label in range(10)])
+    cosine = means / np.linalg.norm(means, axis=1, keepdims=True)
+    for metric, points in (("euclidean", means), ("cosine", cosine)):
+        for few, *neighbours in small(metric=metric, epochs=1).fit(X, y).members_.tolist():
+            base = [label for label in range(10) if (y == label).sum() >= 20]
+            assert neighbours == sorted(base, key=lambda label: np.linalg.norm(points[label] - points[few]))[:3]
+    drawn = [small(metric="random", epochs=1, random_state=seed).fit(X, y).members_ for seed in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+
+
+def test_a_class_of_one_sample_is_not_held_out():
+    X, y = make_blobs((40, 30, 25, 2, 1))
+    model = small(validation_fraction=0.9, top_k=2).fit(X, y)
+    assert_array_equal(model.few_classes_, [3, 4])
+    # 36 + 27 + 22 + 1 + 0 samples of 5 classes
+    assert model.result_.before["all"] * 86 == pytest.approx(round(model.result_.before["all"] * 86))
+
+
+def test_validation_samples_that_are_given():
+    X, y, X_val, y_val = long_tailed_digits()
+    model = small(epochs=20).fit(X, y, X_val=X_val, y_val=y_val)
+    assert model.result_.after["all"] == pytest.approx(model.score(X_val, y_val))
+    assert model.result_.before["all"] == pytest.approx(model.estimator_.score(X_val, y_val))
+    assert_array_equal(model.estimator_.coef_, LogisticRegression().fit(X, y).coef_)
+    found = small(epochs=20).fit(sparse.csr_matrix(X), y, X_val=sparse.csc_matrix(X_val), y_val=y_val.tolist())
+    assert found.result_.after["all"] == pytest.approx(found.score(X_val, y_val))
+
+
+def test_frozen_estimator_is_repaired_without_a_fit():
+    X, y = make_blobs()
+    fitted = make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y)
+    coef = fitted[-1].coef_.copy()
+    model = small(FrozenEstimator(fitted)).fit(X[3:], y[3:], sample_weight=np.ones(len(y) - 3))
+    assert model.score_scale_ == 1
+    assert_array_equal(fitted[-1].coef_, coef)
+    assert_array_equal(model.coef_[:4], coef[:4])
+    assert (model.coef_[4:] != coef[4:]).any()
+    features = fitted[:-1].transform(X)
+    assert_allclose(model.decision_function(X), features @ model.coef_.T + model.intercept_)
+    assert model.n_features_in_ == 8
+    with pytest.warns(AlphaNetWarning, match="the estimator's 6 classes are not the 5 of y"):
+        model.fit(X[y < 5], y[y < 5])
+
+
+@given(factor=st.floats(1e-3, 1e3), seed=st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_scale_undoes_a_factor(factor, seed):
+    random = np.random.default_rng(seed)
+    weight, labels = random.standard_normal((5, 3)), random.integers(0, 5, 200)
+    features = weight[labels] + random.standard_normal((200, 3))
+    base = np.array([True, True, False, True, True])
+    scale = best_scale(features, labels, Rows(weight, np.zeros(5)), base)
+    assert 0.05 < scale < 5
+    scaled = best_scale(features, labels, Rows(factor * weight, np.zeros(5)), base)
+    assert scaled * factor == pytest.approx(scale, rel=1e-3)
+
+
+def test_scale_is_bounded_and_one_where_scores_say_nothing():
+    labels = np.arange(200) % 4
+    eye, base = Rows(np.eye(4), np.zeros(4)), np.ones(4, dtype=bool)
+    # All rightly classified: Platt's correction wants the probability 1 - 1 / 202.
+    scale = best_scale(np.eye(4)[labels], labels, eye, base)
+    assert 1 / (1 + 3 * np.exp(-scale)) == pytest.approx(1 - 1 / 202, rel=1e-4)
+    assert best_scale(np.zeros((200, 4)), labels, eye, base) == 1
+    assert best_scale(-np.eye(4)[labels], labels, eye, base) == 1
+
+
+def test_scale_is_found_on_samples_not_seen():
+    """Hinge losses leave scores at any scale: with the wrong one, the training does harm."""
+    gains = []
+    for seed in range(3):
+        X, y, X_test, y_test = long_tailed_digits(seed)
+        scaler = StandardScaler().fit(X)
+        X, X_test = scaler.transform(X), scaler.transform(X_test)
+        found, wrong = (small(SGDClassifier(random_state=0), top_k=5, epochs=40, score_scale=s).fit(X, y) for s in ("auto", 1))
+        plain = found.estimator_.score(X_test, y_test)
+        gains.append([found.score(X_test, y_test) - plain, wrong.score(X_test, y_test) - plain])
+    assert np.mean(gains, axis=0)[0] > 0.02 and np.mean(gains, axis=0)[1] < -0.02
+    assert 0.005 < found.score_scale_ < 0.1 and wrong.score_scale_ == 1
+    given = small(SGDClassifier(random_state=0), top_k=5, epochs=40, score_scale=found.score_scale_).fit(X, y)
+    assert_allclose(given.coef_, found.coef_)
+    validated = small(SGDClassifier(random_state=0)).fit(X, y, X_val=X_test, y_val=y_test)
+    assert 0.005 < validated.score_scale_ < 0.1
+
+
+@given(
+    seed=st.integers(0, 1000), n=st.integers(1, 40), width=st.integers(1, 5), dtype=st.sampled_from([np.float32, np.float64])
+)
+@settings(max_examples=30, deadline=None)
+def test_class_means(seed, n, width, dtype):
+    random = np.random.default_rng(seed)
+    X, labels, weights = random.standard_normal((n, width)).astype(dtype), random.integers(0, 4, n), random.uniform(0.1, 2, n)
+    means = class_means(X, labels, weights, 5)
+    assert means.shape == (5, width) and means.dtype == np.float64
+    for label in range(5):
+        mine = labels == label
+        expected = np.average(X[mine].astype(float), axis=0, weights=weights[mine]) if mine.any() else np.zeros(width)
+        assert_allclose(means[label], expected, rtol=1e-12, atol=1e-12)
+    assert_array_equal(class_means(sparse.csr_matrix(X), labels, weights, 5), means)
+
+
+def test_class_means_of_many_blocks(monkeypatch):
+    X, y = make_blobs()
+    whole = class_means(X, y, np.ones(len(y)), 6)
+    monkeypatch.setattr("alphaext.sklearn.estimators._BLOCK_ELEMENTS", 50)
+    assert_allclose(class_means(X, y, np.ones(len(y)), 6), whole, rtol=1e-12)
+
+
+def test_another_fit_leaves_nothing_behind():
+    X, y = make_blobs()
+    model = small().fit(X, y)
+    model.set_params(estimator=make_pipeline(TfidfVectorizer(), LogisticRegression()))
+    model.fit([f"class{label}" for label in y], y)
+    assert not hasattr(model, "n_features_in_")
+    with pytest.warns(AlphaNetWarning):
+        model.set_params(few_below=1).fit([f"class{label}" for label in y], y)
+    assert model.head_ is None and model.result_ is None and model.few_classes_.size == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"gamma": 1.5}, ValueError, r"gamma must be in (0, 1], got 1.5"),
+        ({"rule": "max"}, ValueError, "rule"),
+        ({"init": "zeros"}, ValueError, "init must be one of identity, default, got 'zeros'"),
+        ({"pool": "few"}, ValueError, "pool must be one of base, many, all, got 'few'"),
+        ({"metric": "far"}, ValueError, "metric must be one of euclidean, cosine, random, got 'far'"),
+        ({"few_below": 200}, ValueError, "few_below must be at most many_above + 1"),
+        ({"pca_dim": 0}, ValueError, "pca_dim must be at least 1, got 0"),
+        ({"hidden_dim": 2.5}, TypeError, "hidden_dim must be an integer, got 2.5"),
+        ({"epochs": -1}, ValueError, "epochs"),
+        ({"lr": "fast"}, TypeError, "lr must be a number"),
+        ({"select": "best_few"}, ValueError, "select='best_few' needs validation_fraction, or X_val and y_val"),
+        ({"validation_fraction": 1.0}, ValueError, "validation_fraction must be None or a number between 0 and 1, got 1.0"),
+        ({"validation_fraction": "some"}, TypeError, "validation_fraction must be None or a number"),
+        ({"score_scale": 0}, ValueError, "score_scale must be 'auto' or a finite number above 0, got 0"),
+        ({"score_scale": "own"}, TypeError, "score_scale must be 'auto' or a finite number above 0, got 'own'"),
+    ],
+)
+def test_bad_parameters_are_named_before_any_work(options, error, message):
+    class Untouched(LogisticRegression):
+        def fit(self, X, y, sample_weight=None):
+            raise AssertionError("fitted")
+
+    X, y = make_blobs()
+    with pytest.raises(error) as caught:
+        small(Untouched(), **options).fit(X, y)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"X_val": 1}, ValueError, "X_val and y_val must be given together"),
+        ({"X_val": np.zeros((2, 8)), "y_val": [0, 9]}, ValueError, "y_val must hold classes of y only, got 9"),
+        ({"X_val": np.zeros((2, 8)), "y_val": ["a", "b"]}, ValueError, "y_val must hold classes of y only, got 'a', 'b'"),
+        ({"X_val": np.zeros((2, 7)), "y_val": [0, 1]}, ValueError, "X_val must have shape [m, 8] as X, got [2, 7]"),
+        ({"X_val": np.zeros((2, 8)), "y_val": [0]}, ValueError, "inconsistent numbers of samples"),
+        ({"sample_weight": np.ones(3)}, ValueError, "sample_weight must have shape [190], one weight a sample, got [3]"),
+        ({"sample_weight": -np.ones(190)}, ValueError, "sample_weight must be finite, and no weight negative"),
+        ({"y": None}, ValueError, "requires y to be passed"),
+        ({"y": np.linspace(0, 1, 190)}, ValueError, "Unknown label type"),
+    ],
+)
+def test_bad_arguments_of_fit(arguments, error, message):
+    X, y = make_blobs()
+    with pytest.raises(error) as caught:
+        small().fit(X, **({"y": y} | arguments))
+    assert message in str(caught.value)
+    given = {"X_val": X, "y_val": y}
+    with pytest.raises(ValueError, match="give either validation_fraction or X_val and y_val, got both"):
+        small(validation_fraction=0.5).fit(X, y, **given)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (
+            DecisionTreeClassifier(),
+            "estimator must be a linear classifier.*; DecisionTreeClassifier has no coef_",
+        ),
+        (SVC(kernel="linear"), r"estimator must have a row of coef_ .* for each class, 4 here; SVC has coef_ \[6, 8\]"),
+        (make_pipeline(StandardScaler(), "passthrough"), "estimator must be a linear classifier"),
+    ],
+)
+def test_estimators_that_are_not_linear_classifiers(estimator, message):
+    X, y = make_blobs((40, 30, 30, 5))
+    with pytest.raises(TypeError, match=message):
+        small(estimator).fit(X, y)
+
+
+def test_one_row_for_each_pair_of_classes_is_not_one_for_each_class():
+    """Of three classes there are as many pairs."""
+    X, y = make_blobs((40, 30, 5))
+    with pytest.raises(TypeError, match="the decision_function of SVC is not X @ coef_.T"):
+        small(SVC(kernel="linear"), top_k=2).fit(X, y)
+
+
+def test_estimators_that_do_not_take_new_rows():
+    class Remembers(LogisticRegression):
+        def fit(self, X, y, sample_weight=None):
+            super().fit(X, y, sample_weight)
+            self.copy_ = self.coef_.copy()
+            return self
+
+        def decision_function(self, X):
+            return X @ self.copy_.T + self.intercept_
+
+    X, y = make_blobs((40, 30, 30, 5))
+    with pytest.raises(TypeError, match="the decision_function of Remembers is not X @ coef_.T"):
+        small(Remembers(), epochs=10**9).fit(X, y)
+    X, y = make_blobs((40, 5))
+    with (
+        pytest.warns(AlphaNetWarning),
+        pytest.raises(TypeError, match="estimator must allow that its coef_ is set; SVC says"),
+    ):
+        small(SVC(kernel="linear"), epochs=10**9).fit(X, y)
+
+
+def test_divergence_says_what_may_help():
+    X, y = make_blobs()
+    with pytest.raises(FloatingPointError, match="a smaller lr may help"):
+        small(lr=1e200).fit(X, y)

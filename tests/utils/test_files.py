@@ -1,0 +1,109 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from alphaext.utils.files import check_output_file, file_digest, folder_lock, read_json, whole_file, write_json
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "file.bin"
+    with whole_file(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one" and os.listdir(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_was_there_stays_when_the_block_fails(tmp_path, error):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)), whole_file(path) as file:
+        file.write(b"half of the new")
+        raise error
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.bin"]
+    if isinstance(error, OSError):
+        assert str(error) == f"[Errno {errno.ENOSPC}] No space left on device: '{path}'"
+
+
+def test_json_goes_there_and_back_and_has_no_nan(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"nan": float("nan"), "infinite": [float("-inf"), 1.5], "path": Path("a/b"), "of": (1, "ü"), 3: True})
+    assert read_json(path, "a test") == {"nan": None, "infinite": [None, 1.5], "path": "a/b", "of": [1, "ü"], "3": True}
+    assert json.loads(path.read_text(encoding="utf-8"))["of"] == [1, "ü"]
+    write_json(path, {"name": "\udcff.png"})
+    assert read_json(path, "a test") == {"name": "\udcff.png"}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"a": 1} x'])
+def test_what_is_no_json_object_is_named(tmp_path, content):
+    path = tmp_path / "value.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="value.json is not a sidecar"):
+        read_json(path, "a sidecar")
+
+
+def test_digest(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_output_files_are_checked_before_any_work(tmp_path):
+    (tmp_path / "there").write_bytes(b"")
+    assert check_output_file(tmp_path / "new", "output") == tmp_path / "new"
+    assert check_output_file(tmp_path / "there", "output", overwrite=True) == tmp_path / "there"
+    with pytest.raises(ValueError, match="output exists already"):
+        check_output_file(tmp_path / "there", "output")
+    with pytest.raises(ValueError, match="output must be a file in a directory that exists"):
+        check_output_file(tmp_path / "no" / "file", "output")
+    with pytest.raises(ValueError, match="output must be a file, got the directory"):
+        check_output_file(tmp_path, "output")
+
+
+HOLDER = """
+import sys, time
+from alphaext.utils.files import folder_lock
+with folder_lock(sys.argv[1], "features"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_and_by_no_dead_one(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process is writing features into"), folder_lock(tmp_path, "features"):
+            pass
+        process.kill()
+    with folder_lock(tmp_path, "features"):
+        pass
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+
+    def live_on():
+        started.set()
+        time.sleep(60)
+
+    with folder_lock(tmp_path, "features"):
+        child = context.Process(target=live_on)
+        child.start()
+        assert started.wait(30)
+    try:
+        with folder_lock(tmp_path, "features"):
+            assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
