@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from gpu_limits import copy_bandwidth, usable_bytes
 from gpu_timing import Task, Times, captured, captured_backward, require_gpu, time_interleaved, write_json
-from providers import PROVIDERS, SIZES, Problem, Size, make_problem, make_step
+from head.providers import PROVIDERS, SIZES, Problem, Size, make_problem, make_step
 from torch import Tensor, nn
 from torch.nn import functional
 

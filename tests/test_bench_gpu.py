@@ -28,7 +28,7 @@ import gpu_small  # noqa: E402
 import gpu_timing  # noqa: E402
 import gpu_training  # noqa: E402
 import training  # noqa: E402
-from providers import SIZES, Size  # noqa: E402
+from head.providers import SIZES, Size  # noqa: E402
 
 MACHINE = {"gpu": "Test GPU", "capability": "9.0", "driver": "1", "cuda": "13.0", "torch": "2.11", "commit": "abc"}
 TINY = Size("tiny", num_classes=12, num_few=3, pca_dim=4, few_samples=5, top_k=2, in_features=8, batch=4)
