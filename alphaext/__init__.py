@@ -11,6 +11,25 @@ from .utils.environment import __version__
 from .utils.lazy import load_at_first_use
 
 if TYPE_CHECKING:
+    from . import (  # noqa: F401  (packages are found without an import of their own)
+        baselines,
+        checkpoints,
+        classes,
+        commands,
+        data,
+        doctor,
+        features,
+        head,
+        metrics,
+        models,
+        ops,
+        pretraining,
+        reference,
+        repairing,
+        sklearn,
+        study,
+        training,
+    )
     from .classes import ClassSplit, class_counts, class_means, split_classes
     from .head.alphanet import AlphaNet
     from .ops.extension import build_info

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import machine
-import providers
 import torch
+from head import providers
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -26,9 +26,9 @@ def load_at_first_use(package: str) -> tuple[Callable[[str], Any], Callable[[], 
             body = ast.parse(file.read()).body
         imports = next(node for node in body if isinstance(node, ast.If)).body
         return {
-            name.name: "." * node.level + str(node.module)
+            name.name: "." * node.level + node.module
             for node in imports
-            if isinstance(node, ast.ImportFrom)
+            if isinstance(node, ast.ImportFrom) and node.module is not None
             for name in node.names
         }
 

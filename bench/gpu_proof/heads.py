@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from providers import PROVIDERS, SIZES, Problem, Size, make_problem, make_step
+from head.providers import PROVIDERS, SIZES, Problem, Size, make_problem, make_step
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import training
-from providers import PROVIDERS, make_problem
+from head.providers import PROVIDERS, make_problem
 
 from alphaext.training.native_engine import NativeEngine
 from gpu_proof import heads, large, trainings

@@ -17,7 +17,7 @@ if not (BENCH / "gpu.py").is_file():
 
 from gpu_proof import core, heads, large, limits, probe, profiled, report, smoke, timing, trainings  # noqa: E402
 from gpu_proof.parts import faults_of, results_of, run_parts  # noqa: E402
-from providers import SIZES  # noqa: E402
+from head.providers import SIZES  # noqa: E402
 
 TINY = heads.TINY[0]
 UNCOMPILED = [name for name in heads.PROVIDERS if name not in heads.COMPILED]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import errno
+import importlib
 import json
 import os
 import sys
@@ -15,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import alphaext.checkpoints.export as export_module
 from alphaext.checkpoints import Checkpoint, read_checkpoint, save_linear
 from alphaext.checkpoints import onnx as export_onnx
 from alphaext.checkpoints.export import EXPORT_FORMATS, ExportReport, export
+
+# As an attribute of the package it is the function.
+export_module = importlib.import_module("alphaext.checkpoints.export")
 
 CLASSES, WIDTH = 5, 8
 FEW = [1, 3]

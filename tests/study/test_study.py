@@ -412,7 +412,7 @@ def test_data_size_trains_on_the_cut(problem, tmp_path, monkeypatch):
 
 def test_small_memory_makes_more_calls_and_the_same_rows(study, problem, tmp_path, monkeypatch):
     monkeypatch.setattr(study_trials, "_MOST_HEAD_BYTES", 1)
-    monkeypatch.setattr(study_trials.member_logits, "CACHE_BYTES", 1000)
+    monkeypatch.setattr(study_trials.cached_logits, "CACHE_BYTES", 1000)
     run(problem, tmp_path, replace(OPTIONS, experiments=["rule"]))
     found, expected = rows_of(tmp_path, "rule"), rows_of(study[0], "rule")
     assert len(found) == len(expected)

@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
+from head.memory import peak_in_own_process
+from head.providers import MODES, PROVIDERS, SIZES, Size, make_problem, make_step
 from machine import PeakMemory, seconds_to_read
-from memory import peak_in_own_process
-from providers import MODES, PROVIDERS, SIZES, Size, make_problem, make_step
 from torch.nn import functional
 
 from alphaext.training import single as training

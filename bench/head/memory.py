@@ -1,4 +1,4 @@
-"""Peak memory of one provider, in a process of its own: ``python bench/memory.py SIZE MODE PROVIDER`` prints MiB.
+"""Peak memory of one provider, in a process of its own: ``python bench/head/memory.py SIZE MODE PROVIDER`` prints MiB.
 
 A process that has measured another provider before keeps freed memory, and would report too little.
 """
@@ -21,8 +21,9 @@ def peak_in_own_process(size: str, mode: str, provider: str) -> float | None:
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from head.providers import PROVIDERS, SIZES, make_problem, make_step
     from machine import PeakMemory
-    from providers import PROVIDERS, SIZES, make_problem, make_step
 
     size, mode, provider = sys.argv[1:]
     problem = make_problem(SIZES[size])
