@@ -5,12 +5,14 @@ from __future__ import annotations
 try:
     import torch  # noqa: F401  (loads the libraries that the extension links to)
 
-    from . import _C  # noqa: F401
-except ImportError as error:
+    import alphaext._C  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "alphaext._C":
+        raise
     raise ImportError(
-        f"alphaext could not load its extension ({error}). From a source checkout, build it first with 'pip install -e .'; "
-        "if alphaext is installed, leave the checkout's directory, whose source tree hides the installed package"
-    ) from error
+        f"the extension of this alphaext, in {__path__[0]}, has not been built: run 'pip install -e .' in that checkout, or "
+        "start Python elsewhere to use an installed alphaext"
+    ) from None
 
 from . import ops, reference
 from .backbones import make_model

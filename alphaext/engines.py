@@ -28,7 +28,7 @@ ENGINES = ("auto", "native", "autograd")
 # The most bytes of cached logits of training samples; beyond it those of base samples are computed anew each epoch.
 CACHE_BYTES = 2 << 30
 
-_TILE = 16  # hidden units, as in csrc/training.h
+_TILE = 16  # hidden units, as in csrc/kernels/training_params.h
 
 
 class TrainingDiverged(FloatingPointError):
@@ -111,8 +111,7 @@ def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> s
 
 def native_device(head: AlphaNet) -> torch.device:
     """Where the native engine trains ``head``: on its GPU if the extension has kernels that run there, or else on the CPU."""
-    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("alphaext::train_epoch", "CUDA")
-    on_gpu = head.weight.is_cuda and has_kernels and torch.ops.alphaext.trains_on(head.weight)
+    on_gpu = head.weight.is_cuda and torch.ops.alphaext.trains_on(head.weight)
     return head.weight.device if on_gpu else torch.device("cpu")
 
 

@@ -28,7 +28,7 @@ __all__ = ["Columns", "Samples", "TrainingLogits", "ValidationLogits", "check_sa
 # Elements of a block of logits: it stays in the processor's cache between the product and what is kept of it.
 _BLOCK_ELEMENTS = 1 << 20
 _WIDTH_MULTIPLE = 16  # of features, in a product
-BLOCK_SAMPLES = 64  # of validation samples, as in csrc/training.h
+BLOCK_SAMPLES = 64  # of validation samples, as in csrc/kernels/training_params.h
 TOP_CLASSES = 5
 
 

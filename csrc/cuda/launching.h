@@ -102,4 +102,30 @@ inline cudaError_t ask_whether_blocks_can_wait(int32_t device, bool* can) {
   return error;
 }
 
+template <typename Function>
+const char* dispatch(ScalarType dtype, const Function& function) {
+  switch (dtype) {
+    case ScalarType::Float32:
+      return function(float{});
+    case ScalarType::Float64:
+      return function(double{});
+    case ScalarType::Float16:
+      return function(float16{});
+    case ScalarType::BFloat16:
+      return function(bfloat16{});
+  }
+  return "alphaext CUDA kernels: unknown dtype";
+}
+
+// Launches no more blocks than the device runs at once, all of them at the same time where they wait for each other.
+template <typename... Parameters>
+const char* launch_together(const char* name, void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, bool waits,
+                            int32_t device, void* stream, typename Given<Parameters>::type... arguments) {
+  if (blocks == 0) return nullptr;
+  int64_t room = 0;
+  const cudaError_t error = blocks_at_once(kernel, kThreads, shared_bytes, device, &room);
+  if (error != cudaSuccess) return message_for(name, error);
+  return launch(name, kernel, {blocks < room ? blocks : room, kThreads, shared_bytes}, waits, stream, arguments...);
+}
+
 }  // namespace alphaext::cuda

@@ -5,7 +5,7 @@
 #include <random>
 
 #include "check.h"
-#include "scalars.h"
+#include "kernels/scalars.h"
 
 using namespace alphaext;
 
