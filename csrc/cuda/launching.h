@@ -22,8 +22,8 @@ inline const char* message_for(const char* kernel, cudaError_t error) {
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
     snprintf(text, sizeof(text),
-             "alphaext CUDA kernel %s: this build has no code for this GPU (%s). It was built for %s; rebuild with "
-             "TORCH_CUDA_ARCH_LIST naming this GPU's compute capability.",
+             "alphaext CUDA kernel %s: this build has no code for this GPU (%s). It was built for %s; install alphaext again "
+             "on this machine, or with TORCH_CUDA_ARCH_LIST naming this GPU's compute capability, or all.",
              kernel, cudaGetErrorString(error), ALPHAEXT_CUDA_ARCHS);
   } else {
     snprintf(text, sizeof(text), "alphaext CUDA kernel %s: %s (%s)", kernel, cudaGetErrorString(error),
