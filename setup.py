@@ -151,7 +151,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         (extension,) = self.extensions
         library = Path(self.get_ext_fullpath(extension.name))
         kept_here = kept_library(self.distribution.get_version())
-        if kept_here.is_file():
+        if kept_here.is_file() and not self.force:
             library.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(kept_here, library)
             print(f"nothing to compile: an earlier build is in {kept_here}", flush=True)

@@ -176,3 +176,9 @@ def test_meta_tensors_of_the_head_are_named():
     for name in ("grad_scores", "preactivation", "raw", "alpha", "logits"):
         with pytest.raises(RuntimeError, match=f"alphaext: {name} must be on the device of input, cpu, got meta"):
             call("head_backward", head_backward() | {name: head_backward()[name].to("meta")})
+
+
+@pytest.mark.parametrize("operator", ["head", "head_backward", "trains_on", "train_epoch", "train_epoch_many", "validate"])
+def test_a_tensor_on_a_gpu_meets_the_checks_in_every_build(operator):
+    """A build for the CPU alone says what is missing, instead of the dispatcher's page of backends."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"alphaext::{operator}", "CUDA")
