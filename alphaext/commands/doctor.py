@@ -84,8 +84,4 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         for name, value in build_info().items():
             console.print(f"extension, {name}: {value}", highlight=False, markup=False)
         console.print(f"GPUs that torch sees: {', '.join(gpus) or 'none'}", highlight=False, markup=False)
-        more = (
-            "TORCH_CUDA_ARCH_LIST=all builds for more GPUs" if build_info()["cuda"] else "ALPHAEXT_CUDA=1 builds CUDA kernels"
-        )
-        console.print(f"{more}: set it and install again from the checkout", highlight=False, markup=False)
         return found
