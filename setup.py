@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import setuptools
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a PEP 517 build does not put this directory on the path
 
-from build_support import cuda, jobs, sources  # noqa: E402
+from build_support import cuda, jobs, kept  # noqa: E402
 
 MINIMUM_TORCH = (2, 10)
 MINIMUM_SETUPTOOLS = (77,)
@@ -76,11 +78,12 @@ import torch  # noqa: E402
 try:
     DECISION = cuda.decide(os.environ, torch.version.cuda)
     JOBS = jobs.job_count(os.environ, jobs.available_processors(), jobs.available_memory())
-    SOURCES = ["csrc/ops.cpp", "csrc/cpu_head.cpp", "csrc/training_ops.cpp", "csrc/module.cpp"]
-    SOURCES += sources.read_sources(ROOT, ".cpp")
+    SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
     ARCHITECTURES: list[str] = []
-    if DECISION.toolkit is not None:
-        SOURCES += ["csrc/gpu_head.cpp", *sources.read_sources(ROOT, ".cu")]
+    if DECISION.toolkit is None:
+        SOURCES.remove("csrc/ops/head_on_gpu.cpp")
+    else:
+        SOURCES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
         NATIVE = ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
         TORCH_ARCHITECTURES = torch._C._cuda_getArchFlags() if torch.version.cuda else None
         ARCHITECTURES = cuda.choose_architectures(os.environ, DECISION.toolkit, TORCH_ARCHITECTURES, NATIVE)
@@ -100,11 +103,16 @@ if DECISION.toolkit is not None:
     cpp_extension.CUDA_HOME = str(DECISION.toolkit.home)
 
 
+def compiler_text() -> str:
+    """The C++ compiler and its version."""
+    compiler = cpp_extension.get_cxx_compiler()
+    version = (cuda.run([compiler, "--version"]) or "which does not run").partition("\n")[0]
+    return f"{compiler}: {version}"
+
+
 def print_configuration() -> None:
     """What is going to be built, and why."""
     toolkit = DECISION.toolkit
-    compiler = cpp_extension.get_cxx_compiler()
-    compiler_version = (cuda.run([compiler, "--version"]) or "which does not run").partition("\n")[0]
     lines = [
         f"torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'}), Python {sys.version.split()[0]}",
         f"CUDA kernels  {'off' if toolkit is None else 'on'}: {DECISION.reason}",
@@ -113,24 +121,47 @@ def print_configuration() -> None:
     if toolkit is not None:
         lines += [
             f"nvcc          {toolkit.nvcc} (CUDA {toolkit.version_text}, found by {toolkit.found_by})",
-            f"architectures {';'.join(ARCHITECTURES)}",
+            f"architectures {'; '.join(ARCHITECTURES)} (TORCH_CUDA_ARCH_LIST=all or a list asks for more)",
             f"CUDA runtime  {toolkit.library_directory / 'libcudart_static.a'}",
         ]
         lines += [f"CUDA headers  {place}" for place in toolkit.include_directories]
     lines += [
-        f"C++ compiler  {compiler}: {compiler_version}",
+        f"C++ compiler  {compiler_text()}",
         f"flags         {' '.join(CXX_FLAGS)}",
         f"jobs          {JOBS}",
     ]
     print("alphaext build configuration", *[f"  {line}" for line in lines], sep="\n", flush=True)
 
 
+def kept_library(version: str) -> Path:
+    """Where the library of this text, these tools and these flags is kept."""
+    toolkit = DECISION.toolkit
+    tools = [version, torch.__version__, pybind11.__version__, compiler_text(), str(sysconfig.get_config_var("EXT_SUFFIX"))]
+    tools += [*CXX_FLAGS, *NVCC_FLAGS, *ARCHITECTURES, "CPU" if toolkit is None else toolkit.version_text]
+    return kept.place(ROOT, kept.fingerprint(ROOT, tools))
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     """torch's builder, told what this machine has."""
 
     def build_extensions(self) -> None:
-        """Prints the configuration, then compiles."""
+        """Prints the configuration, then compiles, or takes the library of an earlier build."""
+        started = time.monotonic()
         print_configuration()
+        (extension,) = self.extensions
+        library = Path(self.get_ext_fullpath(extension.name))
+        kept_here = kept_library(self.distribution.get_version())
+        if kept_here.is_file() and not self.force:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kept_here, library)
+            print(f"nothing to compile: an earlier build is in {kept_here}", flush=True)
+            return
+        self.compile()
+        kept.keep(library, kept_here)
+        print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+
+    def compile(self) -> None:
+        """Compiles what changed, and links."""
         version = self.distribution.get_version()
         for extension in self.extensions:
             extension.extra_compile_args["cxx"].append(f'-DALPHAEXT_VERSION="{version}"')
@@ -201,7 +232,7 @@ def make_extension() -> setuptools.Extension:
     return setuptools.Extension(
         "alphaext._C",
         SOURCES,
-        include_dirs=["csrc"],
+        include_dirs=[str(ROOT / "csrc")],
         library_dirs=library_directories,
         define_macros=macros,
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},

@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCH))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default=None, help="name of the files under bench/results/ (default: none written)")
+    parser.addoption("--small", action="store_true", help="tiny problems instead of the published sizes: does everything run?")
     parser.addoption("--default-malloc", action="store_true", help="give freed memory back to the system, as glibc does")
 
 
@@ -25,6 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from machine import keep_freed_memory
 
         keep_freed_memory()
+    if config.getoption("--small"):
+        from providers import make_small
+
+        make_small()
 
 
 @pytest.hookimpl(trylast=True)

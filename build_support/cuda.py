@@ -15,7 +15,12 @@ from pathlib import Path
 MINIMUM_VERSION = (12, 0)
 # What the kernels are written for. An older GPU would need code that nothing here tests.
 MINIMUM_ARCHITECTURE = (7, 5)
-# Where torch itself has no CUDA, it cannot say for which GPUs it was built: the data-centre generations since 2020.
+# What is built where no GPU is seen: intermediate code (PTX), which any GPU from the data-centre generation of 2020 on
+# compiles for itself at first use.
+BASE_ARCHITECTURE = (8, 0)
+# Ends an architecture of which only the intermediate code is built, no machine code.
+AS_PTX = " as PTX"
+# Where torch itself has no CUDA, it cannot say for which GPUs it was built: the data-centre generations since then.
 FALLBACK_ARCHITECTURES = ("8.0", "9.0", "10.0")
 # The names that torch.utils.cpp_extension accepts in TORCH_CUDA_ARCH_LIST, from MINIMUM_ARCHITECTURE on.
 NAMED_ARCHITECTURES = {
@@ -274,46 +279,9 @@ def architecture_number(architecture: str) -> tuple[int, int]:
     return int(match.group(1)), int(match.group(2))
 
 
-def parse_architecture_list(value: str, native: Iterable[str] = ()) -> list[str]:
-    """The entries of TORCH_CUDA_ARCH_LIST, with its names ("Hopper", "native") written out, each once."""
-    entries: list[str] = []
-    for entry in re.split(r"[;,\s]+", value.strip()):
-        if entry == "native":
-            here = list(native)
-            if not here:
-                raise ConfigurationError("TORCH_CUDA_ARCH_LIST is 'native', but torch sees no GPU on this machine")
-            entries += here
-        else:
-            entries += NAMED_ARCHITECTURES.get(entry, entry).split(";")
-    for entry in entries:
-        if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry) is None:
-            names = ", ".join(NAMED_ARCHITECTURES)
-            raise ConfigurationError(
-                f"TORCH_CUDA_ARCH_LIST holds {entry!r}; allowed are numbers such as 8.0 or 9.0a, each with +PTX or "
-                f"without, native, and the names {names}; separated by ; or spaces"
-            )
-    return list(dict.fromkeys(entries))
-
-
-def choose_architectures(
-    environment: Mapping[str, str], toolkit: Toolkit, torch_flags: str | None, native: Iterable[str] = ()
-) -> list[str]:
-    """The architectures to build, as in TORCH_CUDA_ARCH_LIST.
-
-    That variable decides where it is set. Otherwise: what torch was built for (`torch_flags`, as in "sm_80 sm_90") as
-    far as nvcc knows it, with PTX for the newest, from which a driver can compile for GPUs that are newer still.
-    """
+def every_architecture(toolkit: Toolkit, torch_flags: str | None) -> list[str]:
+    """What torch was built for (`torch_flags`, as in "sm_80 sm_90") as far as nvcc knows it, with PTX for the newest."""
     known = {architecture_number(architecture) for architecture in toolkit.architectures}
-    wanted = environment.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    if wanted:
-        chosen = parse_architecture_list(wanted, native)
-        for entry in chosen:
-            if architecture_number(entry) not in known:
-                raise ConfigurationError(
-                    f"TORCH_CUDA_ARCH_LIST holds {entry!r}, but {toolkit.nvcc} (CUDA {toolkit.version_text}) "
-                    f"compiles for {', '.join(toolkit.architectures)} only"
-                )
-        return chosen
     offered = parse_architectures(torch_flags) if torch_flags else list(FALLBACK_ARCHITECTURES)
     usable = [
         architecture
@@ -325,12 +293,66 @@ def choose_architectures(
     return [*chosen[:-1], f"{chosen[-1]}+PTX"]
 
 
+def parse_architecture_list(value: str, native: Iterable[str] = (), every: Iterable[str] = ()) -> list[str]:
+    """The entries of TORCH_CUDA_ARCH_LIST, with its names ("Hopper", "native", "all") written out, each once."""
+    entries: list[str] = []
+    for entry in re.split(r"[;,\s]+", value.strip()):
+        if entry == "native":
+            here = list(native)
+            if not here:
+                raise ConfigurationError("TORCH_CUDA_ARCH_LIST is 'native', but torch sees no GPU on this machine")
+            entries += here
+        elif entry == "all":
+            entries += every
+        else:
+            entries += NAMED_ARCHITECTURES.get(entry, entry).split(";")
+    for entry in entries:
+        if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry) is None:
+            names = ", ".join(NAMED_ARCHITECTURES)
+            raise ConfigurationError(
+                f"TORCH_CUDA_ARCH_LIST holds {entry!r}; allowed are numbers such as 8.0 or 9.0a, each with +PTX or "
+                f"without, native, all, and the names {names}; separated by ; or spaces"
+            )
+    return list(dict.fromkeys(entries))
+
+
+def architectures_here(toolkit: Toolkit, native: Iterable[str]) -> list[str]:
+    """The architectures of the GPUs that are seen, or, where none can be compiled for, one as PTX."""
+    known = sorted(architecture_number(architecture) for architecture in toolkit.architectures)
+    seen = sorted({architecture_number(gpu) for gpu in native if architecture_number(gpu) >= MINIMUM_ARCHITECTURE})
+    chosen = [f"{major}.{minor}" for major, minor in seen if (major, minor) in known]
+    if any(gpu > known[-1] for gpu in seen):  # a GPU newer than the toolkit compiles the newest PTX
+        chosen.append("{}.{}".format(*known[-1]) + AS_PTX)
+    base = next((architecture for architecture in known if architecture >= BASE_ARCHITECTURE), known[-1])
+    return chosen or ["{}.{}".format(*base) + AS_PTX]
+
+
+def choose_architectures(
+    environment: Mapping[str, str], toolkit: Toolkit, torch_flags: str | None, native: Iterable[str] = ()
+) -> list[str]:
+    """The architectures to build: those of TORCH_CUDA_ARCH_LIST where it is set, else what this machine's GPUs need."""
+    native = list(native)
+    known = {architecture_number(architecture) for architecture in toolkit.architectures}
+    wanted = environment.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not wanted:
+        return architectures_here(toolkit, native)
+    chosen = parse_architecture_list(wanted, native, every_architecture(toolkit, torch_flags))
+    for entry in chosen:
+        if architecture_number(entry) not in known:
+            raise ConfigurationError(
+                f"TORCH_CUDA_ARCH_LIST holds {entry!r}, but {toolkit.nvcc} (CUDA {toolkit.version_text}) "
+                f"compiles for {', '.join(toolkit.architectures)} only"
+            )
+    return chosen
+
+
 def architecture_flags(architectures: Iterable[str]) -> list[str]:
     """The nvcc flags for such a list."""
     flags = []
     for architecture in architectures:
-        number = architecture.replace(".", "").removesuffix("+PTX")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if architecture.endswith("+PTX"):
+        number = architecture.removesuffix(AS_PTX).removesuffix("+PTX").replace(".", "")
+        if not architecture.endswith(AS_PTX):
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith(("+PTX", AS_PTX)):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags

@@ -3,7 +3,7 @@
 No kernel spills registers or uses a stack frame, and static shared memory stays within what every GPU grants. Warnings are
 errors. Run by build_support/cuda_compile_check.cmake; by itself:
 
-    python build_support/ptxas_report.py --include csrc --output build/ptxas csrc/cuda/launch.cu
+    python build_support/ptxas_report.py --include csrc --output build/ptxas csrc/cuda/*.cu
 """
 
 from __future__ import annotations

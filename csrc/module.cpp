@@ -7,7 +7,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "training.h"
+#include "kernels/training_params.h"
 
 namespace py = pybind11;
 

@@ -60,9 +60,7 @@ def build(directory: Path) -> Path:
 
     directory.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "c++")
-    listed = (ROOT / "csrc" / "sources.txt").read_text(encoding="utf-8").splitlines()
-    operators = sorted(path.name for path in (ROOT / "csrc").glob("*.cpp"))
-    names = [*operators, *(name for line in listed if (name := line.partition("#")[0].strip()))]
+    names = sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*") if path.suffix in (".cpp", ".cu"))
     common = flags()
     newest = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*.*h"), *ROOT.glob("tests/cpp/*shim*"), Path(__file__)])
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import stat
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +31,7 @@ def load(name: str) -> ModuleType:
 
 cuda = load("cuda")
 jobs = load("jobs")
-sources = load("sources")
+kept = load("kept")
 
 ARCHITECTURES = "compute_75 compute_80 compute_90 compute_100 compute_120"
 HEADERS = ("cuda_runtime.h", "crt/host_config.h")
@@ -220,6 +224,21 @@ def toolkit(machine: Machine):
 
 
 @pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ([], ["8.0 as PTX"]),
+        (["9.0", "9.0"], ["9.0"]),
+        (["10.0", "8.0"], ["8.0", "10.0"]),
+        (["13.0"], ["12.0 as PTX"]),  # newer than this nvcc
+        (["9.0", "13.0"], ["9.0", "12.0 as PTX"]),
+        (["7.0"], ["8.0 as PTX"]),  # older than the kernels are written for
+    ],
+)
+def test_without_a_list_the_gpus_here_decide(toolkit, gpus, expected) -> None:
+    assert cuda.choose_architectures({}, toolkit, "sm_75 sm_80 sm_90", native=gpus) == expected
+
+
+@pytest.mark.parametrize(
     ("torch_flags", "expected"),
     [
         ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),  # this nvcc lacks 8.6
@@ -229,8 +248,8 @@ def toolkit(machine: Machine):
         (None, ["8.0", "9.0", "10.0+PTX"]),
     ],
 )
-def test_default_architectures_are_torchs_as_far_as_nvcc_goes(toolkit, torch_flags, expected) -> None:
-    assert cuda.choose_architectures({}, toolkit, torch_flags) == expected
+def test_all_architectures_are_torchs_as_far_as_nvcc_goes(toolkit, torch_flags, expected) -> None:
+    assert cuda.choose_architectures({"TORCH_CUDA_ARCH_LIST": "all"}, toolkit, torch_flags) == expected
 
 
 @pytest.mark.parametrize(
@@ -263,6 +282,7 @@ def test_impossible_lists_are_refused(toolkit, value, complaint) -> None:
 
 
 def test_architecture_flags() -> None:
+    assert cuda.architecture_flags(["8.0 as PTX"]) == ["-gencode=arch=compute_80,code=compute_80"]
     assert cuda.architecture_flags(["8.0", "10.0a", "12.0+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_100a,code=sm_100a",
@@ -311,27 +331,45 @@ def test_memory_is_the_machines_or_the_containers_whichever_is_less(tmp_path: Pa
     assert jobs.available_memory(tmp_path) == 8000
 
 
-# ---- The list of sources -------------------------------------------------------------------------------------------
+# ---- Libraries of earlier builds -----------------------------------------------------------------------------------
 
 
-def test_sources_lists_exactly_the_kernel_files() -> None:
-    assert sorted(sources.read_sources(ROOT, ".cpp")) == sorted(
-        str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")
-    )
-    assert sorted(sources.read_sources(ROOT, ".cu")) == sorted(
-        str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu")
-    )
+def test_a_library_is_found_again_until_text_or_tools_change(tmp_path: Path) -> None:
+    write_files(tmp_path / "setup.py", tmp_path / "csrc/cpu/a.cpp", tmp_path / "build_support/b.py")
+    first = kept.fingerprint(tmp_path, ["gcc 12", "-O3"])
+    write_files(tmp_path / "build_support/__pycache__/b.pyc", tmp_path / "alphaext/ops.py")
+    assert kept.fingerprint(tmp_path, ["gcc 12", "-O3"]) == first
+    assert kept.fingerprint(tmp_path, ["gcc 13", "-O3"]) != first
+    (tmp_path / "csrc/cpu/a.cpp").write_text("int a;")
+    assert kept.fingerprint(tmp_path, ["gcc 12", "-O3"]) != first
 
 
-@pytest.mark.parametrize(("line", "complaint"), [("cpu/a.h", "must end in .cpp or .cu"), ("cpu/b.cpp", "no such file")])
-def test_a_wrong_line_in_sources_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
-    write_files(tmp_path / "csrc/cpu/a.cpp")
-    (tmp_path / "csrc/sources.txt").write_text(f"# kernels\ncpu/a.cpp  # the first\n\n{line}\n")
-    with pytest.raises(ValueError, match=complaint):
-        sources.read_sources(tmp_path, ".cpp")
+def test_the_last_few_libraries_are_kept(tmp_path: Path) -> None:
+    library = tmp_path / "library.so"
+    for number in range(kept.MOST + 2):
+        library.write_text(str(number))
+        place = kept.place(tmp_path, f"build{number}")
+        kept.keep(library, place)
+        os.utime(place, (number, number))
+    names = sorted(path.name for path in (tmp_path / "build/kept").iterdir())
+    assert names == [f"build{number}.so" for number in range(2, kept.MOST + 2)]
+    assert place.read_text() == str(kept.MOST + 1)
 
 
 # ---- The library that was built ------------------------------------------------------------------------------------
+
+
+def test_a_tree_that_was_never_built_says_so_in_a_sentence(tmp_path: Path) -> None:
+    package = tmp_path / "alphaext"
+    shutil.copytree(ROOT / "alphaext", package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    # Without the site's own start: an editable installation would lend its library to any alphaext.
+    program = f"import sys; sys.path += [{str(tmp_path)!r}, {sysconfig.get_path('purelib')!r}]; from alphaext import fit"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: the extension of this alphaext, in {package}, has not been built: run 'pip install -e .' in that "
+        "checkout, or start Python elsewhere to use an installed alphaext"
+    )
 
 
 def test_build_info_tells_how_the_library_was_built() -> None:

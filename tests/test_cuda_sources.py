@@ -149,7 +149,8 @@ def float_atomics(text: str) -> list[str]:
 SOURCES = sorted([*CUDA.rglob("*.cu"), *CUDA.rglob("*.cuh")])
 LAUNCHERS = [CUDA / "launching.h", *(path for path in SOURCES if path.suffix == ".cu")]
 KERNELS = [path for path in SOURCES if path.suffix == ".cuh"]
-HEADERS = sorted(path for path in CUDA.glob("*.h") if path not in LAUNCHERS)
+HEADERS = sorted(path.with_suffix(".h") for path in CUDA.glob("*.cu"))  # where launchers are declared
+PLAIN = sorted(path for path in CUDA.glob("*.h") if path.name != "launching.h")  # what C++ without CUDA may include
 
 
 def everything() -> str:
@@ -179,7 +180,23 @@ def test_kernel_files_hold_no_launch(path):
     assert "<<<" not in code and LAUNCH_CALL.search(code) is None
 
 
-@pytest.mark.parametrize("path", sorted({*SOURCES, *HEADERS, *LAUNCHERS}), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PLAIN, ids=lambda path: path.name)
+def test_plain_headers_include_no_cuda(path):
+    text = path.read_text(encoding="utf-8")
+    included = re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.MULTILINE)
+    assert all(name.startswith("kernels/") or CUDA / name in PLAIN for name in included)
+
+
+def test_builds_without_cuda_include_nothing_of_it():
+    without = CUDA.parent.rglob("*")
+    for path in sorted(path for path in without if path.suffix in (".h", ".cpp") and path.parent != CUDA):
+        if path.name == "head_on_gpu.cpp":  # not in such a build
+            continue
+        text = re.sub(r"#if ALPHAEXT_WITH_CUDA\n.*?\n#endif", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert '#include "cuda' not in text, path
+
+
+@pytest.mark.parametrize("path", sorted({*SOURCES, *PLAIN, *LAUNCHERS}), ids=lambda path: path.name)
 def test_no_torch_no_waiting_no_float_atomics(path):
     text = path.read_text(encoding="utf-8")
     assert forbidden_includes(text) == []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import alphaext  # noqa: F401  (registers the operators)
 
-TILE, BLOCK, TOP = 16, 64, 5  # as in csrc/training.h
+TILE, BLOCK, TOP = 16, 64, 5  # as in csrc/kernels/training_params.h
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # of some steps' rounding, in another order of sums
 
 # gamma, rule, projected_gradient, lr, momentum, dampening, weight_decay, nesterov, first_step
@@ -200,7 +200,7 @@ def test_no_runs():
         ({"batch": 0}, "batch must be at least 1"),
         ({"penalty": torch.zeros(5, 2, 3, dtype=torch.float64)}, r"penalty must have shape \[5, 2, 4\]"),
         ({"few_offset": torch.zeros(5, 4, dtype=torch.float64)}, r"few_offset must have shape \[5, 5\]"),
-        ({"few_offset": torch.zeros(5, 5)}, "few_offset must be a contiguous CPU tensor of the expected dtype"),
+        ({"few_offset": torch.zeros(5, 5)}, "few_offset must have the dtype of state, float64, got float32"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -53,4 +53,8 @@ class Info(Options):
         console, info = shared.console_or_quiet(console), build_info()
         for name, value in info.items():
             console.print(f"{name}: {value}", highlight=False, markup=False)
+        more = (
+            "TORCH_CUDA_ARCH_LIST=all builds for other GPUs too" if info["cuda"] else "ALPHAEXT_CUDA=1 builds the CUDA kernels"
+        )
+        console.print(f"{more}: set it and install again from the checkout", highlight=False, markup=False)
         return dict(info)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 try:
     import torch  # noqa: F401  (loads the libraries that the extension links to)
 
-    from .. import _C
-except ImportError as error:
+    import alphaext._C as _C
+except ModuleNotFoundError as error:
+    if error.name != "alphaext._C":
+        raise
     raise ImportError(
-        f"alphaext could not load its extension ({error}). From a source checkout, build it first with 'pip install -e .'; "
-        "if alphaext is installed, leave the checkout's directory, whose source tree hides the installed package"
-    ) from error
+        f"the extension of this alphaext, in {Path(__file__).parents[1]}, has not been built: run 'pip install -e .' in that "
+        "checkout, or start Python elsewhere to use an installed alphaext"
+    ) from None
 
 __all__ = ["LAYOUT", "build_info"]
 
 LAYOUT: dict[str, int] = _C.layout()
-"""Sizes that the kernels' memory is laid out by: ``tile_width``, ``block_samples`` and ``top_classes`` (csrc/training.h)."""
+"""Sizes of the kernels' memory layout: ``tile_width``, ``block_samples``, ``top_classes`` (csrc/kernels/training_params.h)."""
 
 
 def build_info() -> dict[str, Any]:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from . import extension  # noqa: F401  (registers the operators)
 
-# The numbers of csrc/rules.h.
+# The numbers of csrc/kernels/rules.h.
 RULE_NUMBERS = {"softmax": 0, "clamp": 1, "l1": 2}
 
-# Arguments of `head` that can have a gradient, by position; bit i of `wanted` asks for the i-th of them (csrc/ops.cpp).
+# Arguments of `head` that can have a gradient, by position; bit i of `wanted` asks for the i-th of them (csrc/ops/head.cpp).
 _DIFFERENTIABLE = (0, 1, 2, 4, 5, 6, 7, 8)
 _NUM_ARGUMENTS = 12
 
@@ -344,17 +344,7 @@ def _head_fake(
     rule: int,
     projected_gradient: bool,
 ) -> tuple[Tensor, ...]:
-    for name, x in (
-        ("weight", weight),
-        ("bias", bias),
-        ("members", members),
-        ("z", z),
-        ("w1", w1),
-        ("b1", b1),
-        ("w2", w2),
-    ):
-        if x is not None and x.device != input.device:
-            raise RuntimeError(f"alphaext: {name} must be on the device of input, {input.device}, got {x.device}")
+    _check_devices({"weight": weight, "bias": bias, "members": members, "z": z, "w1": w1, "b1": b1, "w2": w2, "b2": b2}, input)
     batch, num_classes = input.shape[0], input.shape[1] if weight is None else weight.shape[0]
     wide = _accumulate_dtype(input.dtype)
     num_few, num_members = members.shape
@@ -367,9 +357,18 @@ def _head_fake(
     )
 
 
+def _check_devices(others: dict[str, Tensor | None], input: Tensor) -> None:
+    # One tensor on the meta device sends the whole call here, where nothing is computed.
+    for name, x in others.items():
+        if x is not None and x.device != input.device:
+            raise RuntimeError(f"alphaext: {name} must be on the device of input, {input.device}, got {x.device}")
+
+
 def _head_backward_fake(grad_scores: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     wanted = arguments[-1]
     input = arguments[0]
+    names = ("weight", "bias", "members", "z", "w1", "b1", "w2", "b2", "preactivation", "raw", "alpha", "logits")
+    _check_devices({"grad_scores": grad_scores, **dict(zip(names, arguments[1:13], strict=True))}, input)
     return tuple(input.new_empty(arguments[i].shape if wanted >> bit & 1 else (0,)) for bit, i in enumerate(_DIFFERENTIABLE))
 
 

@@ -12,7 +12,7 @@ from head.providers import MODES, PROVIDERS, SIZES, Size, make_problem, make_ste
 from machine import PeakMemory, seconds_to_read
 from torch.nn import functional
 
-from alphaext.training import single as training
+from alphaext import fit
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -41,7 +41,7 @@ def benchmark_seconds(function) -> float:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_head(benchmark, device, size, mode, provider):
+def test_head(benchmark, pytestconfig, device, size, mode, provider):
     torch.manual_seed(0)
     gc.collect()
     problem = make_problem(SIZES[size], device)
@@ -55,7 +55,7 @@ def test_head(benchmark, device, size, mode, provider):
     peak = None
     if memory is not None:
         peak = memory.above_start()
-    elif benchmark.enabled:
+    elif benchmark.enabled and not pytestconfig.getoption("--small"):
         peak = peak_in_own_process(size, mode, provider)
     benchmark.extra_info.update(device=device, size=size, mode=mode, provider=provider, peak_mib=peak)
 
@@ -63,39 +63,32 @@ def test_head(benchmark, device, size, mode, provider):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_step_within_fit(benchmark, device, size):
-    """A step as `fit` takes it from features: an epoch's logits in one product, few ones kept; epoch over steps."""
-    problem = make_problem(SIZES[size], device)
+    """A step as `fit` takes it from features: an epoch's logits in one product, few ones kept; a training over its steps."""
+    size_of = SIZES[size]
+    problem = make_problem(size_of, device)
     head = PROVIDERS["alphaext factored"][0](problem)
-    samples, steps = make_epoch(head, SIZES[size])
-    parameters = [p for p in head.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=True)
-    run = training._Run(head, parameters, optimizer, None, 1.0, torch.Generator("cpu").manual_seed(0))
-
-    def epoch() -> None:
-        run.epoch(samples, SIZES[size].batch)
+    features, labels = (x.to(device) for x in make_samples(head.few_classes.cpu(), size_of))
+    options = {"epochs": 3, "batch_size": size_of.batch, "negative_ratio": 1.0, "lr": 1e-4, "engine": "autograd"}
 
     benchmark.group = f"{size}, sgd step, {device}"
     benchmark.name = "alphaext factored, within fit"
-    measure(benchmark, epoch, device)
+    measure(benchmark, lambda: fit(head, features, labels, **options), device)
+    steps = options["epochs"] * -(-2 * size_of.few_samples // size_of.batch)
     benchmark.extra_info.update(
         device=device, size=size, mode="sgd step", provider="alphaext factored, within fit", peak_mib=None, divide_by=steps
     )
 
 
-def make_epoch(head, size: Size) -> tuple[training._Samples, int]:
+def make_samples(few_classes: torch.Tensor, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     """Few samples as many as published, and a pool of base samples that is large enough to draw as many from."""
     generator = torch.Generator("cpu").manual_seed(1)
-    few_classes = head.few_classes.cpu()
-    few_labels = few_classes[torch.randint(len(few_classes), (size.few_samples,), generator=generator)]
+    few_labels = few_classes[torch.arange(size.few_samples) % len(few_classes)]
     is_base = torch.ones(size.num_classes, dtype=torch.bool)
     is_base[few_classes] = False
     base_classes = is_base.nonzero().flatten()
     base_labels = base_classes[torch.randint(len(base_classes), (4 * size.few_samples,), generator=generator)]
     labels = torch.cat([few_labels, base_labels])
-    features = torch.randn(len(labels), size.in_features, generator=generator)
-    few, base = torch.arange(size.few_samples), torch.arange(size.few_samples, len(labels))
-    samples = training._Samples(head, features, labels, few, base, size.few_samples)
-    return samples, -(-2 * size.few_samples // size.batch)
+    return torch.randn(len(labels), size.in_features, generator=generator), labels
 
 
 @pytest.mark.parametrize("provider", ["nn.Linear", "folded head"])

@@ -1,5 +1,6 @@
-// What is kept of a sample's logits, and validation on it. Included once per instruction set, inside a namespace of its own; no
-// include guard and no includes for that reason.
+// What is kept of a sample's logits: the few classes' members, and of equation 4 one number for training and the best for
+// validation. Included once per instruction set, inside a namespace of its own; no include guard and no includes for that
+// reason.
 
 // log of the sum of exponentials of logits + penalty.
 template <typename Acc>
@@ -62,72 +63,6 @@ static void cache_logits(const CacheParams& p, int64_t begin, int64_t end) {
     if (p.top_logits) {
       top_classes(logits, penalty, p.num_classes, static_cast<Acc*>(p.top_logits) + row * kTopClasses,
                   p.top_ids + row * kTopClasses);
-    }
-  }
-}
-
-template <typename Acc>
-static void validate(const ValidateParams& p, int64_t begin, int64_t end) {
-  using V = Vector<Acc>;
-  const Acc* const alpha = static_cast<const Acc*>(p.alpha);
-  Acc* const scores = static_cast<Acc*>(p.workspace);
-  Acc* const own = scores + p.num_few * kBlockSamples;
-  Acc* const before = own + kBlockSamples;
-  Acc* const ties = before + kBlockSamples;
-  for (int64_t block = begin; block < end; ++block) {
-    const Acc* const logits = static_cast<const Acc*>(p.member_logits) + block * p.columns * kBlockSamples;
-    const int64_t first = block * kBlockSamples;
-    const int64_t count = p.samples - first < kBlockSamples ? p.samples - first : kBlockSamples;
-    // The columns of a block are visited in no order that the processor could foresee, so the next block is fetched by name.
-    const char* next = reinterpret_cast<const char*>(logits + p.columns * kBlockSamples);
-    const char* const next_end = block + 1 < end ? next + p.columns * kBlockSamples * sizeof(Acc) : next;
-    const int64_t share = rounded_up(rounded_up(next_end - next, 64) / 64, p.num_few) / p.num_few;
-    for (int64_t f = 0; f < p.num_few; ++f) {
-      for (int64_t line = 0; line < share && next < next_end; ++line, next += 64) __builtin_prefetch(next, 0, 2);
-      constexpr int kWidth = static_cast<int>(kBlockSamples) / 2;  // of which the sums fit into the registers
-      for (int b = 0; b < kBlockSamples; b += kWidth) {
-        V sums[kWidth / kLanes<Acc>];
-        mix_columns<Acc, kWidth>(logits + b, kBlockSamples, p.member_columns + f * p.members, alpha + f * p.members, p.members, sums);
-        for (int v = 0; v < kWidth / kLanes<Acc>; ++v) store(scores + f * kBlockSamples + b + v * kLanes<Acc>, sums[v]);
-      }
-    }
-    for (int64_t b = 0; b < kBlockSamples; ++b) {
-      const int32_t few = b < count ? p.few_of_label[first + b] : -1;
-      own[b] = few >= 0 ? scores[few * kBlockSamples + b]
-                        : (b < count ? static_cast<const Acc*>(p.label_logit)[first + b] : Acc(0));
-    }
-    // How many few classes score higher than the label, and as high.
-    constexpr int kWidth = 4 * kLanes<Acc>;  // of which all fits into the registers
-    for (int b = 0; b < kBlockSamples; b += kWidth) {
-      V right[4], higher[4] = {}, equal[4] = {};
-      for (int v = 0; v < 4; ++v) right[v] = load(own + b + v * kLanes<Acc>);
-      for (int64_t f = 0; f < p.num_few; ++f) {
-        for (int v = 0; v < 4; ++v) {
-          const V score = load(scores + f * kBlockSamples + b + v * kLanes<Acc>);
-          higher[v] += score > right[v] ? all(Acc(1)) : V{};
-          equal[v] += score == right[v] ? all(Acc(1)) : V{};
-        }
-      }
-      for (int v = 0; v < 4; ++v) {
-        store(before + b + v * kLanes<Acc>, higher[v]);
-        store(ties + b + v * kLanes<Acc>, equal[v]);
-      }
-    }
-    for (int64_t b = 0; b < count; ++b) {
-      // A label of a few class ties with itself. Of other ties, which are rare, those of lower id stand before the label.
-      if (ties[b] == Acc(p.few_of_label[first + b] >= 0)) continue;
-      for (int64_t f = 0; f < p.num_few; ++f) {
-        before[b] += Acc(scores[f * kBlockSamples + b] == own[b] && p.few_classes[f] < p.labels[first + b]);
-      }
-    }
-    for (int64_t b = 0; b < count; ++b) {
-      const int64_t sample = first + b, label = p.labels[sample];
-      int64_t rank = static_cast<int64_t>(before[b]);
-      const Acc* const top = static_cast<const Acc*>(p.top_logits) + sample * kTopClasses;
-      const int32_t* const ids = p.top_ids + sample * kTopClasses;
-      for (int i = 0; i < kTopClasses; ++i) rank += top[i] > own[b] || (top[i] == own[b] && ids[i] < label);
-      p.hits[label] += rank < 1;
-      p.hits[p.num_classes + label] += rank < kTopClasses;
     }
   }
 }

@@ -1,5 +1,5 @@
-// Second layer and coefficient rule of each class, forward beside backward. Included once per instruction set, inside a
-// namespace of its own; no include guard and no includes for that reason.
+// Second layer and coefficient rule of each class: the alpha of equations 1 and 2, forward beside backward. Included once per
+// instruction set, inside a namespace of its own; no include guard and no includes for that reason.
 
 template <typename T>
 static void coefficient_forward(const CoefficientParams& params, int64_t begin, int64_t end) {

@@ -1,5 +1,5 @@
-// First layer of all sub-modules, forward beside backward. Included once per instruction set, inside a namespace of its own;
-// no include guard and no includes for that reason.
+// First layer of all sub-modules, whose second gives the alpha of equations 1 and 2, forward beside backward. Included once per
+// instruction set, inside a namespace of its own; no include guard and no includes for that reason.
 //
 // Both directions are bound by memory: the forward streams w1 once, the backward streams grad_w1 out once.
 

@@ -1,5 +1,6 @@
 // The first layers' random starting weights, made row by row wherever they are wanted: written down, or used at once and
-// forgotten. Included once per instruction set, inside a namespace of its own; no include guard and no includes for that reason.
+// forgotten. Included once per instruction set, inside a namespace of its own; no include guard and no includes for that
+// reason.
 
 // Philox4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) for 8 counters at a time:
 // any part of the weights can be made without what comes before it.
@@ -23,8 +24,8 @@ static ALPHAEXT_INLINE void philox(uint32_t (&c0)[kStreams], uint32_t (&c1)[kStr
   }
 }
 
-// The I weights of a row, and after them its bias, uniform in [-bound, bound); `row` has room for rounded_up(I + 1, 32) numbers.
-// Numbers have 24 random bits in every dtype, so that networks of all dtypes start alike.
+// The I weights of a row, and after them its bias, uniform in [-bound, bound); `row` has room for rounded_up(I + 1, 32)
+// numbers. Numbers have 24 random bits in every dtype, so that networks of all dtypes start alike.
 template <typename Acc>
 static inline void random_row(const InitialWeightsParams& p, int64_t network, int64_t unit, Acc* row) {
   const Acc bound = static_cast<Acc>(p.bound), step = static_cast<Acc>(2.0 / 16777216.0) * bound;

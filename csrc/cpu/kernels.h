@@ -2,8 +2,8 @@
 // the extension, std::thread in the C++ tests. Results do not depend on how a loop is cut.
 #pragma once
 
-#include "../params.h"
-#include "../training.h"
+#include "kernels/head_params.h"
+#include "kernels/training_params.h"
 
 namespace alphaext::cpu {
 

@@ -1,5 +1,5 @@
-// Scores as a sparse mix of the original logits, forward beside backward. Included once per instruction set, inside a
-// namespace of its own; no include guard and no includes for that reason.
+// Equations 1 to 4 in one sum: scores as a sparse mix of the original logits, forward beside backward. Included once per
+// instruction set, inside a namespace of its own; no include guard and no includes for that reason.
 
 template <typename T>
 static void mix_forward(const MixParams& params, int64_t begin, int64_t end) {

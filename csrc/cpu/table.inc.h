@@ -24,7 +24,8 @@ static inline void stream_scaled(T* destination, const T* source, accumulate_t<T
 #include "mix.inc.h"
 #include "cached_logits.inc.h"
 #include "initial_weights.inc.h"
-#include "training.inc.h"
+#include "train.inc.h"
+#include "validate.inc.h"
 
 #define ALPHAEXT_BY_DTYPE(kernel, Params)                                \
   [](const Params& params, int64_t begin, int64_t end) {                 \

@@ -19,7 +19,7 @@
 #include "cuda_shim.h"
 #endif
 
-#include "../params.h"
+#include "launch_shape.h"
 
 namespace alphaext::cuda {
 
@@ -30,24 +30,20 @@ __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid()
 using shim::grid_barrier;
 #endif
 
-constexpr int kThreads = kHeadThreads;
-constexpr int kWarp = 32;
-// Blocks an SM must have room for: 2 leaves each thread 128 registers, with which no kernel spills. Left unsaid, the compiler
-// saves registers at the price of a few spills; asked for 4, it spills more.
-constexpr int kMinBlocks = 2;
-// Fills the largest card many times over; kernels stride over whatever is left.
-constexpr int64_t kMaxBlocks = 65535;
-constexpr int64_t kMaxSharedBytes = kHeadSharedBytes;
+#if defined(__CUDACC__)
+// Rounded once, so that two computations of one score cannot differ.
+__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+#else
+template <typename T>
+T fused(T a, T b, T c) {
+  return a * b + c;
+}
+#endif
 
-struct LaunchShape {
-  int64_t blocks;  // 0: nothing to do
-  int threads;     // a multiple of kWarp, at most kThreads
-  int64_t shared_bytes;
-};
-
-inline LaunchShape shape_for(int64_t items, int64_t items_per_block, int threads, int64_t shared_bytes = 0) {
-  const int64_t blocks = items / items_per_block + (items % items_per_block != 0);
-  return {blocks < kMaxBlocks ? blocks : kMaxBlocks, threads, shared_bytes};
+template <typename T>
+__device__ __forceinline__ T not_a_number() {
+  return T(float_of(0x7fc00000u));
 }
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }

@@ -1,4 +1,4 @@
-// The whole head backward in one launch: every gradient that is asked for.
+// The gradients of equations 1 to 4 in one launch: every one that is asked for.
 //
 // A block takes neighbouring rows of grad_w1. For each class among them it makes grad_alpha and the rule's gradient itself, a
 // few hundred numbers from the second-level cache, and so waits for nobody while it streams grad_w1 out. Only sums over
@@ -317,8 +317,8 @@ __device__ __forceinline__ void differentiate_all_inputs(const HeadBackwardParam
   }
 }
 
-// store(c, sum over r < count of term(r, c)) for every column c < width: a block for 32 neighbouring columns, whose warps take the
-// rows in turn; then their sums are added up in order. `shared` has a number for each thread.
+// store(c, sum over r < count of term(r, c)) for every column c < width: a block for 32 neighbouring columns, whose warps take
+// the rows in turn; then their sums are added up in order. `shared` has a number for each thread.
 template <typename Acc, typename Term, typename Store>
 __device__ __forceinline__ void sum_columns(int64_t width, int64_t count, Acc* shared, const Term& term, const Store& store) {
   const int64_t warps = blockDim.x / kWarp;

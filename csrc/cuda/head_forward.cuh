@@ -1,4 +1,4 @@
-// The whole head forward in one launch: sub-modules, rule, composition and the logits' product, in class order.
+// Equations 1 to 4 in one launch: sub-modules, rule, composition and the logits' product, in class order.
 //
 // Before the grid's one barrier: the stream over w1, and the product, cut into tiles and slices of its depth, by the first
 // blocks. An SM has room for two blocks, so while one multiplies the other streams. After it: a block per few class makes its
@@ -91,8 +91,8 @@ __device__ __forceinline__ void multiply_rows(const T* w1, const T* z, int64_t i
   for (; i < inputs; i += kStep) visit(i, std::integral_constant<int, 1>{});
 }
 
-// preactivation = w1 z + b1, one w1 per class: every warp takes its share of neighbouring rows, w1 is read once. Aligned rows are
-// visited four at a time, kUnroll vectors of each at once.
+// preactivation = w1 z + b1, one w1 per class: every warp takes its share of neighbouring rows, w1 is read once. Aligned rows
+// are visited four at a time, kUnroll vectors of each at once.
 template <bool kAligned, int kUnroll, typename T>
 __device__ __forceinline__ void stream_rows(const HeadParams& params) {
   using Acc = accumulate_t<T>;
@@ -193,8 +193,8 @@ __device__ __forceinline__ accumulate_t<T> original_logit(const HeadParams& para
   return params.bias != nullptr ? sum + wide(static_cast<const T*>(params.bias)[c]) : sum;
 }
 
-// What a block needs of one few class at a time: in shared memory, or, where a class has too many members for that, in arrays of
-// the results.
+// What a block needs of one few class at a time: in shared memory, or, where a class has too many members for that, in arrays
+// of the results.
 template <typename Acc>
 struct ClassRoom {
   Acc* raw;

@@ -22,8 +22,8 @@ inline const char* message_for(const char* kernel, cudaError_t error) {
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
     snprintf(text, sizeof(text),
-             "alphaext CUDA kernel %s: this build has no code for this GPU (%s). It was built for %s; rebuild with "
-             "TORCH_CUDA_ARCH_LIST naming this GPU's compute capability.",
+             "alphaext CUDA kernel %s: this build has no code for this GPU (%s). It was built for %s; install alphaext again "
+             "on this machine, or with TORCH_CUDA_ARCH_LIST naming this GPU's compute capability, or all.",
              kernel, cudaGetErrorString(error), ALPHAEXT_CUDA_ARCHS);
   } else {
     snprintf(text, sizeof(text), "alphaext CUDA kernel %s: %s (%s)", kernel, cudaGetErrorString(error),
@@ -100,6 +100,32 @@ inline cudaError_t ask_whether_blocks_can_wait(int32_t device, bool* can) {
   const cudaError_t error = cudaDeviceGetAttribute(&value, cudaDevAttrCooperativeLaunch, device);
   *can = error == cudaSuccess && value != 0;
   return error;
+}
+
+template <typename Function>
+const char* dispatch(ScalarType dtype, const Function& function) {
+  switch (dtype) {
+    case ScalarType::Float32:
+      return function(float{});
+    case ScalarType::Float64:
+      return function(double{});
+    case ScalarType::Float16:
+      return function(float16{});
+    case ScalarType::BFloat16:
+      return function(bfloat16{});
+  }
+  return "alphaext CUDA kernels: unknown dtype";
+}
+
+// Launches no more blocks than the device runs at once, all of them at the same time where they wait for each other.
+template <typename... Parameters>
+const char* launch_together(const char* name, void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, bool waits,
+                            int32_t device, void* stream, typename Given<Parameters>::type... arguments) {
+  if (blocks == 0) return nullptr;
+  int64_t room = 0;
+  const cudaError_t error = blocks_at_once(kernel, kThreads, shared_bytes, device, &room);
+  if (error != cudaSuccess) return message_for(name, error);
+  return launch(name, kernel, {blocks < room ? blocks : room, kThreads, shared_bytes}, waits, stream, arguments...);
 }
 
 }  // namespace alphaext::cuda

@@ -144,7 +144,8 @@ def test_two_processes_extract_what_one_does(digits, tmp_path):
     arguments = ["--nproc-per-node", "2", "-m", "alphaext", "extract", "--config", str(digits / "alphaext.toml")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments, "--features", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    # Started where no source tree hides an installed package.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Cached features") == 1
     for part in ("train", "val", "test"):

@@ -1,5 +1,5 @@
-// What the launchers ask of CUDA's runtime, answered for a GPU that is made of CPU threads (cuda_shim.h): errors where the real one
-// has errors, launches as shim::launch. Of that GPU these variables of the environment say more:
+// What the launchers ask of CUDA's runtime, answered for a GPU that is made of CPU threads (cuda_shim.h): errors where the real
+// one has errors, launches as shim::launch. Of that GPU these variables of the environment say more:
 //
 //   SHIM_PROCESSORS   multiprocessors (2)
 //   SHIM_BLOCKS       blocks that a multiprocessor holds at most (1)

@@ -5,8 +5,8 @@
 //   shim::launch(kernel<float>, {.grid = 3, .block = 64, .shared_bytes = 48}, params, ...);
 //   shim::launch(kernel<float>, {.grid = 3, .block = 64, .cooperative = true}, params, ...);   // grid_barrier() works
 //
-// With SHIM_FIBERS defined the threads are fibers of one thread: a hundred times faster, and blind to races. Then the launchers'
-// own text can run, too (cuda_runtime_shim.h).
+// With SHIM_FIBERS defined the threads are fibers of one thread: a hundred times faster, and blind to races. Then the
+// launchers' own text can run, too (cuda_runtime_shim.h).
 //
 // Two blocks run at a time, all of them in a cooperative launch. Shared memory comes at its exact size, filled with 0xff (NaN)
 // before every block. Threads that disagree on the barriers they pass make launch() throw. Static shared memory is written

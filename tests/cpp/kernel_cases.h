@@ -1,5 +1,6 @@
-// The cases that every table of CPU kernels has to pass, each compared with naive.h and run twice with the work cut differently:
-// the two results must agree bit by bit. Buffers, random numbers and comparisons serve the tests of the CUDA kernels, too.
+// The cases that every table of CPU kernels has to pass, each compared with naive.h and run twice with the work cut
+// differently: the two results must agree bit by bit. Buffers, random numbers and comparisons serve the tests of the CUDA
+// kernels, too.
 #pragma once
 
 #include <algorithm>

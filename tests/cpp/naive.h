@@ -1,11 +1,12 @@
-// What params.h says, loop by loop, in double precision: the reference that every kernel's result is compared with.
+// What kernels/head_params.h says, loop by loop, in double precision: the reference that every kernel's result is compared
+// with.
 #pragma once
 
 #include <cstdint>
 #include <limits>
 #include <vector>
 
-#include "params.h"
+#include "kernels/head_params.h"
 
 namespace naive {
 

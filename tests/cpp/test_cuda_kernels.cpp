@@ -6,7 +6,7 @@
 
 #include "cuda/head_backward.cuh"
 #include "cuda/head_forward.cuh"
-#include "cuda/large_head.cuh"
+#include "cuda/large_head_backward.cuh"
 
 #include "kernel_cases.h"
 
@@ -257,7 +257,7 @@ struct HeadCase {
     return out;
   }
 
-  // As gpu_head.cpp calls it: the gradients that are matrix products are left out.
+  // As ops/head_on_gpu.cpp calls it: the gradients that are matrix products are left out.
   Results run_large_backward(const Start& start, int asked, int cut, bool staged) const {
     Results out = room_for(asked & ~(kInput | kWeight | (shared_first ? kW1 | kZ : 0)));
     const bool bias_through_logits = (asked & kBias) && (s.rule.rule == Rule::L1) != from_features;

@@ -1,9 +1,11 @@
-// The launchers' own text, on a GPU of fibers: how many launches a head takes, where blocks can wait for each other and where not,
-// and what becomes of errors. That the kernels are right is test_cuda_kernels.cpp's matter.
+// The launchers' own text, on a GPU of fibers: how many launches a head takes, where blocks can wait for each other and where
+// not, and what becomes of errors. That the kernels are right is test_cuda_kernels.cpp's matter.
 #define SHIM_FIBERS 1
 
-#include "cuda/launch.cu"
-#include "cuda/training.cu"
+#include "cuda/head.cu"
+#include "cuda/large_head.cu"
+#include "cuda/train.cu"
+#include "cuda/validate.cu"
 
 #include <cstdlib>
 #include <string>
@@ -157,7 +159,7 @@ void test_errors() {
 
 void test_training_plans() {
   check::context = "training plans";
-  cuda::TrainRunsParams params{};
+  TrainRunsParams params{};
   TrainParams& p = params.first;
   p.dtype = ScalarType::Float32;
   params.runs = 1;

@@ -9,7 +9,8 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cuda/training.cuh"
+#include "cuda/train.cuh"
+#include "cuda/validate.cuh"
 
 #include "check.h"
 
@@ -92,8 +93,8 @@ struct Problem {
            kTileWidth;
   }
 
-  cuda::TrainRunsParams params() {
-    cuda::TrainRunsParams p{};
+  TrainRunsParams params() {
+    TrainRunsParams p{};
     p.first = run_params(0);
     p.runs = static_cast<int64_t>(runs.size());
     p.rows = sizes.rows;
@@ -149,7 +150,7 @@ struct Problem {
 
   // The kernel, with `blocks` to a run.
   void train_on_device(bool resident, int64_t blocks, int64_t runs_at_once, unsigned threads, bool with_settings = true) {
-    cuda::TrainRunsParams p = params();
+    TrainRunsParams p = params();
     if (!with_settings) p.settings = nullptr;
     cuda::TrainPlan plan = cuda::train_plan_with(p, resident, blocks, runs_at_once);
     if (resident) plan.shared_bytes = cuda::train_arena(p.first, true, plan.classes, plan.tiles).bytes;
@@ -411,7 +412,7 @@ void test_validation(int64_t samples, int64_t num_few, int64_t members, int64_t 
   for (const unsigned threads : {32u, 64u, 160u}) {
     actual.assign(expected.size(), 0);
     p.hits = actual.data();
-    const cuda::ValidateRunsParams all{p, runs};
+    const ValidateRunsParams all{p, runs};
     const cuda::LaunchShape shape = cuda::validate_shape(all, static_cast<int>(threads));
     if (shape.blocks == 0) continue;
     const unsigned grid = static_cast<unsigned>(std::min<int64_t>(shape.blocks, 3));
@@ -427,7 +428,7 @@ void test_plans() {
   p.dtype = ScalarType::Float32;
   p.num_few = 136, p.members = 6, p.tiles = 32, p.columns = 1000, p.batch = 64, p.samples = 3286;
   const auto plan_for = [&](int64_t runs, int64_t threads = 512) {
-    cuda::TrainRunsParams params{};
+    TrainRunsParams params{};
     params.first = p;
     params.runs = runs;
     return cuda::choose_train_plan(params, 132, 226 * 1024, [&](bool, int64_t bytes) {

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "check.h"
-#include "rules.h"
+#include "kernels/rules.h"
 
 using namespace alphaext;
 

@@ -5,8 +5,8 @@
 
 #include "cpu/kernels.h"
 #include "kernel_cases.h"
-#include "sampling.h"
-#include "training.h"
+#include "kernels/sampling.h"
+#include "kernels/training_params.h"
 
 // The vectors of the baseline instruction set, to look at the exponential by itself.
 namespace vectors {

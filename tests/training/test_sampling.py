@@ -236,8 +236,8 @@ BAD_DRAWS = {
     "nor negatives be drawn from no group; got 3, 2, 0": (3, OFFSETS[:1], 2),
     "group_offsets must start at 0 and increase": (3, OFFSETS + 1, 2),
     "group_offsets must start at 0 and": (3, torch.tensor([0, 4, 4]), 2),
-    "group_offsets must be a contiguous CPU tensor of the expected dtype": (3, OFFSETS.int(), 2),
-    "group_offsets must be a contiguous": (3, torch.zeros(6, dtype=torch.int64)[::2], 2),
+    "group_offsets must be int64, got int32": (3, OFFSETS.int(), 2),
+    "group_offsets must be contiguous": (3, torch.zeros(6, dtype=torch.int64)[::2], 2),
     r"group_offsets must have shape \[n\], got \[1, 3\]": (3, OFFSETS[None], 2),
 }
 

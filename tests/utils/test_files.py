@@ -80,7 +80,9 @@ with folder_lock(sys.argv[1], "features"):
 
 
 def test_a_folder_is_held_by_one_process_and_by_no_dead_one(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as process:
+    # Started where no source tree hides an installed package.
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path) as process:
         assert process.stdout is not None and process.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match="another process is writing features into"), folder_lock(tmp_path, "features"):
             pass

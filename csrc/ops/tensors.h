@@ -1,14 +1,15 @@
 // Tensors as the operators use them: on the LibTorch stable ABI alone.
 #pragma once
 
+#include <cstdlib>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "scalars.h"
-#include "stable_aten.h"
+#include "aten.h"
+#include "kernels/scalars.h"
 
 namespace alphaext {
 
@@ -57,6 +58,14 @@ inline ScalarType kernel_type(TorchType type) {
   }
 }
 
+// Of the operators of a training, which have no 16-bit form.
+inline ScalarType training_type(const Tensor& tensor, const char* name) {
+  const TorchType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == TorchType::Float || type == TorchType::Double, "alphaext: ", name,
+                  " must be float32 or float64, got ", name_of(type));
+  return type == TorchType::Double ? ScalarType::Float64 : ScalarType::Float32;
+}
+
 inline TorchType accumulate_type(TorchType type) { return type == TorchType::Double ? TorchType::Double : TorchType::Float; }
 
 // ---- Memory ------------------------------------------------------------------------------------------------------------
@@ -86,6 +95,18 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, T
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &result));
   return Tensor(result);
 }
+
+// Scratch memory of one call, on a cache line of its own.
+struct Workspace {
+  explicit Workspace(int64_t bytes)
+      : memory(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)))) {
+    STD_TORCH_CHECK(memory != nullptr, "alphaext: no memory for a workspace of ", bytes, " bytes");
+  }
+  ~Workspace() { std::free(memory); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  char* const memory;
+};
 
 // The only entry of its leading dimension of size 1.
 inline Tensor only(const Tensor& tensor) { return torch::stable::select(tensor, 0, 0); }

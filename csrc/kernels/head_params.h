@@ -1,5 +1,5 @@
-// What each kernel reads and writes: raw pointers and sizes, no torch. The first structs are the CPU's, whose kernels make the head
-// in steps; those of the whole head are a GPU's.
+// What each kernel reads and writes: raw pointers and sizes, no torch. The first structs are the CPU's, whose kernels make the
+// head in steps; those of the whole head are a GPU's.
 //
 // Every array is dense and row-major. `T` is the tensors' dtype (`dtype` below), `Acc` is accumulate_t<T>: double for
 // float64, float for the rest. Shapes use the paper's letters: batch, N classes, F few classes, M = K+1 members,
@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "rules.h"
-#include "scalars.h"
+#include "kernels/rules.h"
+#include "kernels/scalars.h"
 
 namespace alphaext {
 
@@ -176,26 +176,27 @@ inline HeadBackwardNeeds head_backward_needs(bool has_weight, bool shared_first,
 constexpr int kHeadThreads = 256;
 constexpr int64_t kHeadSharedBytes = 48 * 1024;
 
-// What a block keeps of a class in shared memory: two arrays over its members and a number a thread. 0: it has too many members.
+// What a block keeps of a class in shared memory: two arrays over its members and a number a thread. 0: it has too many
+// members.
 inline int64_t large_head_stage_bytes(int64_t members, ScalarType dtype, int threads = kHeadThreads) {
   const int64_t bytes = (2 * members + threads) * (dtype == ScalarType::Float64 ? 8 : 4);
   return bytes <= kHeadSharedBytes ? bytes : 0;
 }
 
-// The head without its matrix products (csrc/cuda/large_head.cuh). In `head`, `logits` is given, or null where `input` holds them;
-// with shared_first `preactivation` is given, too; weight, slices and partial are not used.
+// The head without its matrix products (csrc/cuda/large_head.cuh). In `head`, `logits` is given, or null where `input` holds
+// them; with shared_first `preactivation` is given, too; weight, slices and partial are not used.
 struct LargeHeadParams {
   HeadParams head;
   bool adds_bias;  // `logits` lack the bias, which is added to them in place
 };
 
-// In `head`, grad_input and grad_weight are null, with shared_first also grad_w1 and grad_z: these are products of grad_logits and
-// grad_preactivation. grad_logits is [batch, N], written where it is not null: with `bias` it is needed wherever the bias's
+// In `head`, grad_input and grad_weight are null, with shared_first also grad_w1 and grad_z: these are products of grad_logits
+// and grad_preactivation. grad_logits is [batch, N], written where it is not null: with `bias` it is needed wherever the bias's
 // gradient passes through the logits. grad_raw must be given where members do not fit into shared memory.
 struct LargeHeadBackwardParams {
   HeadBackwardParams head;
-  // The members sorted by class, with grad_logits: entry_offsets[c] .. entry_offsets[c + 1] bounds the part of `entries` that lists
-  // the flat positions f * M + k with member_ids[f, k] == c.
+  // The members sorted by class, with grad_logits: entry_offsets[c] .. entry_offsets[c + 1] bounds the part of `entries` that
+  // lists the flat positions f * M + k with member_ids[f, k] == c.
   const int64_t* entries;        // [F * M], or null
   const int64_t* entry_offsets;  // [N + 1], or null
   bool keeps_wide;               // grad_logits is Acc, else T

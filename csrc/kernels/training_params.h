@@ -2,14 +2,14 @@
 //
 // With a frozen classifier and fixed inputs a training step needs, per sample, the logits of the few classes' members and one
 // number for all base classes together (docs/exactness.md). These are computed once (CacheParams), trained on (TrainParams) and
-// scored (ValidateParams). `T` below is `dtype`: Float32 or Float64. Sizes use the letters of params.h; U is the number of distinct
-// member columns, a class twice where it is wanted with and without its bias (rule l1).
+// scored (ValidateParams). `T` below is `dtype`: Float32 or Float64. Sizes use the letters of head_params.h; U is the number of
+// distinct member columns, a class twice where it is wanted with and without its bias (rule l1).
 #pragma once
 
 #include <cstdint>
 
-#include "rules.h"
-#include "scalars.h"
+#include "kernels/rules.h"
+#include "kernels/scalars.h"
 
 namespace alphaext {
 
@@ -20,6 +20,7 @@ constexpr int64_t kBlockSamples = 64;
 constexpr int64_t kTopClasses = 5;
 
 inline int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline int64_t blocks_of(int64_t samples) { return rounded_up(samples, kBlockSamples) / kBlockSamples; }
 
 // The random start of the first layers, w1 and b1 uniform in [-bound, bound), or what they make of z.
 struct InitialWeightsParams {
@@ -122,5 +123,38 @@ struct ValidateParams {
 inline int64_t validate_workspace_bytes(const ValidateParams& p) {
   return (p.num_few + 3) * kBlockSamples * (p.dtype == ScalarType::Float64 ? 8 : 4) + 64;
 }
+
+// ---- Several runs at once ----------------------------------------------------------------------------------------------
+
+// What may differ from run to run, a row of kRunSettings numbers each.
+enum RunSetting : int {
+  kGamma,
+  kRule,
+  kProjectedGradient,
+  kLr,
+  kMomentum,
+  kDampening,
+  kWeightDecay,
+  kNesterov,
+  kFirstStep,
+  kSamples,  // how many of its row of `order` a run trains on
+  kRunSettings
+};
+
+// One epoch of several runs side by side, of equal sizes. In `first` are the sizes and the arrays of run 0 on the device; those
+// of the next run follow at once, as stacked tensors do. Not used of it: workspace.
+struct TrainRunsParams {
+  TrainParams first;         // rule and sgd count only without `settings`
+  int64_t runs, rows;        // rows: of member_logits
+  bool separate_logits;      // member_logits, base_logsumexp, label_logit and few_of_label have a leading run dimension too
+  const double* settings;    // [R, kRunSettings], or null: those of `first`
+  double* results;           // [R, 3], written: loss, failed step or -1, failed class or -1
+  unsigned char* workspace;  // TrainPlan::workspace_bytes, aligned to 256 bytes
+};
+
+struct ValidateRunsParams {
+  ValidateParams first;  // alpha, member_columns and hits of run 0, the others follow; not used: workspace
+  int64_t runs;
+};
 
 }  // namespace alphaext

@@ -1,5 +1,5 @@
-// One epoch of training. Included once per instruction set, inside a namespace of its own; no include guard and no includes for
-// that reason.
+// One epoch of training: equations 1 to 4 as a sparse mix of cached logits, their gradients and SGD. Included once per
+// instruction set, inside a namespace of its own; no include guard and no includes for that reason.
 //
 // A step is bound by moving the sub-modules' second layers and their momentum (24 KB a class at H = 500, K = 5) through the
 // cache. So a class is visited once a step: the update of step t and the forward of step t+1 in one pass over its state.
@@ -306,7 +306,8 @@ static ALPHAEXT_INLINE void fetch_share(const Epoch<Acc>& e, int64_t first, int6
   }
 }
 
-// Outputs and coefficients of all classes; with kUpdate after an SGD step, while the next batch is fetched. Returns a class whose outputs are not finite, or -1.
+// Outputs and coefficients of all classes; with kUpdate after an SGD step, while the next batch is fetched. Returns a class
+// whose outputs are not finite, or -1.
 template <typename Acc, bool kUpdate>
 static inline int64_t visit_all(const Epoch<Acc>& e, const Sgd<Acc>& sgd, bool plain, int64_t next_first = 0,
                                 int64_t next_count = 0) {

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "scalars.h"
+#include "kernels/scalars.h"
 
 namespace alphaext {
 

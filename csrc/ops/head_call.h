@@ -4,7 +4,7 @@
 #include <optional>
 #include <tuple>
 
-#include "params.h"
+#include "kernels/head_params.h"
 #include "tensors.h"
 
 namespace alphaext {

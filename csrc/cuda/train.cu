@@ -1,6 +1,8 @@
-// The launchers of the training kernels. Nothing here allocates or synchronises.
+// The launchers of the training kernel. Nothing here allocates or synchronises.
+#include "train.h"
+
 #include "launching.h"
-#include "training.cuh"
+#include "train.cuh"
 
 namespace alphaext::cuda {
 namespace {
@@ -68,15 +70,6 @@ const char* train_epochs(const TrainRunsParams& params, const TrainPlan& plan, i
   const int threads = params.first.dtype == ScalarType::Float64 ? kTrainThreads<double> : kTrainThreads<float>;
   return launch("train_epoch", train_kernel_of(params, plan.resident), {plan.blocks * plan.runs_at_once, threads, plan.shared_bytes},
                 true, stream, params, plan);
-}
-
-const char* validate_runs(const ValidateRunsParams& params, int32_t device, void* stream) {
-  const LaunchShape shape = validate_shape(params);
-  if (shape.blocks == 0) return nullptr;
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return message_for("validate", guard.error());
-  const bool is_double = params.first.dtype == ScalarType::Float64;
-  return launch("validate", is_double ? validate_kernel<double> : validate_kernel<float>, shape, false, stream, params);
 }
 
 }  // namespace alphaext::cuda

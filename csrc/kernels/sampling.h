@@ -1,6 +1,7 @@
 // The samples of an epoch: which, and in what order. Plain C++, so that every engine and every backend draws the same ones.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -57,8 +58,8 @@ inline void shuffle_front(RandomStream& random, int64_t* values, int64_t size, i
 //
 // The base samples come in groups, group g being those from group_offsets[g] to group_offsets[g + 1]. Every group gives equally
 // many; what is left over after the division, one each from groups chosen at random. So one group draws uniformly over images,
-// a group a class draws class-balanced. Within a group they are drawn without replacement, unless more are asked of it than it has.
-// `permutation` holds 0, 1, 2, ... for all base samples, and does again on return.
+// a group a class draws class-balanced. Within a group they are drawn without replacement, unless more are asked of it than it
+// has. `permutation` holds 0, 1, 2, ... for all base samples, and does again on return.
 inline void draw_epoch(int64_t num_few, const int64_t* group_offsets, int64_t groups, int64_t negatives, uint64_t seed,
                        uint64_t epoch, int64_t* permutation, int64_t* order) {
   RandomStream random(seed, epoch);

@@ -1,5 +1,6 @@
 // The head on a GPU: one launch with its matrix products, or, beyond the crossing point, ATen's products and one launch.
-#include "cuda/kernels.h"
+#include "cuda/head.h"
+#include "cuda/large_head.h"
 #include "gpu_stream.h"
 #include "head_call.h"
 
@@ -12,8 +13,8 @@ void run(const char* (*launcher)(const Params&, int32_t, void*), const Params& p
   STD_TORCH_CHECK(error == nullptr, "alphaext: ", error ? error : "");
 }
 
-// Up to the crossing point, and where nothing is empty: the pointer of an empty tensor is null, which the kernel of a whole head
-// reads as "not given".
+// Up to the crossing point, and where nothing is empty: the pointer of an empty tensor is null, which the kernel of a whole
+// head reads as "not given".
 bool goes_in_one_launch(const HeadCall& call) {
   const Sizes& s = call.s;
   const bool has_first_layer = s.separate_first_layer || s.shared_first_layer;  // without one, hidden units may be none
@@ -22,8 +23,8 @@ bool goes_in_one_launch(const HeadCall& call) {
          cuda::fuses_head(kernel_type(call.type()), s.batch, s.num_classes, s.members, call.input.get_device_index());
 }
 
-// The arguments that a launch reads, dense, for as long as its parameters point to them. Without the products it reads neither the
-// classifier nor the features.
+// The arguments that a launch reads, dense, for as long as its parameters point to them. Without the products it reads neither
+// the classifier nor the features.
 struct DenseCall {
   const bool with_products;
   const Tensor input, b1, w2, b2;
