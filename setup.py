@@ -138,6 +138,7 @@ def kept_library(version: str) -> Path:
     toolkit = DECISION.toolkit
     tools = [version, torch.__version__, pybind11.__version__, compiler_text(), str(sysconfig.get_config_var("EXT_SUFFIX"))]
     tools += [*CXX_FLAGS, *NVCC_FLAGS, *ARCHITECTURES, "CPU" if toolkit is None else toolkit.version_text]
+    tools += [f"{name}={os.environ.get(name, '')}" for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]  # nvcc reads them
     return kept.place(ROOT, kept.fingerprint(ROOT, tools))
 
 

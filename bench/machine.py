@@ -51,9 +51,10 @@ def _build_info() -> dict[str, Any]:
     """What the extension tells of itself; imported here, so that a machine can be described before it is built."""
     try:
         import alphaext
-    except ImportError:
-        return {"simd": "unknown", "version": "not built", "cuda_archs": None}
-    return alphaext.build_info()
+
+        return alphaext.build_info()
+    except ImportError as error:
+        return {"simd": "unknown", "version": f"not built: {error}", "cuda_archs": None}
 
 
 def _driver() -> str:

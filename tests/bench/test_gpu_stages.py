@@ -255,23 +255,17 @@ def test_the_driver_is_asked_without_torch(tmp_path, monkeypatch):
 def built(context, monkeypatch):
     """Builds that end as told; returns the commands with what matters of their environments."""
     commands: list[list[str]] = []
-    endings: list[processes.Finished] = []
-    library = context.work / "_C.so"
+    endings = [processes.Finished(0, "")]
 
     def run(command, limit, environment, log, poll=None):
         told = ("MAX_JOBS", "TORCH_CUDA_ARCH_LIST", "ALPHAEXT_CUDA", "NVCC_APPEND_FLAGS")
         commands.append([*map(str, command), *(f"{key}={environment[key]}" for key in told)])
-        if endings[-1].returncode == 0:
-            context.work.mkdir(exist_ok=True)
-            library.write_text("library")
         return endings[-1]
 
     monkeypatch.setattr(building, "run_process", run)
-    monkeypatch.setattr(building, "built_library", lambda context: library if library.exists() else None)
     monkeypatch.setattr(building, "compile_probe", lambda *arguments: "no nvcc")
-    machine = {**MACHINE, "kernels_for": "9.0", "multiprocessors": 132}
+    machine = {**MACHINE, "alphaext": "0.1.0", "kernels_for": "9.0", "multiprocessors": 132}
     monkeypatch.setattr(building, "ask_torch", lambda context: (dict(machine), ""))
-    endings.append(processes.Finished(0, ""))
     return commands, endings, machine
 
 
@@ -284,13 +278,11 @@ def test_build_is_for_this_gpu_alone_and_names_lines(context, built):
     assert outcome.notes == ["the probe of launches could not be compiled: no nvcc"]
 
 
-def test_a_second_run_takes_the_build_of_the_first(context, built, monkeypatch):
-    commands, _, _ = built
-    building.run_build(context)
-    assert "that of an earlier run" in building.run_build(context).result["build"] and len(commands) == 1
-    monkeypatch.setattr(building, "fingerprint", lambda capability, versions: "of other sources")
-    building.run_build(context)
-    assert len(commands) == 2
+def test_a_second_run_takes_the_build_of_the_first(context, built):
+    _, endings, _ = built
+    endings.append(processes.Finished(0, "nothing to compile: an earlier build is in build/kept/a.so\n"))
+    outcome = building.run_build(context)
+    assert outcome.failed is None and outcome.message == "for 9.0, of an earlier run"
 
 
 @pytest.mark.parametrize(
@@ -305,21 +297,12 @@ def test_a_second_run_takes_the_build_of_the_first(context, built, monkeypatch):
 def test_a_build_that_fails(context, built, monkeypatch, ending, kernels, complaint):
     _, endings, machine = built
     endings.append(ending)
-    found = ({}, "ImportError") if kernels is None else ({**machine, "kernels_for": kernels}, "")
+    found = (
+        {**machine, "alphaext": "not built: undefined symbol"} if kernels is None else {**machine, "kernels_for": kernels},
+        "",
+    )
     monkeypatch.setattr(building, "ask_torch", lambda context: found)
     assert complaint in str(building.run_build(context).failed)
-
-
-def test_the_fingerprint_is_of_contents(monkeypatch, tmp_path):
-    monkeypatch.setattr(building, "ROOT", tmp_path)
-    (tmp_path / "csrc").mkdir()
-    source = tmp_path / "csrc" / "a.cu"
-    source.write_text("one")
-    first = building.fingerprint("9.0", "13.0")
-    os.utime(source, (0, 0))
-    assert building.fingerprint("9.0", "13.0") == first != building.fingerprint("8.0", "13.0")
-    source.write_text("two")
-    assert building.fingerprint("9.0", "13.0") != first
 
 
 # ---- The command and its files -----------------------------------------------------------------------------------------
