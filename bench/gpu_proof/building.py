@@ -50,7 +50,7 @@ def run_build(context: Context) -> Outcome:
         if probe is not None and isinstance(reason := probe.result(), str):
             notes.append(f"the probe of launches could not be compiled: {reason}")
     machine, trouble = ask_torch(context)
-    trouble = trouble or str(machine["alphaext"])
+    trouble = trouble or str(machine.get("alphaext"))
     if not machine or trouble.startswith("not built"):
         return Outcome("what was built cannot be imported", notes=notes, result=result, tail=trouble)
     if context.emulated is None and "cuda" not in machine:
