@@ -49,7 +49,7 @@ class ExportReport:
         tolerance: what was allowed, in parts of ``largest_score``.
         largest_difference: of the written file's scores from the composed ones (features times the repaired classifier).
         largest_base_difference: of the written file's scores of all other classes from those of the original.
-        unchanged_bytes: bytes of the file that are the original's; None unless ``format="same"``.
+        unchanged_bytes: bytes of the file that are the original's; None unless ``format="same"``, and of a file written anew.
         onnx_checked_by: what read the ONNX file back: ``"onnxruntime"``, ``"onnx.reference"``, or ``"onnx.checker"``, which
             checks the form alone; None for other formats.
         onnx_difference: of the scores that it computed, for another number of images than the file was traced with, from the
