@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
+from ..utils.environment import RESULT_DEPENDS_ON, versions
 from . import shared
 from .options import option
 from .shared import CommonOptions, DataOptions, ModelOptions
@@ -79,8 +80,8 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         from ..ops import build_info
 
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        found = {"versions": shared.versions(), "extension": build_info(), "gpus": gpus}
-        for name, version in shared.versions().items():
+        found = {"versions": versions(*RESULT_DEPENDS_ON), "extension": build_info(), "gpus": gpus}
+        for name, version in versions(*RESULT_DEPENDS_ON).items():
             console.print(f"{name}: {version or 'not installed'}", highlight=False, markup=False)
         for name, value in build_info().items():
             console.print(f"extension, {name}: {value}", highlight=False, markup=False)

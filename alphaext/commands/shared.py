@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import itertools
 import os
 import pickle
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.console import Console
 
 from ..utils.checks import check_integer
+from ..utils.environment import RESULT_DEPENDS_ON, versions
 from ..utils.files import folder_lock, read_json, write_json
 from .options import Options, option
 
@@ -243,16 +243,11 @@ def choose_device(name: str | None) -> torch.device:
     """The device asked for, checked; without a name a GPU where there is one."""
     import torch
 
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {name!r}') from None
+    from ..utils.tensors import check_device
+
+    device = check_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {name!r}')
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that is there, got {name!r}: torch sees no GPU")
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {name!r}')
     return device
 
 
@@ -368,17 +363,6 @@ def output_folder(folder: Path, *files: str, overwrite: bool, lock: bool = True)
         yield OutputFolder(folder)
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("alphaext", "torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def write_results(folder: Path, command: str, options: Options, result: dict[str, Any], started: float) -> None:
     """Write what came of a command beside how it came about: the result last, since its presence says that all is there."""
     write_json(
@@ -386,7 +370,7 @@ def write_results(folder: Path, command: str, options: Options, result: dict[str
         {
             "command": command,
             "options": options.to_dict(),
-            "versions": versions(),
+            "versions": versions(*RESULT_DEPENDS_ON),
             "platform": platform.platform(),
             "processors": os.cpu_count(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -210,14 +209,11 @@ def mcnemar_p_value(gained: int, lost: int) -> float:
     """
     gained = check_integer(gained, "gained", minimum=0)
     lost = check_integer(lost, "lost", minimum=0)
-    number, fewer = gained + lost, min(gained, lost)
     if gained == lost:
         return 1.0
-    # Twice the binomial tail up to the smaller one, summed in logarithms, where nothing overflows.
-    steps = np.arange(1, fewer + 1, dtype=np.float64)
-    logs = np.concatenate([[0.0], np.cumsum(np.log((number - steps + 1) / steps))])
-    largest = float(logs[-1])
-    return min(1.0, 2 * math.exp(largest - number * math.log(2)) * float(np.exp(logs - largest).sum()))
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue)
 
 
 def check_same_samples(before: Predictions, after: Predictions) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..utils.tensors import check_floating
+from ..utils.tensors import check_floating, tensor_bytes
 
 __all__ = ["SplitModel", "evaluating", "find_classifier", "linear_layers", "run_model", "split_model"]
 
@@ -152,7 +152,7 @@ class SplitModel:
             if name.startswith(own) or not isinstance(tensor, Tensor):
                 continue
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
     def __repr__(self) -> str:

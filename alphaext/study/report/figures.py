@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from ...utils.figures import Picture, render, series_color, series_marker, shortened
 from ...utils.text import percent
@@ -323,19 +324,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
         >>> rank_correlation([1, 2, 3], [10, 20, 15]), rank_correlation([1, 1, 1], [1, 2, 3])
         (0.5, None)
     """
-    if len(x) < 3:
+    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
         return None
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (x, y)]
-    centred = [values - values.mean() for values in ranks]
-    norm = math.sqrt(float((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
-    return float((centred[0] * centred[1]).sum()) / norm if norm else None
-
-
-def _ranks(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Ranks from 1, equal values with the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[place], dtype=np.float64)
+    return float(spearmanr(x, y).statistic)
 
 
 def _correlation_text(rho: float | None, classes: int) -> str:
