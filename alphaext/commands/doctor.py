@@ -42,11 +42,12 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
 
     def _data(self, console: Console, started: float) -> dict[str, Any]:
         from ..doctor.check import Finding, check_classifier_order, check_data
+        from ..features.store import read_parts
 
         checkpoint = None if self.checkpoint is None else self.read_checkpoint()
         if self.features is not None and checkpoint is None:
             raise ValueError("--checkpoint must be given with --features: whose class order is checked")
-        part = None if self.features is None else shared.read_part(self.features, "train")
+        part = None if self.features is None else read_parts(self.features, "train")["train"]
         # The lists are opened for what they say themselves: labels beyond the classifier are a finding, not an error here.
         train = self.need("train")
         num_classes = self.num_classes if checkpoint is None else checkpoint.num_classes

@@ -211,12 +211,11 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def example(self) -> torch.Tensor:
         """A batch of two images of noise."""
-        import torch
+        from ..utils.seeds import noise
 
         check_integer(self.image_size, "image_size", minimum=1)
         check_integer(self.channels, "channels", minimum=1)
-        generator = torch.Generator("cpu").manual_seed(0)
-        return torch.randn(2, self.channels, self.image_size, self.image_size, generator=generator, device="cpu")
+        return noise(2, self.channels, self.image_size, self.image_size)
 
 
 def _own_model(name: str, num_classes: int, seed: int) -> nn.Module:
@@ -251,37 +250,14 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def read_part(folder: Path, part: str) -> Features:
-    """The cached features of ``folder/part``."""
-    from ..features.store import read_features
-
-    if not (folder / part).is_dir():
-        there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-        raise FileNotFoundError(
-            f"features must be a folder with the features of {part} in it, there is no {str(folder / part)!r}"
-            + (f"; there are {', '.join(there)}" if there else "")
-            + "; 'alphaext extract' writes it"
-        )
-    return read_features(folder / part)
-
-
 def read_train_and(folder: Path, part: str, *, optional: bool = False) -> tuple[Features, Features | None]:
     """The training features and those of another part, which must be of the same network and classes."""
-    train = read_part(folder, "train")
+    from ..features.store import read_parts
+
     if optional and not (folder / part).is_dir():
-        return train, None
-    other = train if part == "train" else read_part(folder, part)
-    found = {
-        "the network (its fingerprint)": (train.metadata.get("model"), other.metadata.get("model")),
-        "their width": (train.features.shape[1], other.features.shape[1]),
-        "the number of classes": (train.num_classes, other.num_classes),
-        "the names of the classes": (train.class_names, other.class_names),
-    }
-    for what, (of_train, of_other) in found.items():
-        if of_train is not None and of_other is not None and of_train != of_other:
-            shown = "" if isinstance(of_train, tuple) else f": {of_train} and {of_other}"
-            raise ValueError(f"features of train and {part} in {str(folder)!r} do not belong together: {what} differs{shown}")
-    return train, other
+        return read_parts(folder, "train")["train"], None
+    found = read_parts(folder, "train", part)
+    return found["train"], found[part]
 
 
 def read_classifier(path: Path, num_classes: int | None = None, layer: str | None = None) -> nn.Linear:

@@ -23,7 +23,6 @@ from .shards import (
     ShardPlan,
     Unreadable,
     digest_of,
-    naming_path,
     read_identity,
     read_shard,
     remove_parts,
@@ -143,8 +142,7 @@ class ExtractionFolder:
             "seconds": round(seconds, 3),
             "versions": versions("alphaext", "torch", "torchvision", "numpy", "python"),
         }
-        with naming_path(self.path / SIDECAR_FILE):
-            write_json(self.path / SIDECAR_FILE, about)
+        write_json(self.path / SIDECAR_FILE, about)
         remove_parts(self.path)
 
     def _is_complete(self) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.checks import check_integer
+from ..utils.modules import evaluating
 from ..utils.progress import task_bar
 from ..utils.tensors import TensorLike, as_tensor, check_device, check_finite, check_floating, check_labels, check_shape
 from .accuracy import label_ranks
@@ -192,7 +192,8 @@ def predict(
     if num_classes is not None and product_rows * num_classes > _PRODUCT_ELEMENTS:
         product_rows = _FEWEST_PRODUCT_ROWS
     collected = _Collected(samples, num_classes)
-    with _evaluating(classifier, place), task_bar(progress, "samples scored", total=samples) as report:
+    bar = task_bar(progress, "samples scored", total=samples)
+    with evaluating(classifier), torch.autocast(place.type, enabled=False), bar as report:
         for start in range(0, samples, block_rows):
             block = as_tensor(source[start : start + block_rows], "features").detach().to(place)
             check_finite(block, "features", first_row=start)
@@ -297,19 +298,6 @@ def _scores(classifier: nn.Module, block: Tensor, num_classes: int | None) -> Te
     if logits.shape[1] == 0:
         raise ValueError("the classifier's scores must have at least one column, got none")
     return logits
-
-
-@contextmanager
-def _evaluating(classifier: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no gradient, no autocast; afterwards every sub-module is in the mode that it was in."""
-    modes = [(module, module.training) for module in classifier.modules()]
-    classifier.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check_rows(values: TensorLike, name: str, width: str) -> tuple[Tensor | np.ndarray[Any, Any], Tensor]:

@@ -20,8 +20,9 @@ from ..classes import ClassSplit
 from ..data.images import LabelledImages
 from ..data.transforms import ImageTransform
 from ..metrics.accuracy import SplitMetrics, label_ranks
-from ..models.split import evaluating, run_model
+from ..models.split import run_model
 from ..utils.files import whole_file, write_json
+from ..utils.modules import cudnn_choice, evaluating
 from ..utils.processes import Group
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining
@@ -178,7 +179,7 @@ class JointRun(ResumableTraining):
         try:
             with (
                 torch.random.fork_rng([group.device] if group.device.type == "cuda" else []),
-                _cudnn(deterministic=options.deterministic),
+                cudnn_choice(deterministic=options.deterministic, fastest=not options.deterministic),
                 _synchronized_batch_norms(self.model, options.sync_batch_norm and group.world_size > 1),
                 reader as read,
                 task_bar(shown, "", *columns, total=options.epochs * steps, done=len(self.history) * steps) as report,
@@ -351,18 +352,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict on the CPU, in the usual memory layout, as any code expects it."""
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in _tensors(model).items()}
-
-
-@contextmanager
-def _cudnn(deterministic: bool) -> Iterator[None]:
-    """cuDNN with algorithms that make the same bits each time, or with those that it measures to be the fastest."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = deterministic, not deterministic
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
 
 
 def _seed_draws(device: torch.device, seed: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..classes import split_classes
-from ..features.store import Features, as_json, differences, read_features
+from ..features.store import Features, as_json, differences, read_parts
 from ..utils.checks import check_integer
 from ..utils.environment import versions
 from ..utils.files import PathLike, folder_lock, read_json, write_json
@@ -34,7 +34,6 @@ __all__ = ["EXPERIMENTS", "POLICIES", "StudyOptions", "choose", "read_rows", "ru
 
 RESULTS, ROWS, CLASSES, CONFUSIONS = "results.json", "results.csv", "classes.csv", "confusions.csv"
 FORMAT = "alphaext study 1"
-_PARTS = ("train", "val", "test")
 
 
 def run_study(
@@ -99,7 +98,7 @@ def run_study(
     settings = options if options is not None else StudyOptions()
     if jobs is not None:
         check_integer(jobs, "jobs", minimum=1)
-    parts = _read_parts(Path(features))
+    parts = read_parts(features, "train", "val", "test")
     weight, bias = linear_parameters(linear)
     train = parts["train"]
     if tuple(weight.shape) != (train.num_classes, train.features.shape[1]):
@@ -168,28 +167,6 @@ def run_study(
         write_json(folder / RESULTS, results)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return results
-
-
-def _read_parts(folder: Path) -> dict[str, Features]:
-    missing = [part for part in _PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise FileNotFoundError(
-            f"features must be a folder with the features of {', '.join(_PARTS)} in it, there is no "
-            f"{str(folder / missing[0])!r}; 'alphaext extract' writes it"
-        )
-    parts = {part: read_features(folder / part) for part in _PARTS}
-    train = parts["train"]
-    for part, other in parts.items():
-        found = {
-            "the network (its fingerprint)": (train.metadata.get("model"), other.metadata.get("model")),
-            "their width": (train.features.shape[1], other.features.shape[1]),
-            "the number of classes": (train.num_classes, other.num_classes),
-            "the names of the classes": (train.class_names, other.class_names),
-        }
-        for what, (here, there) in found.items():
-            if here is not None and there is not None and here != there:
-                raise ValueError(f"features of train and {part} in {str(folder)!r} do not belong together: {what} differs")
-    return parts
 
 
 def _fingerprint(features: Features) -> dict[str, Any]:

@@ -808,7 +808,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1"),
         ({"classifier": 3}, TypeError, "classifier must be text"),
         ({"scale": "30"}, TypeError, "scale must be a number"),
-        ({"scale": 0.0}, ValueError, "scale must be a finite number above 0"),
+        ({"scale": 0.0}, ValueError, "scale must be finite and above 0"),
     ):
         with pytest.raises(error, match=message):
             read_checkpoint(tmp_path / "m.pth", **options)
