@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -98,8 +97,39 @@ def run_baseline(
         class_counts = count_classes(labels, None if linear is None else len(linear_parameters(linear)[0]))
     if split is None and class_counts is not None and (val_features is not None or name == "few-bias"):
         split = split_classes(class_counts, few_below=few_below, many_above=many_above)
-    call = _Call(name, features, labels, linear, val_features, val_labels, class_counts, split, select, min_all, own, started)
-    return _RUN[name](call)
+    value = _CHOSEN.get(name)
+    choosing = value is not None and value not in own
+    if choosing and val_features is None:
+        raise ValueError(f"val_features and val_labels must be given for {name} to choose {value} by; or give {value} itself")
+    counted: dict[str, Any] = {"class_counts": class_counts, "split": split}
+    measured = val_features is not None and name not in ("crt", "lws")
+    for what in (*(["class_counts"] * (name == "logit-adjustment")), *(["split"] * (name == "few-bias" or measured))):
+        if counted[what] is None:
+            other = "class_counts or labels, to count" if what == "split" else "labels, to count"
+            raise ValueError(f"{what} (or {other}) must be given for {name}")
+    call = _Call(linear, features, labels, class_counts, split)
+    if choosing or name in ("crt", "lws"):
+        data = {"val_features": val_features, "val_labels": val_labels, "split": split, "select": select, "min_all": min_all}
+        return _CHOOSE[name](call, data | own)
+    made, settings = _MAKE[name](call, own)
+    chosen = {} if value is None else {value: float(own[value])}
+    table: list[dict[str, Any]] = []
+    original = None
+    if val_features is not None and val_labels is not None and split is not None:
+        validation = Validation(val_features, val_labels, split, made.weight)
+        table = [{**chosen, **_accuracy(made, validation)}]
+        original = None if linear is None else _accuracy(linear, validation)
+    return BaselineResult(name, made, chosen, table, "fixed", settings, time.monotonic() - started, original)
+
+
+class _Call(NamedTuple):
+    """What a baseline is made of; ``Any`` where :func:`run_baseline` has seen that it is there."""
+
+    linear: Any
+    features: Any
+    labels: Any
+    class_counts: Any
+    split: Any
 
 
 _NEEDS = {
@@ -112,106 +142,30 @@ _NEEDS = {
 }
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What :func:`run_baseline` was given; ``Any`` where :data:`_NEEDS` or :meth:`need` has seen to it."""
-
-    name: str
-    features: Any
-    labels: Any
-    linear: Any
-    val_features: TensorLike | None
-    val_labels: TensorLike | None
-    class_counts: Any
-    split: Any
-    select: str | None
-    min_all: float | None
-    options: dict[str, Any]
-    started: float
-
-    def need(self, *names: str) -> None:
-        """Check that what can be counted was given or counted."""
-        for name in names:
-            if getattr(self, name) is None:
-                other = "class_counts or labels, to count" if name == "split" else "labels, to count"
-                raise ValueError(f"{name} (or {other}) must be given for {self.name}")
-
-    def validation(self) -> dict[str, Any]:
-        """What the functions that choose take."""
-        names = ("val_features", "val_labels", "split", "select", "min_all")
-        return {name: getattr(self, name) for name in names}
-
-    def choice(self, value: str) -> dict[str, Any]:
-        """The same where ``value`` must be chosen."""
-        if self.val_features is None:
-            raise ValueError(
-                f"val_features and val_labels must be given for {self.name} to choose {value} by; or give {value} itself"
-            )
-        self.need("split")
-        return self.validation()
-
-    def fixed(self, linear: nn.Linear, chosen: dict[str, Any], settings: dict[str, Any]) -> BaselineResult:
-        """The result where nothing was left to choose, measured on validation data if there are some."""
-        table: list[dict[str, Any]] = []
-        original = None
-        if self.val_features is not None and self.val_labels is not None:
-            self.need("split")
-            validation = Validation(self.val_features, self.val_labels, self.split, linear.weight)
-            table = [{**chosen, **_accuracy(linear, validation)}]
-            original = None if self.linear is None else _accuracy(self.linear, validation)
-        seconds = time.monotonic() - self.started
-        return BaselineResult(self.name, linear, chosen, table, "fixed", settings, seconds, original)
-
-
 def _accuracy(linear: nn.Module, validation: Validation) -> dict[str, float]:
     weight, bias = linear_parameters(linear)
     return validation.accuracies(wide(weight), [Rescaling(None, None if bias is None else wide(bias))])[0]
 
 
-def _run_ncm(call: _Call) -> BaselineResult:
-    made = ncm(call.features, call.labels, len(call.class_counts), **call.options)
-    return call.fixed(made, {}, {"metric": "cosine", "center": False, "normalize": False} | call.options)
+_CHOSEN = {"tau": "tau", "logit-adjustment": "tau", "few-bias": "offset"}
 
+_CHOOSE: dict[str, Callable[[_Call, dict[str, Any]], BaselineResult]] = {
+    "tau": lambda call, options: choose_tau(call.linear, **options),
+    "crt": lambda call, options: crt(call.features, call.labels, len(call.class_counts), linear=call.linear, **options),
+    "lws": lambda call, options: lws(call.linear, call.features, call.labels, **options),
+    "logit-adjustment": lambda call, options: choose_logit_adjustment(call.linear, call.class_counts, **options),
+    "few-bias": lambda call, options: choose_few_bias(call.linear, **options),
+}
 
-def _run_tau(call: _Call) -> BaselineResult:
-    options = dict(call.options)
-    if "tau" not in options:
-        return choose_tau(call.linear, **call.choice("tau"), **options)
-    tau, keep_bias = options["tau"], options.get("keep_bias", False)
-    made = tau_normalized(call.linear, tau, keep_bias=keep_bias)
-    return call.fixed(made, {"tau": float(tau)}, {"keep_bias": bool(keep_bias)})
-
-
-def _run_logit_adjustment(call: _Call) -> BaselineResult:
-    call.need("class_counts")
-    if "tau" not in call.options:
-        return choose_logit_adjustment(call.linear, call.class_counts, **call.choice("tau"), **call.options)
-    made = logit_adjusted(call.linear, call.class_counts, call.options["tau"])
-    return call.fixed(made, {"tau": float(call.options["tau"])}, {})
-
-
-def _run_few_bias(call: _Call) -> BaselineResult:
-    call.need("split")
-    if "offset" not in call.options:
-        return choose_few_bias(call.linear, **call.choice("offset"), **call.options)
-    made = few_bias(call.linear, call.split.few, call.options["offset"])
-    return call.fixed(made, {"offset": float(call.options["offset"])}, {})
-
-
-def _run_crt(call: _Call) -> BaselineResult:
-    classes = len(call.class_counts)
-    return crt(call.features, call.labels, classes, linear=call.linear, **call.validation(), **call.options)
-
-
-def _run_lws(call: _Call) -> BaselineResult:
-    return lws(call.linear, call.features, call.labels, **call.validation(), **call.options)
-
-
-_RUN: dict[str, Callable[[_Call], BaselineResult]] = {
-    "ncm": _run_ncm,
-    "tau": _run_tau,
-    "crt": _run_crt,
-    "lws": _run_lws,
-    "logit-adjustment": _run_logit_adjustment,
-    "few-bias": _run_few_bias,
+_MAKE: dict[str, Callable[[_Call, dict[str, Any]], tuple[nn.Linear, dict[str, Any]]]] = {
+    "ncm": lambda call, options: (
+        ncm(call.features, call.labels, len(call.class_counts), **options),
+        {"metric": "cosine", "center": False, "normalize": False} | options,
+    ),
+    "tau": lambda call, options: (
+        tau_normalized(call.linear, options["tau"], keep_bias=options.get("keep_bias", False)),
+        {"keep_bias": bool(options.get("keep_bias", False))},
+    ),
+    "logit-adjustment": lambda call, options: (logit_adjusted(call.linear, call.class_counts, options["tau"]), {}),
+    "few-bias": lambda call, options: (few_bias(call.linear, call.split.few, options["offset"]), {}),
 }

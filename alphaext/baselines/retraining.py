@@ -21,10 +21,11 @@ from ..training.options import TrainingOptions
 from ..training.selection import BaselineResult, Policy, Rescaling, Validation
 from ..utils.checks import check_integer
 from ..utils.linear import linear_parameters, make_linear, wide
+from ..utils.resume import check_checkpoint
 from ..utils.seeds import seeded_generator
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from ..utils.tensors import TensorLike, as_tensor, check_device, check_finite, check_floating, check_labels, check_shape
 from .balanced_sampling import ClassBalancedSampler
-from .balanced_training import BalancedTraining, check_checkpoint, fingerprint
+from .balanced_training import BalancedTraining, fingerprint
 
 __all__ = ["crt", "lws"]
 
@@ -121,7 +122,7 @@ def crt(
     else:
         ids = check_labels(labels, None)
         num_classes = split.num_classes if isinstance(split, ClassSplit) else int(ids.max()) + 1 if len(ids) else 1
-    place = check_device(device, source)
+    place = source.device if device is None else check_device(device)
     shape = torch.empty(num_classes, source.shape[1], dtype=wide(source[:0]).dtype, device="meta")
     if original is not None and original[0].shape != shape.shape:
         raise ValueError(f"linear must have shape {list(shape.shape)}, got {list(original[0].shape)}")
@@ -203,7 +204,7 @@ def lws(
     options = _options(epochs, batch_size, lr, momentum, weight_decay, seed)
     path = None if checkpoint is None else check_checkpoint(checkpoint)
     own_weight, own_bias = linear_parameters(linear)
-    place = check_device(device, own_weight)
+    place = own_weight.device if device is None else check_device(device)
     weight = wide(own_weight).to(place)
     bias = None if own_bias is None else wide(own_bias).to(place)
     samples = check_samples(weight, features, labels)
@@ -315,19 +316,6 @@ class _Scales:
     def accuracy(self, validation: Validation) -> dict[str, float]:
         scales = self.parameters[0]
         return validation.accuracies(self.weight, [Rescaling(scales, None if self.bias is None else scales * self.bias)])[0]
-
-
-def check_device(device: torch.device | str | None, like: Tensor) -> torch.device:
-    """The device to compute on: that of ``like``, or the one asked for, if it is there."""
-    if device is None:
-        return like.device
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda', got {device!r}") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {str(place)!r}, but torch sees {torch.cuda.device_count()} GPUs")
-    return place
 
 
 def _options(epochs: int, batch_size: int, lr: float, momentum: float, weight_decay: float, seed: int) -> TrainingOptions:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import numbers
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..models.split import evaluating, run_model, split_model
+from ..models.split import run_model, split_model
+from ..utils.checks import check_number
 from ..utils.files import PathLike, check_output_file, whole_file
+from ..utils.modules import evaluating
+from ..utils.seeds import noise
 from ..utils.tensors import TensorLike, check_floating
 from .files import SAFETENSORS_HINT
 from .onnx import check_onnx_packages, onnx_content, run_onnx
@@ -49,7 +51,7 @@ class ExportReport:
         tolerance: what was allowed, in parts of ``largest_score``.
         largest_difference: of the written file's scores from the composed ones (features times the repaired classifier).
         largest_base_difference: of the written file's scores of all other classes from those of the original.
-        unchanged_bytes: bytes of the file that are the original's; None unless ``format="same"``.
+        unchanged_bytes: bytes of the file that are the original's; None unless ``format="same"``, and of a file written anew.
         onnx_checked_by: what read the ONNX file back: ``"onnxruntime"``, ``"onnx.reference"``, or ``"onnx.checker"``, which
             checks the form alone; None for other formats.
         onnx_difference: of the scores that it computed, for another number of images than the file was traced with, from the
@@ -164,7 +166,7 @@ def export(
         if needless is not None or format == "onnx":
             raise ValueError(f"model must be given {'for ' + repr(format) if needless is None else 'with ' + needless}")
     few, weight, bias = check_repaired(checkpoint, linear, few_classes)
-    allowed = _check_tolerance(tolerance)
+    allowed = None if tolerance is None else check_number(tolerance, "tolerance", above=0)
     if model is None:
         batch: _Batch = _Features(checkpoint, weight, bias, few)
     else:
@@ -241,9 +243,7 @@ class _Features(_Batch):
 
     def __init__(self, checkpoint: Checkpoint, weight: Tensor, bias: Tensor | None, few: Tensor) -> None:
         super().__init__(checkpoint, weight, bias, few)
-        generator = torch.Generator("cpu").manual_seed(0)
-        drawn = torch.randn(_RANDOM_FEATURES, weight.shape[1], generator=generator, device="cpu").to(weight.dtype)
-        self.features = checkpoint.prepare_features(drawn)
+        self.features = checkpoint.prepare_features(noise(_RANDOM_FEATURES, weight.shape[1]).to(weight.dtype))
         self.original = functional.linear(self.features, checkpoint.weight, checkpoint.bias)
         self.composed = functional.linear(self.features, weight, bias)
         self.dtype = weight.dtype
@@ -358,16 +358,6 @@ def _check_packages(format: str, target: Path) -> None:
         check_onnx_packages()
 
 
-def _check_tolerance(tolerance: object) -> float | None:
-    if tolerance is None:
-        return None
-    if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
-        raise TypeError(f"tolerance must be a number above 0, got {tolerance!r}")
-    if not 0 < float(tolerance) < math.inf:
-        raise ValueError(f"tolerance must be a finite number above 0, got {tolerance!r}")
-    return float(tolerance)
-
-
 def _check_example(example: Tensor) -> Tensor:
     if not isinstance(example, Tensor):
         raise TypeError(f"example must be a tensor of images [n, C, H, W], got {type(example).__name__}")
@@ -385,8 +375,7 @@ def _random_images(model: nn.Module) -> Tensor:
     if not isinstance(size, int) and isinstance(configuration, dict):
         size = configuration.get("input_size", (None,))[-1]
     side = size if isinstance(size, int) else 224
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(_RANDOM_IMAGES, channels, side, side, generator=generator, device="cpu")
+    return noise(_RANDOM_IMAGES, channels, side, side)
 
 
 def _named(classifier: str, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:

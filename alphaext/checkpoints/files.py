@@ -173,6 +173,12 @@ class _Settings:
     def __setstate__(self, _: Any) -> None:
         pass
 
+    def __reduce__(self) -> NoReturn:
+        raise ValueError(
+            "the checkpoint holds a training script's options beside its tensors, and is in the form from before torch 1.6: it "
+            "cannot be written anew without the script's code; save_linear writes the classifier itself"
+        )
+
 
 # What torch's reader may find beyond tensors and plain containers: single NumPy numbers (an accuracy), under their names in
 # NumPy 1 and 2; the options of torchvision's and timm's training scripts, and those of RIDE's. No name leads to any function or

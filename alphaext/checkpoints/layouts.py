@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..utils.checks import format_ids
 from .files import Payload
 
 KeyPath: TypeAlias = tuple[str, ...]
@@ -103,7 +104,7 @@ def find_layout(
         inner = content.get(state)
         if not isinstance(inner, Mapping) or not _holds_tensors(inner):
             named = [key for key, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)]
-            raise ValueError(f"state must name a dictionary of tensors in {path}, got {state!r}; it has: {_listed(named)}")
+            raise ValueError(f"state must name a dictionary of tensors in {path}, got {state!r}; it has: {listed(named)}")
         content, trail = inner, (state,)
     content, trail = _find_state(content, trail, path)
     if _is_two_networks(content):
@@ -121,8 +122,8 @@ def find_layout(
         name = _named_classifier(classifier, shapes, by_key, path)
     else:
         name = _find_classifier(shapes, path, num_classes)
-    weight, bias = _join(name, "weight"), _join(name, "bias")
-    scales = _join(name.rpartition(".")[0], "scales")  # of LWS, whose two networks somebody has put together
+    weight, bias = join(name, "weight"), join(name, "bias")
+    scales = join(name.rpartition(".")[0], "scales")  # of LWS, whose two networks somebody has put together
     own = {weight, bias, scales}
     backbone = {other: key_path for other, key_path in short.items() if other not in own}
     return Layout(
@@ -257,11 +258,11 @@ def _find_state(content: Mapping[str, Any], trail: KeyPath, path: Path) -> tuple
         return content, trail
     others = [key for key in inner if key not in _AVERAGES + _NOT_MODELS]
     if len(others) > 1:
-        raise ValueError(f"{path} holds several dictionaries of tensors; say with state= which is the model: {_listed(others)}")
+        raise ValueError(f"{path} holds several dictionaries of tensors; say with state= which is the model: {listed(others)}")
     for key in (*others, *_AVERAGES):
         if key in inner:
             return _find_state(inner[key], (*trail, key), path)
-    raise ValueError(f"{path} is not a checkpoint of a model: no tensors in it; it has: {_listed(map(str, content))}")
+    raise ValueError(f"{path} is not a checkpoint of a model: no tensors in it; it has: {listed(map(str, content))}")
 
 
 def _two_networks(content: Mapping[str, Any], trail: KeyPath, path: Path, classifier: str | None) -> Layout:
@@ -271,13 +272,13 @@ def _two_networks(content: Mapping[str, Any], trail: KeyPath, path: Path, classi
     short = {name: (*inside, key) for key, name in short_names(tensors).items()}
     # A name given is that in the model, so it need not be the one in here, where there is but one layer.
     names = ["fc" if classifier is None else classifier, "fc", *([""] if "bias" in short else [])]
-    name = next((name for name in names if _join(name, "weight") in short), None)
+    name = next((name for name in names if join(name, "weight") in short), None)
     if name is None:
-        found = _listed(_shapes({name: tensors[key_path[-1]] for name, key_path in short.items()}))
+        found = listed(_shapes({name: tensors[key_path[-1]] for name, key_path in short.items()}))
         raise ValueError(
             f"the classifier of {path} must be a linear layer fc, got {found} (a cosine or a memory classifier is none)"
         )
-    weight, bias = _join(name, "weight"), _join(name, "bias")
+    weight, bias = join(name, "weight"), join(name, "bias")
     features = content.get("feat_model")
     backbone: dict[str, KeyPath] = {}
     if isinstance(features, Mapping):
@@ -301,11 +302,11 @@ def _ride(short: dict[str, KeyPath], tensors: dict[str, Tensor], path: Path) -> 
     if not numbered:
         return None
     if sorted(numbered) != list(range(len(numbered))):
-        raise ValueError(f"{path} lacks experts: it has linears {_listed(map(str, sorted(numbered)))}")
+        raise ValueError(f"{path} lacks experts: it has linears {listed(map(str, sorted(numbered)))}")
     weights = [numbered[expert] for expert in range(len(numbered))]
     biases = [name for name in (weight.removesuffix("weight") + "bias" for weight in weights) if name in short]
     if biases and len(biases) != len(weights):
-        raise ValueError(f"{path} must have a bias for each of its {len(weights)} experts or for none, got {_listed(biases)}")
+        raise ValueError(f"{path} must have a bias for each of its {len(weights)} experts or for none, got {listed(biases)}")
     backbone = {name: key_path for name, key_path in short.items() if name not in weights and name not in biases}
     first = weights[0].removesuffix(".weight")
     return Layout(
@@ -320,12 +321,12 @@ def _ride(short: dict[str, KeyPath], tensors: dict[str, Tensor], path: Path) -> 
 
 
 def _named_classifier(classifier: str, tensors: dict[str, Tensor], by_key: dict[str, str], path: Path) -> str:
-    for name in (_join(classifier, "weight"), by_key.get(_join(classifier, "weight"), "")):
+    for name in (join(classifier, "weight"), by_key.get(join(classifier, "weight"), "")):
         if name in tensors and tensors[name].dim() == 2:
             return name.removesuffix("weight").removesuffix(".")
     raise ValueError(
         f"classifier must name a linear layer of {path}, got {classifier!r}; its two-dimensional weights: "
-        f"{_listed(_shapes(_candidates(tensors)))}"
+        f"{listed(_shapes(_candidates(tensors)))}"
     )
 
 
@@ -337,7 +338,7 @@ def _find_classifier(tensors: dict[str, Tensor], path: Path, num_classes: int | 
         raise ValueError(f"{path} has no linear layer: none of its {len(tensors)} tensors is a two-dimensional weight")
 
     def narrowed(names: list[str]) -> list[str]:
-        fitting = [name for name in names if candidates[_join(name, "weight")].shape[0] == num_classes]
+        fitting = [name for name in names if candidates[join(name, "weight")].shape[0] == num_classes]
         return fitting if num_classes is not None and fitting else names
 
     known = narrowed(_known(candidates))
@@ -351,7 +352,7 @@ def _find_classifier(tensors: dict[str, Tensor], path: Path, num_classes: int | 
         known = narrowed(unbiased)
         if len(known) == 1:
             return known[0]
-    shown = _listed(_shapes({_join(name, "weight"): candidates[_join(name, "weight")] for name in known}))
+    shown = listed(_shapes({join(name, "weight"): candidates[join(name, "weight")] for name in known}))
     raise ValueError(f"{path} has several layers that may be the classifier; say with classifier= which: {shown}")
 
 
@@ -381,15 +382,16 @@ def _candidates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _has_bias(name: str, tensors: dict[str, Tensor]) -> bool:
-    bias = tensors.get(_join(name, "bias"))
-    return bias is not None and bias.shape == tensors[_join(name, "weight")].shape[:1]
+    bias = tensors.get(join(name, "bias"))
+    return bias is not None and bias.shape == tensors[join(name, "weight")].shape[:1]
 
 
 def _module(weight: str) -> str:
     return weight.removesuffix("weight").removesuffix(".")
 
 
-def _join(module: str, tensor: str) -> str:
+def join(module: str, tensor: str) -> str:
+    """The dotted name of a module's tensor; without a module, the tensor's own."""
     return f"{module}.{tensor}" if module else tensor
 
 
@@ -397,7 +399,6 @@ def _shapes(tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()]
 
 
-def _listed(names: Iterable[str], limit: int = 12) -> str:
-    every = list(names)
-    text = ", ".join(every[:limit]) or "none"
-    return text if len(every) <= limit else f"{text}, ... ({len(every)} in all)"
+def listed(names: Iterable[str], limit: int = 12) -> str:
+    """Names in one line, of many the first and how many there are."""
+    return format_ids(names, limit) or "none"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..utils.checks import check_integer
+from ..utils.checks import check_integer, check_number
 from ..utils.files import PathLike
+from ..utils.linear import make_linear
 from ..utils.tensors import check_finite, check_floating, check_shape
 from .files import Payload, read_payload
-from .layouts import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, tensor_at
+from .layouts import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, join, listed, tensor_at
 
 FORMATS = ("classifier-balancing", "state_dict", "linear", "ride")
 
@@ -83,11 +83,7 @@ class Checkpoint:
             >>> read_checkpoint(path).linear()
             Linear(in_features=8, out_features=4, bias=True)
         """
-        linear = nn.Linear(self.in_features, self.num_classes, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.clone())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.clone())
-        return linear
+        return make_linear(self.weight, self.bias)
 
     def prepare_features(self, features: Tensor) -> Tensor:
         """The features ``[n, D]`` as ``weight`` wants them: normalised where ``feature_normalization`` says so."""
@@ -131,7 +127,7 @@ class Checkpoint:
         # What a module keeps beside its tensors is its own affair.
         wanted = {name: tensor for name, tensor in state.items() if name not in own and not name.endswith("_extra_state")}
         backbone = {name: tensor for name, tensor in self.backbone.items() if not name.endswith("_extra_state")}
-        given = _aligned(backbone, _join(self.classifier, "weight"), wanted, f"{classifier}.weight")
+        given = _aligned(backbone, join(self.classifier, "weight"), wanted, f"{classifier}.weight")
         _check_names(self.path, given, wanted, self.format)
         state.update(given)
         state[f"{classifier}.weight"] = self.weight
@@ -163,7 +159,7 @@ class Checkpoint:
             layer = None
         if not classifier or not isinstance(layer, nn.Linear):
             linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            raise ValueError(f"classifier must name an nn.Linear of model, got {classifier!r}; it has: {_listed(linears)}")
+            raise ValueError(f"classifier must name an nn.Linear of model, got {classifier!r}; it has: {listed(linears)}")
         if tuple(layer.weight.shape) != tuple(self.weight.shape):
             raise ValueError(
                 f"model's {classifier} has {layer.out_features} classes and {layer.in_features} features, the classifier of "
@@ -228,7 +224,7 @@ def read_checkpoint(
         num_classes = check_integer(num_classes, "num_classes", minimum=1)
     _check_text(classifier, "classifier")
     _check_text(state, "state")
-    scale = _check_scale(scale)
+    scale = check_number(scale, "scale", above=0)
     file_path = Path(path)
     payload = read_payload(file_path)
     if {"weight", "members", "z", "w2", "b2"} <= set(payload.content):
@@ -294,14 +290,6 @@ def normalize_expert_features(features: Tensor, experts: int) -> Tensor:
 def _check_text(value: object, name: str) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{name} must be text or None, got {value!r}")
-
-
-def _check_scale(scale: object) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale must be a number above 0, got {scale!r}")
-    if not 0 < float(scale) < float("inf"):
-        raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
-    return float(scale)
 
 
 def _effective(layout: Layout, stored: Mapping[KeyPath, Tensor], scale: float) -> tuple[Tensor, Tensor | None]:
@@ -377,18 +365,8 @@ def _check_names(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, T
     if file_format == "classifier-balancing" and any(name.startswith(("fc_add.", "modulatedatt.")) for name in unexpected):
         hint = "; the model was trained with use_fc or use_selfatt, layers that torchvision's models do not have"
     found = [
-        f"{what}: {_listed(names)}"
+        f"{what}: {listed(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped))
         if names
     ]
     raise ValueError(f"{path} does not fit model: {'; '.join(found)}{hint}")
-
-
-def _join(module: str, tensor: str) -> str:
-    return f"{module}.{tensor}" if module else tensor
-
-
-def _listed(names: Iterable[str], limit: int = 8) -> str:
-    every = list(names)
-    text = ", ".join(every[:limit]) or "none"
-    return text if len(every) <= limit else f"{text}, ... ({len(every)} in all)"

@@ -40,13 +40,6 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_ITEM_SIZES = {
-    **{f"{name}Storage": 1 for name in ("Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4")},
-    **{f"{name}Storage": 2 for name in ("Short", "Half", "BFloat16")},
-    **{f"{name}Storage": 4 for name in ("Int", "Float", "QInt32")},
-    **{f"{name}Storage": 8 for name in ("Long", "Double", "ComplexFloat")},
-    "ComplexDoubleStorage": 16,
-}
 _BLOCK = 1 << 20
 
 
@@ -122,31 +115,36 @@ class _FileMap:
         return place
 
 
-def changed_bytes(path: Path, edits: Sequence[RowEdit]) -> list[Change]:
+def changed_bytes(path: Path, edits: Sequence[RowEdit], name: Path) -> list[Change]:
     """What has to be written over a copy of the file at ``path`` for the rows of ``edits`` to have their new values.
+
+    Args:
+        path: a zip archive of ``torch.save``'s, or safetensors.
+        edits: the rows.
+        name: what errors call the file.
 
     Raises:
         ValueError: the file has changed since it was read, its numbers cannot be written in place (compressed, of the other
             byte order), or another tensor shares the memory of the rows. The same tensor under a second name changes with it.
     """
-    file_map = _map_file(path)
-    places = [(edit, file_map.find(edit, path)) for edit in edits]
+    file_map = _map_file(path, name)
+    places = [(edit, file_map.find(edit, name)) for edit in edits]
     changes: list[Change] = []
     with path.open("rb") as file:
-        for name in dict.fromkeys(place.storage for _, place in places):
-            storage = file_map.storages[name]
-            own = [(edit, place) for edit, place in places if place.storage == name]
+        for key in dict.fromkeys(place.storage for _, place in places):
+            storage = file_map.storages[key]
+            own = [(edit, place) for edit, place in places if place.storage == key]
             file.seek(storage.start)
             old = file.read(storage.size)
-            if name in file_map.foreign or storage.dtype is None or len(old) < storage.size:
+            if key in file_map.foreign or storage.dtype is None or len(old) < storage.size:
                 raise ValueError(
-                    f"the classifier of {path} is not stored as a plain tensor, so that rows cannot be written in place"
+                    f"the classifier of {name} is not stored as a plain tensor, so that rows cannot be written in place"
                 )
             try:
-                new, written = _edited(old, storage.dtype, own, path)
-                _check_sharing(name, _walk(file_map.tree, set()), own, written, path)
+                new, written = _edited(old, storage.dtype, own, name)
+                _check_sharing(key, _walk(file_map.tree, set()), own, written, name)
             except RuntimeError as error:  # a view beyond its storage
-                raise ValueError(f"{path} is damaged: {error}") from error
+                raise ValueError(f"{name} is damaged: {error}") from error
             changes.append(Change(storage.start, new))
             changes.extend(_checksums(file, storage, old, new))
     return changes
@@ -245,11 +243,12 @@ def _checksums(file: IO[bytes], storage: _Storage, old: bytes, new: bytes) -> It
 # Where things are
 
 
-def _map_file(path: Path) -> _FileMap:
+def _map_file(path: Path, name: Path) -> _FileMap:
+    """The file at ``path``; errors call it ``name``."""
     try:
-        return {"safetensors": _map_safetensors, "zip": _map_zip, "legacy": _map_legacy}[container(path)](path)
+        return (_map_safetensors if container(path) == "safetensors" else _map_zip)(path)
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not laid out as torch.save lays out a checkpoint: {error}") from error
+        raise ValueError(f"{name} is not laid out as torch.save lays out a checkpoint: {error}") from error
 
 
 def _map_safetensors(path: Path) -> _FileMap:
@@ -317,22 +316,6 @@ def _directory_checksums(file: IO[bytes], start: int, entries: int) -> Iterator[
         start += 46 + sum(int.from_bytes(header[at : at + 2], "little") for at in (28, 30, 32))  # name, extra field, comment
 
 
-def _map_legacy(path: Path) -> _FileMap:
-    """The form from before torch 1.6: some pickles one after the other, then each storage behind its number of elements."""
-    with path.open("rb") as file:
-        for _ in range(3):  # a magic number, the protocol, the machine
-            _Outline(file).load()
-        outline = _Outline(file)
-        tree = outline.load()
-        storages: dict[str, _Storage] = {}
-        for key in map(str, _Outline(file).load()):
-            elements = int.from_bytes(file.read(8), "little")
-            size = elements * outline.item_sizes[key]
-            storages[key] = _Storage(file.tell(), size, outline.storages[key])
-            file.seek(size, os.SEEK_CUR)
-    return _FileMap(tree, storages, outline.foreign)
-
-
 def _walk(tree: Any, seen: set[int], trail: KeyPath = ()) -> Iterator[tuple[KeyPath, _Stored]]:
     """Every tensor, once, under the first of its names."""
     if isinstance(tree, _Stored):
@@ -367,12 +350,6 @@ class _StorageType:
     name: str
 
 
-@dataclass(frozen=True)
-class _StorageUse:
-    key: str
-    offset: int
-
-
 class _Outline(pickle.Unpickler):
     """Reads the structure of a checkpoint that torch's own reader has already accepted, for where its tensors are.
 
@@ -383,7 +360,6 @@ class _Outline(pickle.Unpickler):
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, torch.dtype | None] = {}
-        self.item_sizes: dict[str, int] = {}
         self._uses: Counter[str] = Counter()
         self._plain: Counter[str] = Counter()
 
@@ -405,20 +381,16 @@ class _Outline(pickle.Unpickler):
         return known.get(f"{module}.{name}", _Anything)
 
     def persistent_load(self, identifier: Any) -> Any:
-        if identifier[0] not in ("storage", b"storage"):
+        if identifier[0] != "storage":
             return _Anything()
-        kind, key, elements = identifier[1], str(identifier[2]), int(identifier[4])
-        name = kind.name if isinstance(kind, _StorageType) else ""
-        self.storages[key] = _DTYPES.get(name)
-        self.item_sizes[key] = _ITEM_SIZES.get(name, 0)
+        kind, key = identifier[1], str(identifier[2])
+        self.storages[key] = _DTYPES.get(kind.name) if isinstance(kind, _StorageType) else None
         self._uses[key] += 1
-        view = identifier[5] if len(identifier) > 5 else None
-        assert elements >= 0
-        return _StorageUse(key, 0 if view is None else int(view[1]))
+        return key
 
-    def _tensor(self, storage: _StorageUse, offset: int, shape: Sequence[int], strides: Sequence[int], *_: Any) -> _Stored:
-        self._plain[storage.key] += 1
-        return _Stored(storage.key, storage.offset + offset, tuple(shape), tuple(strides))
+    def _tensor(self, storage: str, offset: int, shape: Sequence[int], strides: Sequence[int], *_: Any) -> _Stored:
+        self._plain[storage] += 1
+        return _Stored(storage, offset, tuple(shape), tuple(strides))
 
 
 def _first(tensor: Any, *_: Any) -> Any:

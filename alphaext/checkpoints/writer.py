@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ..head.alphanet import AlphaNet
 from ..utils.files import PathLike, check_output_file, whole_file, without_nan
 from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike, check_class_ids
-from .files import SAFETENSORS_HINT, container
+from .files import SAFETENSORS_HINT, container, read_payload
 from .layouts import KeyPath
 from .reader import Checkpoint, read_checkpoint
 from .row_edits import RowEdit, changed_bytes, check_copy, copy_with
@@ -87,6 +89,9 @@ def write_repaired(
     is stored is divided by them; each expert of RIDE gets its part. Before the new file takes its name it is read back: the
     rows must be right and all other bytes those of the original.
 
+    A file in the form from before torch 1.6 is not copied. It is read and saved anew: the same content, on the CPU, in today's
+    form.
+
     Args:
         checkpoint: as read; its file is read again.
         linear: the repaired classifier, ``[N, D]``, whose other rows are those of the checkpoint.
@@ -123,11 +128,11 @@ def write_verified(
     *,
     overwrite: bool = False,
     verify: Callable[[Checkpoint], None] | None = None,
-) -> int:
+) -> int | None:
     """:func:`write_repaired`, with a last word for ``verify``: it gets the new file, read, before the file takes its name.
 
     Returns:
-        How many bytes of the file are those of the original.
+        How many bytes of the file are those of the original; None of a file that was written anew.
     """
     if not isinstance(checkpoint, Checkpoint):
         raise TypeError(f"checkpoint must be a Checkpoint, got {type(checkpoint).__name__}")
@@ -140,15 +145,27 @@ def write_verified(
             f"got {str(target)!r}"
         )
     edits = _edits(checkpoint, few, weight, bias)
-    changes = changed_bytes(checkpoint.path, edits)
-    with whole_file(target) as file:
-        copy_with(checkpoint.path, file, changes)
-        same = check_copy(checkpoint.path, Path(file.name), changes)
+    with _editable(checkpoint.path, target.parent) as source, whole_file(target) as file:
+        changes = changed_bytes(source, edits, checkpoint.path)
+        copy_with(source, file, changes)
+        same = check_copy(source, Path(file.name), changes)
         written = read_checkpoint(file.name, **checkpoint._options)
         _check_written(checkpoint, written, few, weight, bias)
         if verify is not None:
             verify(written)
-    return same
+    return same if source == checkpoint.path else None
+
+
+@contextmanager
+def _editable(path: Path, folder: Path) -> Iterator[Path]:
+    """The file itself, or one from before torch 1.6 written anew: a temporary file in ``folder``."""
+    if container(path) != "legacy":
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        torch.save(read_payload(path).content, file)
+        file.flush()
+        yield Path(file.name)
 
 
 def check_repaired(checkpoint: Checkpoint, linear: nn.Module, few_classes: TensorLike) -> tuple[Tensor, Tensor, Tensor | None]:

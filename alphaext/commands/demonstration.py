@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +16,14 @@ from torch import Tensor, nn
 
 from ..classes import class_counts, class_means, split_classes
 from ..head.alphanet import AlphaNet
-from ..metrics.accuracy import split_accuracy
+from ..metrics.accuracy import SPLITS_AND_ALL, split_accuracy
 from ..training.single import fit
+from ..utils.files import whole_file
 
 # Training images of each class, in an order of classes that is drawn anew each time: 3 many, 4 medium and 3 few classes.
 TRAIN_COUNTS = (110, 105, 102, 80, 60, 45, 30, 8, 6, 4)
 VAL_PER_CLASS, TEST_PER_CLASS = 20, 40
 GAMMAS = (0.5, 0.7, 0.9, 1.0)
-SPLITS = ("few", "medium", "many", "all")
 
 
 @dataclass
@@ -173,12 +172,12 @@ def run_demo(draws: int = 8, seed: int = 0, output: Path | None = None, console:
 def accuracy_table(draws: list[Draw]) -> Table:
     table = Table(title=f"Top-1 accuracy on test images in %, mean +- standard deviation over {len(draws)} draws")
     table.add_column("")
-    for split in SPLITS:
+    for split in SPLITS_AND_ALL:
         table.add_column(split, justify="right")
 
     def row(name: str, values: list[dict[str, float]], sign: str = "") -> None:
         cells = []
-        for split in SPLITS:
+        for split in SPLITS_AND_ALL:
             numbers = 100 * torch.tensor([value[split] for value in values], dtype=torch.float64)
             spread = float(numbers.std()) if len(numbers) > 1 else 0.0
             cells.append(f"{float(numbers.mean()):{sign}.1f} +- {spread:.1f}")
@@ -186,7 +185,7 @@ def accuracy_table(draws: list[Draw]) -> Table:
 
     row("trained classifier", [draw.before for draw in draws])
     row("with Alpha Net", [draw.after for draw in draws])
-    row("gain", [{split: draw.after[split] - draw.before[split] for split in SPLITS} for draw in draws], "+")
+    row("gain", [{split: draw.after[split] - draw.before[split] for split in SPLITS_AND_ALL} for draw in draws], "+")
     return table
 
 
@@ -254,10 +253,6 @@ def write_picture(draw: Draw, output: Path, console: Console) -> None:
             if column == 0:
                 text = f"newly right: {len(of_class)}" if of_class else "none newly right"
                 cell.text(0, -0.12, text, transform=cell.transAxes, fontsize=8, va="top")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(output) as file:
+        figure.savefig(file, format="png", dpi=110)
     console.print(f"Picture of the alphas and of newly recognised images: {output}")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
+from ..utils.environment import RESULT_DEPENDS_ON, versions
 from . import shared
 from .options import option
 from .shared import CommonOptions, DataOptions, ModelOptions
@@ -41,11 +42,12 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
 
     def _data(self, console: Console, started: float) -> dict[str, Any]:
         from ..doctor.check import Finding, check_classifier_order, check_data
+        from ..features.store import read_parts
 
         checkpoint = None if self.checkpoint is None else self.read_checkpoint()
         if self.features is not None and checkpoint is None:
             raise ValueError("--checkpoint must be given with --features: whose class order is checked")
-        part = None if self.features is None else shared.read_part(self.features, "train")
+        part = None if self.features is None else read_parts(self.features, "train")["train"]
         # The lists are opened for what they say themselves: labels beyond the classifier are a finding, not an error here.
         train = self.need("train")
         num_classes = self.num_classes if checkpoint is None else checkpoint.num_classes
@@ -79,8 +81,8 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         from ..ops import build_info
 
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        found = {"versions": shared.versions(), "extension": build_info(), "gpus": gpus}
-        for name, version in shared.versions().items():
+        found = {"versions": versions(*RESULT_DEPENDS_ON), "extension": build_info(), "gpus": gpus}
+        for name, version in versions(*RESULT_DEPENDS_ON).items():
             console.print(f"{name}: {version or 'not installed'}", highlight=False, markup=False)
         for name, value in build_info().items():
             console.print(f"extension, {name}: {value}", highlight=False, markup=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import itertools
 import os
 import pickle
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.console import Console
 
 from ..utils.checks import check_integer
+from ..utils.environment import RESULT_DEPENDS_ON, versions
 from ..utils.files import folder_lock, read_json, write_json
 from .options import Options, option
 
@@ -211,12 +211,11 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def example(self) -> torch.Tensor:
         """A batch of two images of noise."""
-        import torch
+        from ..utils.seeds import noise
 
         check_integer(self.image_size, "image_size", minimum=1)
         check_integer(self.channels, "channels", minimum=1)
-        generator = torch.Generator("cpu").manual_seed(0)
-        return torch.randn(2, self.channels, self.image_size, self.image_size, generator=generator, device="cpu")
+        return noise(2, self.channels, self.image_size, self.image_size)
 
 
 def _own_model(name: str, num_classes: int, seed: int) -> nn.Module:
@@ -243,50 +242,22 @@ def choose_device(name: str | None) -> torch.device:
     """The device asked for, checked; without a name a GPU where there is one."""
     import torch
 
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {name!r}') from None
+    from ..utils.tensors import check_device
+
+    device = check_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {name!r}')
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that is there, got {name!r}: torch sees no GPU")
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {name!r}')
     return device
-
-
-def read_part(folder: Path, part: str) -> Features:
-    """The cached features of ``folder/part``."""
-    from ..features.store import read_features
-
-    if not (folder / part).is_dir():
-        there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-        raise FileNotFoundError(
-            f"features must be a folder with the features of {part} in it, there is no {str(folder / part)!r}"
-            + (f"; there are {', '.join(there)}" if there else "")
-            + "; 'alphaext extract' writes it"
-        )
-    return read_features(folder / part)
 
 
 def read_train_and(folder: Path, part: str, *, optional: bool = False) -> tuple[Features, Features | None]:
     """The training features and those of another part, which must be of the same network and classes."""
-    train = read_part(folder, "train")
+    from ..features.store import read_parts
+
     if optional and not (folder / part).is_dir():
-        return train, None
-    other = train if part == "train" else read_part(folder, part)
-    found = {
-        "the network (its fingerprint)": (train.metadata.get("model"), other.metadata.get("model")),
-        "their width": (train.features.shape[1], other.features.shape[1]),
-        "the number of classes": (train.num_classes, other.num_classes),
-        "the names of the classes": (train.class_names, other.class_names),
-    }
-    for what, (of_train, of_other) in found.items():
-        if of_train is not None and of_other is not None and of_train != of_other:
-            shown = "" if isinstance(of_train, tuple) else f": {of_train} and {of_other}"
-            raise ValueError(f"features of train and {part} in {str(folder)!r} do not belong together: {what} differs{shown}")
-    return train, other
+        return read_parts(folder, "train")["train"], None
+    found = read_parts(folder, "train", part)
+    return found["train"], found[part]
 
 
 def read_classifier(path: Path, num_classes: int | None = None, layer: str | None = None) -> nn.Linear:
@@ -368,17 +339,6 @@ def output_folder(folder: Path, *files: str, overwrite: bool, lock: bool = True)
         yield OutputFolder(folder)
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("alphaext", "torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def write_results(folder: Path, command: str, options: Options, result: dict[str, Any], started: float) -> None:
     """Write what came of a command beside how it came about: the result last, since its presence says that all is there."""
     write_json(
@@ -386,7 +346,7 @@ def write_results(folder: Path, command: str, options: Options, result: dict[str
         {
             "command": command,
             "options": options.to_dict(),
-            "versions": versions(),
+            "versions": versions(*RESULT_DEPENDS_ON),
             "platform": platform.platform(),
             "processors": os.cpu_count(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -8,7 +8,6 @@ import operator
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..utils.checks import check_integer
+from ..utils.checks import check_class_names, check_integer
 from ..utils.tensors import TensorLike, check_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from typing_extensions import Self
 
 __all__ = ["ArrayImages", "DatasetImages", "FileImages", "ImageReadError", "LabelledImages", "decode_image"]
 
@@ -209,13 +209,47 @@ class FileImages(LabelledImages):
         return FileImages(self.root, paths, self.labels.index_select(0, chosen), self.num_classes, self.class_names)
 
 
-class ArrayImages(LabelledImages):
+class _RowImages(LabelledImages):
+    """Images that are rows of one whole.
+
+    Attributes:
+        source: the name of the whole; images are called ``source[row]``.
+        rows: int64 [n], where each image is in it.
+    """
+
+    def __init__(
+        self,
+        whole: Any,
+        labels: TensorLike,
+        source: str,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        rows: TensorLike | None = None,
+    ) -> None:
+        super().__init__(labels, num_classes, class_names)
+        self._whole, self.source = whole, source
+        everything = torch.arange(len(whole), device="cpu")
+        self.rows = everything if rows is None else check_labels(rows, len(whole), "rows").to("cpu")
+        if self.rows.numel() != len(self):
+            raise ValueError(f"images and labels must have one entry an image, got {self.rows.numel()} and {len(self)}")
+
+    def name(self, index: int) -> str:
+        return f"{self.source}[{self._row(index)}]"
+
+    def _row(self, index: int) -> int:
+        return int(self.rows[self._position(index)])
+
+    def subset(self, indices: TensorLike) -> Self:
+        chosen = self._indices(indices)
+        labels, rows = self.labels.index_select(0, chosen), self.rows.index_select(0, chosen)
+        return type(self)(self._whole, labels, self.source, self.num_classes, self.class_names, rows)
+
+
+class ArrayImages(_RowImages):
     """Images in one array in memory; :func:`alphaext.data.read_arrays` makes them. A subset shares the array.
 
     Attributes:
-        pixels: uint8 [m, height, width] (gray) or [m, height, width, 3].
-        source: the name of the whole; images are called ``source[row]``.
-        rows: int64 [n], where each image is in ``pixels``.
+        pixels: uint8 [m, height, width] (gray) or [m, height, width, 3], whose rows the images are.
     """
 
     kind = "array"
@@ -229,19 +263,12 @@ class ArrayImages(LabelledImages):
         class_names: Sequence[str] | None = None,
         rows: TensorLike | None = None,
     ) -> None:
-        super().__init__(labels, num_classes, class_names)
         if pixels.dtype != np.uint8:
             raise TypeError(f"images must be uint8, got {pixels.dtype}")
         if not (pixels.ndim == 3 or (pixels.ndim == 4 and pixels.shape[3] == 3)) or 0 in pixels.shape[1:]:
             raise ValueError(f"images must have shape [n, height, width] or [n, height, width, 3], got {list(pixels.shape)}")
-        self.pixels, self.source = pixels, source
-        everything = torch.arange(len(pixels), device="cpu")
-        self.rows = everything if rows is None else check_labels(rows, len(pixels), "rows").to("cpu")
-        if self.rows.numel() != len(self):
-            raise ValueError(f"images and labels must have one entry an image, got {self.rows.numel()} and {len(self)}")
-
-    def name(self, index: int) -> str:
-        return f"{self.source}[{int(self.rows[self._position(index)])}]"
+        super().__init__(pixels, labels, source, num_classes, class_names, rows)
+        self.pixels = pixels
 
     def stored(self, index: int) -> bytes:
         return self._pixels(index).tobytes()
@@ -254,11 +281,6 @@ class ArrayImages(LabelledImages):
         pixels = np.frombuffer(stored, dtype=np.uint8).reshape(self.pixels.shape[1:])
         return _pillow().fromarray(pixels)
 
-    def subset(self, indices: TensorLike) -> ArrayImages:
-        chosen = self._indices(indices)
-        labels, rows = self.labels.index_select(0, chosen), self.rows.index_select(0, chosen)
-        return ArrayImages(self.pixels, labels, self.source, self.num_classes, self.class_names, rows)
-
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         _update(digest, self.kind.encode())
@@ -270,43 +292,26 @@ class ArrayImages(LabelledImages):
         return digest.hexdigest()
 
     def _pixels(self, index: int) -> npt.NDArray[np.uint8]:
-        return self.pixels[int(self.rows[self._position(index)])]
+        return self.pixels[self._row(index)]
 
 
-class DatasetImages(LabelledImages):
-    """The images of a data set in torchvision's manner; :func:`alphaext.data.from_torchvision` makes them.
+class DatasetImages(_RowImages):
+    """The images of a data set in torchvision's manner, whose items are ``(PIL image, label)``.
 
-    Attributes:
-        dataset: its items are ``(PIL image, label)``.
-        source: the name of the whole; images are called ``source[row]``.
-        rows: int64 [n], where each image is in ``dataset``.
+    :func:`alphaext.data.from_torchvision` makes them.
     """
 
     kind = "dataset"
 
-    def __init__(
-        self,
-        dataset: Any,
-        labels: TensorLike,
-        source: str,
-        num_classes: int | None = None,
-        class_names: Sequence[str] | None = None,
-        rows: TensorLike | None = None,
-    ) -> None:
-        super().__init__(labels, num_classes, class_names)
-        self.dataset, self.source = dataset, source
-        everything = torch.arange(len(dataset), device="cpu")
-        self.rows = everything if rows is None else check_labels(rows, len(dataset), "rows").to("cpu")
-        if self.rows.numel() != len(self):
-            raise ValueError(f"images and labels must have one entry an image, got {self.rows.numel()} and {len(self)}")
-
-    def name(self, index: int) -> str:
-        return f"{self.source}[{int(self.rows[self._position(index)])}]"
+    @property
+    def dataset(self) -> Any:
+        """What the images are of."""
+        return self._whole
 
     def load(self, index: int) -> Image:
         name = self.name(index)
         try:
-            image = self.dataset[int(self.rows[self._position(index)])][0]
+            image = self.dataset[self._row(index)][0]
         except MemoryError:
             raise
         except Exception as error:
@@ -326,11 +331,6 @@ class DatasetImages(LabelledImages):
     def decode(self, index: int, stored: bytes) -> Image:
         mode, width, height = struct.unpack_from("<2sii", stored)
         return _pillow().frombytes("L" if mode.startswith(b"L") else "RGB", (width, height), stored[struct.calcsize("<2sii") :])
-
-    def subset(self, indices: TensorLike) -> DatasetImages:
-        chosen = self._indices(indices)
-        labels, rows = self.labels.index_select(0, chosen), self.rows.index_select(0, chosen)
-        return DatasetImages(self.dataset, labels, self.source, self.num_classes, self.class_names, rows)
 
 
 def decode_image(content: bytes, name: str) -> Image:
@@ -365,21 +365,6 @@ def decode_image(content: bytes, name: str) -> Image:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them meet.
         raise ImageReadError.of(name, _reason(error)) from error
-
-
-def check_class_names(names: Sequence[str], num_classes: int | None) -> tuple[str, ...]:
-    """Return ``names`` as a tuple after checking that they are different texts, one a class."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names must be a sequence of texts, got {names!r:.200}")
-    checked = tuple(names)
-    if not checked:
-        raise ValueError("class_names must name at least one class, got none")
-    if num_classes is not None and len(checked) != num_classes:
-        raise ValueError(f"class_names must have one name a class, got {len(checked)} names for num_classes = {num_classes}")
-    most_common, times = Counter(checked).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"class_names must be different, got {most_common!r} {times} times")
-    return checked
 
 
 def _plain(image: Image, name: str) -> Image:

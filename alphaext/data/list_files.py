@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..utils.checks import check_class_names
 from ..utils.files import PathLike, check_output_file, whole_file
 from ..utils.tensors import TensorLike, check_labels
-from .images import MOST_CLASSES, FileImages, check_class_names
+from .images import MOST_CLASSES, FileImages
 
 __all__ = ["read_list", "write_list"]
 

@@ -96,19 +96,40 @@ def image_batches(
     Yields:
         An iterator over the batches.
     """
-    loader: DataLoader[ImageBatch] = DataLoader(
+    reader = worker_reader(
         _ReadBatches(images, transform, seed),
         sampler=_Order(batches),
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        generator=torch.Generator("cpu").manual_seed(0),  # else it would draw from the global one
     )
-    with torch.device("cpu"):  # it draws a seed, on the user's default device, from that generator
-        iterator = iter(loader)
+    with reader as begin:
+        yield begin()
+
+
+@contextmanager
+def worker_reader(dataset: Dataset[Any], **options: Any) -> Iterator[Callable[[], Iterator[Any]]]:
+    """A block with a function that begins to go through a data set, as often as it is called.
+
+    However the block ends, the workers are gone afterwards.
+
+    Args:
+        dataset: what is read.
+        options: of torch's ``DataLoader``.
+    """
+    # Without a generator, each iteration would draw from the global random state.
+    loader: DataLoader[Any] = DataLoader(dataset, generator=torch.Generator("cpu").manual_seed(0), **options)
+    iterator: Iterator[Any] | None = None
+
+    def begin() -> Iterator[Any]:
+        nonlocal iterator
+        with torch.device("cpu"):  # it draws a seed, on the user's default device, from that generator
+            iterator = iter(loader)
+        return iterator
+
     try:
-        yield iterator
+        yield begin
     finally:
         # Not left to the garbage collector: the traceback of an error holds the iterator, and the iterator its processes.
         stop: Callable[[], None] | None = getattr(iterator, "_shutdown_workers", None)

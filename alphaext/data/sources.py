@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..utils.checks import check_class_names
 from ..utils.files import PathLike
-from .images import ArrayImages, DatasetImages, FileImages, ImageReadError, LabelledImages, check_class_names
+from .images import ArrayImages, DatasetImages, FileImages, ImageReadError, LabelledImages
 from .list_files import existing_folder, read_list, write_list
 from .long_tailed import long_tailed_counts, make_long_tailed
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..classes import class_means, split_classes
-from ..data.images import LabelledImages, check_class_names
-from ..utils.checks import check_integer
+from ..data.images import LabelledImages
+from ..utils.checks import check_class_names, check_integer
 from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .images import content_problems, missing_problems, reading_problems, repeat_problems, truncation_problems

@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    TextColumn,
 )
 
 from ..data.images import DatasetImages, FileImages, ImageReadError, LabelledImages
 from ..utils.checks import check_integer
-from ..utils.progress import ImagesPerSecond, progress_bar
+from ..utils.progress import ImagesPerSecond, task_bar
 
 __all__ = ["Reading", "missing_files", "read_all"]
 
@@ -82,7 +81,7 @@ def read_all(
     tasks = _chunks(parts)
     total = sum(len(images) for images in parts.values())
     pool = ThreadPoolExecutor(threads, thread_name_prefix="alphaext-read")
-    with _progress_bar(progress, total) as bar:
+    with task_bar(progress, "images", MofNCompleteColumn(), BarColumn(), ImagesPerSecond(), total=total) as report:
         try:
             running: set[Future[int]] = set()
             exhausted = False
@@ -94,7 +93,7 @@ def read_all(
                     else:
                         running.add(pool.submit(read, *task))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                bar(sum(future.result() for future in done))
+                report(sum(future.result() for future in done))
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -129,16 +128,3 @@ def _chunks(parts: Mapping[str, LabelledImages]) -> Iterator[tuple[str, int, int
 
 def _default_workers() -> int:
     return min(32, 2 * len(os.sched_getaffinity(0)))
-
-
-@contextmanager
-def _progress_bar(progress: bool | None, total: int) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("images"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        ImagesPerSecond(),
-    )
-    with progress_bar(progress, *columns) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda images: bar.advance(task, images)

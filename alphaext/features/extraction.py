@@ -25,6 +25,7 @@ from ..data.loading import Batch, ImageBatch, Transform, image_batches
 from ..models.zoo import SplitModel
 from ..utils.checks import check_integer
 from ..utils.files import PathLike
+from ..utils.modules import cudnn_choice
 from ..utils.processes import Group, process_group
 from ..utils.progress import ImagesPerSecond, progress_bar
 from .folder import ExtractionFolder, wait_for
@@ -365,15 +366,13 @@ def _check_same_everywhere(group: Group, identity: Mapping[str, Any]) -> None:
 @contextmanager
 def _on_device(split_model: SplitModel, device: torch.device) -> Iterator[None]:
     """The model on ``device``, where convolutions choose the same algorithm each time; then back to where it was."""
-    model, before, cudnn = split_model.model, split_model.device, torch.backends.cudnn
-    flags = cudnn.benchmark, cudnn.deterministic
+    model, before = split_model.model, split_model.device
     try:
         if before != device:
             model.to(device)
-        cudnn.benchmark, cudnn.deterministic = False, True
-        yield
+        with cudnn_choice(deterministic=True, fastest=False):
+            yield
     finally:
-        cudnn.benchmark, cudnn.deterministic = flags
         if before != device:
             model.to(before)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from ..utils.environment import versions
 from ..utils.files import folder_lock, read_json, write_json
 from .shards import (
     IDENTITY_FILE,
@@ -24,7 +23,6 @@ from .shards import (
     ShardPlan,
     Unreadable,
     digest_of,
-    naming_path,
     read_identity,
     read_shard,
     remove_parts,
@@ -142,10 +140,9 @@ class ExtractionFolder:
             ],
             "device": ", ".join(sorted(devices)),
             "seconds": round(seconds, 3),
-            "versions": _versions(),
+            "versions": versions("alphaext", "torch", "torchvision", "numpy", "python"),
         }
-        with naming_path(self.path / SIDECAR_FILE):
-            write_json(self.path / SIDECAR_FILE, about)
+        write_json(self.path / SIDECAR_FILE, about)
         remove_parts(self.path)
 
     def _is_complete(self) -> bool:
@@ -252,19 +249,3 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
-
-
-def _versions() -> dict[str, str | None]:
-    from ..utils.environment import __version__
-
-    try:
-        import torchvision
-    except ImportError:
-        torchvision = None
-    return {
-        "alphaext": __version__,
-        "torch": str(torch.__version__),
-        "torchvision": getattr(torchvision, "__version__", None),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }

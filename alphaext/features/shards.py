@@ -13,8 +13,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ __all__ = [
     "Unreadable",
     "count_done",
     "digest_of",
-    "naming_path",
     "read_identity",
     "read_shard",
     "remove_parts",
@@ -141,7 +140,7 @@ def write_shard(path: Path, shard: Shard, place: Batch, identity: str) -> None:
     content = io.BytesIO()
     text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     np.savez(content, features=shard.features, indices=shard.indices, about=text)
-    with naming_path(path), whole_file(path) as file:
+    with whole_file(path) as file:
         file.write(content.getbuffer())
 
 
@@ -192,8 +191,7 @@ def digest_of(identity: Mapping[str, Any]) -> str:
 def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     """Note in ``folder`` what is being extracted into it."""
     path = folder / IDENTITY_FILE
-    with naming_path(path):
-        write_json(path, {"format": _FORMAT, "identity": identity})
+    write_json(path, {"format": _FORMAT, "identity": identity})
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -237,17 +235,6 @@ def remove_parts(folder: Path) -> None:
     with suppress(FileNotFoundError):
         shutil.rmtree(folder / PARTS_FOLDER)
     (folder / IDENTITY_FILE).unlink(missing_ok=True)
-
-
-@contextmanager
-def naming_path(path: Path) -> Iterator[None]:
-    """Give an ``OSError`` of writing, such as that of a full disk, the name of the file, which it lacks."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _as_list(place: Batch) -> list[int]:

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from .. import classes
-from ..data.images import check_class_names
-from ..utils.checks import check_integer
+from ..utils.checks import check_class_names, check_integer
 from ..utils.files import PathLike, file_digest, read_json, whole_file, without_nan, write_json
 from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels
-from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done, naming_path
+from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done
 
 __all__ = ["DTYPES", "Features", "read_features", "write_features"]
 
@@ -116,6 +115,40 @@ class Features:
             raise ValueError(
                 f"{str(self.folder / FEATURES_FILE)!r} has changed since it was written: SHA-256 {seen}, not {noted}"
             )
+
+
+def read_parts(folder: PathLike, *parts: str) -> dict[str, Features]:
+    """The cached features of several parts, each in a folder of its own in ``folder``; with their names, as given.
+
+    Raises:
+        FileNotFoundError: a part is not there.
+        ValueError: parts of different networks or classes.
+    """
+    path = Path(folder)
+    for part in parts:
+        if not (path / part).is_dir():
+            there = sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+            raise FileNotFoundError(
+                f"features must be a folder with the features of {', '.join(parts)} in it, there is no {str(path / part)!r}"
+                + (f"; there are {', '.join(there)}" if there else "")
+                + "; 'alphaext extract' writes it"
+            )
+    found = {part: read_features(path / part) for part in parts}
+    first = found[parts[0]]
+    for part, other in found.items():
+        pairs = {
+            "the network (its fingerprint)": (first.metadata.get("model"), other.metadata.get("model")),
+            "their width": (first.features.shape[1], other.features.shape[1]),
+            "the number of classes": (first.num_classes, other.num_classes),
+            "the names of the classes": (first.class_names, other.class_names),
+        }
+        for what, (here, there_) in pairs.items():
+            if here is not None and there_ is not None and here != there_:
+                shown = "" if isinstance(here, tuple) else f": {here} and {there_}"
+                raise ValueError(
+                    f"features of {parts[0]} and {part} in {str(folder)!r} do not belong together: {what} differs{shown}"
+                )
+    return found
 
 
 def read_features(
@@ -234,8 +267,7 @@ def write_features(
         with array_file(temporary / LABELS_FILE, "int64", (len(label_ids),)) as labels_file:
             labels_file.write(label_ids.numpy())
         sidecar = sidecar_of(shape, dtype, num_classes, names, file.sha256)
-        with naming_path(temporary / SIDECAR_FILE):
-            write_json(temporary / SIDECAR_FILE, {**sidecar, **more})
+        write_json(temporary / SIDECAR_FILE, {**sidecar, **more})
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -283,7 +315,7 @@ def array_file(path: Path, dtype: str, shape: tuple[int, ...]) -> Iterator[Array
         OSError: it cannot be written; the error names the file.
         ValueError: more or fewer rows were written than the shape says; the file is not there then.
     """
-    with naming_path(path), whole_file(path) as file:
+    with whole_file(path) as file:
         array = ArrayFile(file, dtype, shape)
         yield array
         if array.rows != shape[0]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
@@ -14,10 +13,15 @@ from ..utils.checks import check_integer
 from ..utils.tensors import TensorLike, as_tensor, check_floating, check_labels, check_same_device, check_shape
 
 __all__ = [
+    "SPLITS",
+    "SPLITS_AND_ALL",
     "label_ranks",
     "per_class_accuracy",
     "split_accuracy",
 ]
+
+SPLITS = ("few", "medium", "many")
+SPLITS_AND_ALL = (*SPLITS, "all")
 
 # Elements of one block of logits. On the CPU it stays in cache with the masks of its comparisons, and torch starts its
 # threads from 2**15 elements on: waiting for them costs more than such light work, many times more on a busy machine.
@@ -147,20 +151,8 @@ def split_accuracy(
         raise ValueError(f'average must be "samples" or "classes", got {average!r}')
     hits, counts = _hits_and_counts(logits, labels, split.num_classes, top_k)
 
-    def accuracy(class_ids: Tensor) -> float:
-        seen = class_ids[counts[class_ids] > 0]
-        if seen.numel() == 0:
-            return math.nan
-        if average == "samples":
-            return int(hits[seen].sum()) / int(counts[seen].sum())
-        return float((hits[seen].to(torch.float64) / counts[seen]).mean())
-
-    return {
-        "few": accuracy(split.few.cpu()),
-        "medium": accuracy(split.medium.cpu()),
-        "many": accuracy(split.many.cpu()),
-        "all": accuracy(torch.arange(split.num_classes, device="cpu")),
-    }
+    found = SplitMetrics(split, counts).of(torch.stack([hits, hits]))
+    return {name: found[name if average == "samples" else f"{name}_class_mean"] for name in SPLITS_AND_ALL}
 
 
 class SplitMetrics:
@@ -172,12 +164,11 @@ class SplitMetrics:
 
     def __init__(self, split: ClassSplit, counts: Tensor) -> None:
         """``counts``: validation samples of each class."""
-        parts = {"few": split.few, "medium": split.medium, "many": split.many}
+        parts = (split.few, split.medium, split.many)
         member = np.zeros((len(counts), 4), dtype=np.int64)
-        for column, ids in enumerate(parts.values()):
-            member[ids.numpy(), column] = 1
+        for column, ids in enumerate(parts):
+            member[ids.cpu().numpy(), column] = 1
         member[:, 3] = 1
-        self._names = (*parts, "all")
         samples = counts.numpy()
         self._member, self._totals = member, samples @ member
         seen = member * (samples > 0)[:, None]
@@ -193,7 +184,7 @@ class SplitMetrics:
             over_samples = (numbers @ self._member) / self._totals.astype(np.float64)
         over_classes = np.where(self._totals > 0, numbers @ np.nan_to_num(self._weights), np.nan)
         result: dict[str, float] = {}
-        for column, name in enumerate(self._names):
+        for column, name in enumerate(SPLITS_AND_ALL):
             result[name], result[f"{name}_top5"] = over_samples[:, column].tolist()
             result[f"{name}_class_mean"], result[f"{name}_class_mean_top5"] = over_classes[:, column].tolist()
         return result

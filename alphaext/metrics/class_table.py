@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..classes import ClassSplit
-from ..utils.files import PathLike, check_output_file, whole_file, write_json
+from ..utils.checks import names_or_ids
+from ..utils.files import PathLike
+from ..utils.records import number, read_csv, write_records
 from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_integral, check_shape
+from .accuracy import SPLITS
 from .comparison import check_same_samples
-from .evaluation import PARTS, Predictions, check_split, part_of_class, per_class
+from .evaluation import Predictions, check_predictions, part_of_class, per_class
 
 __all__ = ["ClassRow", "class_table", "read_class_table", "write_class_table"]
-
-SORT_KEYS = (
-    "class_id",
-    "name",
-    "split",
-    "training_images",
-    "test_samples",
-    "accuracy_before",
-    "accuracy_after",
-    "gain",
-    "own_alpha",
-    "distance",
-)
 
 
 @runtime_checkable
@@ -87,10 +74,6 @@ class ClassRow:
     own_alpha: float | None = None
     distance: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as numbers, text and lists, for JSON."""
-        return asdict(self)
-
 
 def class_table(
     before: Predictions,
@@ -136,17 +119,17 @@ def class_table(
         >>> rows[3].name, rows[3].split, rows[3].gain, rows[3].neighbor_names, rows[3].alphas, rows[3].own_alpha
         ('d', 'few', 0.0, ('a', 'b'), (0.25, 0.25), 0.5)
     """
-    parts = check_split(before, split, "before")
-    check_split(after, split, "after")
+    parts = check_predictions(before, split, "before")
+    check_predictions(after, split, "after")
     num_classes = parts.num_classes
     check_same_samples(before, after)
-    names = check_class_names(class_names, num_classes)
+    names = names_or_ids(class_names, num_classes)
     trained = _check_counts(counts, num_classes)
-    if sort_by not in SORT_KEYS:
-        raise ValueError(f"sort_by must be one of {', '.join(SORT_KEYS)}, got {sort_by!r}")
+    if sort_by not in _PLAIN:
+        raise ValueError(f"sort_by must be one of {', '.join(_PLAIN)}, got {sort_by!r}")
     composed = _composition(head, class_means, num_classes, names)
     accuracies = zip(per_class(before).tolist(), per_class(after).tolist(), strict=True)
-    part_names = [PARTS[number] for number in part_of_class(parts).tolist()]
+    part_names = [SPLITS[number] for number in part_of_class(parts).tolist()]
     rows = [
         ClassRow(
             class_id=c,
@@ -188,20 +171,7 @@ def write_class_table(rows: Sequence[ClassRow], path: PathLike, *, overwrite: bo
         ...     print(pathlib.Path(folder, "classes.csv").read_text().splitlines()[1])
         0,"sea, deep",many,500,50,0.5,0.25,-0.25,,
     """
-    rows = list(rows)
-    for row in rows:
-        if not isinstance(row, ClassRow):
-            raise TypeError(f"rows must be ClassRow's, as class_table returns them, got {type(row).__name__}")
-    target = check_output_file(path, "path", overwrite=overwrite)
-    if target.suffix == ".json":
-        write_json(target, {"classes": [row.to_dict() for row in rows]})
-    elif target.suffix == ".csv":
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(_cells(rows))
-        with whole_file(target) as file:
-            file.write(text.getvalue().encode())
-    else:
-        raise ValueError(f"path must end in .csv or .json, got {str(target)!r}")
+    write_records(rows, ClassRow, path, _lines, key="classes", overwrite=overwrite)
 
 
 def read_class_table(path: PathLike) -> list[ClassRow]:
@@ -225,35 +195,26 @@ def read_class_table(path: PathLike) -> list[ClassRow]:
         ...     read_class_table(f"{folder}/classes.csv") == [row]
         True
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
-        rows = []
-        try:
-            header = next(lines, [])
-            more = header[len(_PLAIN) :]
-            most = len(more) // len(_OF_NEIGHBOR)
-            if header != [*_PLAIN, *_neighbor_columns(most)]:
-                raise ValueError(f"its columns must be {', '.join([*_PLAIN, *_neighbor_columns(1)])} and so on")
-            for line in lines:
-                if len(line) != len(header):
-                    raise ValueError(f"there must be {len(header)} fields, got {len(line)}")
-                rows.append(_row_of(line))
-        except (UnicodeDecodeError, csv.Error, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is not a table of classes: line {lines.line_num}: {error}") from error
-    return rows
+    return read_csv(path, "a table of classes", _check_header, _row_of)
+
+
+def _check_header(header: list[str]) -> None:
+    most = len(header[len(_PLAIN) :]) // len(_OF_NEIGHBOR)
+    if header != [*_PLAIN, *_neighbor_columns(most)]:
+        raise ValueError(f"its columns must be {', '.join([*_PLAIN, *_neighbor_columns(1)])} and so on")
 
 
 def _row_of(line: list[str]) -> ClassRow:
     values: dict[str, Any] = {name: _value(name, cell) for name, cell in zip(_PLAIN, line, strict=False)}
-    if values["split"] not in PARTS:
-        raise ValueError(f"split must be one of {', '.join(PARTS)}, got {values['split']!r}")
+    if values["split"] not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {values['split']!r}")
     cells = line[len(_PLAIN) :]
     neighbors = [cells[k : k + 3] for k in range(0, len(cells), 3) if cells[k] != ""]
     return ClassRow(
         **values,
-        neighbors=tuple(int(_number("neighbor", class_id, int)) for class_id, _, _ in neighbors),
+        neighbors=tuple(number("neighbor", class_id, int) for class_id, _, _ in neighbors),
         neighbor_names=tuple(name for _, name, _ in neighbors),
-        alphas=tuple(_number("neighbor_alpha", alpha, float) for _, _, alpha in neighbors),
+        alphas=tuple(number("neighbor_alpha", alpha, float) for _, _, alpha in neighbors),
     )
 
 
@@ -261,29 +222,10 @@ def _value(name: str, cell: str) -> Any:
     if name in ("name", "split"):
         return cell
     if name in ("class_id", "training_images", "test_samples"):
-        return _number(name, cell, int)
+        return number(name, cell, int)
     if cell == "":
         return None if name in ("own_alpha", "distance") else math.nan
-    return _number(name, cell, float)
-
-
-def _number(name: str, cell: str, kind: type[int] | type[float]) -> float:
-    try:
-        return kind(cell)
-    except ValueError:
-        raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {cell!r}") from None
-
-
-def check_class_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
-    """A name for each class: those given, after a check, or else the ids as text."""
-    if class_names is None:
-        return [str(c) for c in range(num_classes)]
-    names = list(class_names)
-    if isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names must be a list of text, got {type(class_names).__name__} of {class_names!r:.60}")
-    if len(names) != num_classes:
-        raise ValueError(f"class_names must be one a class, got {len(names)} names for {num_classes} classes")
-    return names
+    return number(name, cell, float)
 
 
 def _check_counts(counts: TensorLike, num_classes: int) -> list[int]:
@@ -297,7 +239,7 @@ def _check_counts(counts: TensorLike, num_classes: int) -> list[int]:
 
 
 def _composition(
-    head: ComposedClassifier | None, class_means: TensorLike | None, num_classes: int, names: list[str]
+    head: ComposedClassifier | None, class_means: TensorLike | None, num_classes: int, names: Sequence[str]
 ) -> dict[int, dict[str, Any]]:
     """Of each class that ``head`` repairs, the fields of its row that tell what it is composed of."""
     if head is None:
@@ -337,7 +279,7 @@ def _distances(class_means: TensorLike, members: Tensor, num_classes: int) -> li
 def _sorted(rows: list[ClassRow], sort_by: str, descending: bool) -> list[ClassRow]:
     def key(row: ClassRow) -> Any:
         value = getattr(row, sort_by)
-        return PARTS.index(value) if sort_by == "split" else value
+        return SPLITS.index(value) if sort_by == "split" else value
 
     def known(row: ClassRow) -> bool:
         value = getattr(row, sort_by)
@@ -355,14 +297,14 @@ def _neighbor_columns(most: int) -> list[str]:
     return [name.format(k) for k in range(1, most + 1) for name in _OF_NEIGHBOR]
 
 
-def _cells(rows: list[ClassRow]) -> list[list[Any]]:
-    """A header and the rows of the CSV file; None becomes an empty field."""
+def _lines(rows: list[ClassRow]) -> list[list[Any]]:
+    """A header and the rows of the CSV file."""
     header = [*_PLAIN, *_neighbor_columns(max((len(row.neighbors) for row in rows), default=0))]
-    cells: list[list[Any]] = [list(header)]
+    lines: list[list[Any]] = [header]
     for row in rows:
         values = [getattr(row, name) for name in _PLAIN]
         for neighbor in zip(row.neighbors, row.neighbor_names, row.alphas, strict=True):
             values += neighbor
         values += [None] * (len(header) - len(values))
-        cells.append([None if isinstance(value, float) and math.isnan(value) else value for value in values])
-    return cells
+        lines.append(values)
+    return lines

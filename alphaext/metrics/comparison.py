@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from ..classes import ClassSplit
 from ..utils.checks import check_integer
-from .accuracy import SplitMetrics
+from .accuracy import SPLITS, SplitMetrics
 from .bootstrap import bootstrap_percentiles, check_confidence
-from .evaluation import PARTS, Predictions, check_split, part_of_class
+from .evaluation import Predictions, check_predictions, part_of_class
 
 __all__ = ["ClassLoss", "Comparison", "Confusion", "PartComparison", "check_same_samples", "compare", "mcnemar_p_value"]
 
@@ -154,8 +153,8 @@ def compare(
         >>> found.differences["few"], found.parts["few"].verdict, found.parts["many"].verdict
         (1.0, 'better', 'no difference shown')
     """
-    parts = check_split(before, split, "before")
-    check_split(after, split, "after")
+    parts = check_predictions(before, split, "before")
+    check_predictions(after, split, "after")
     check_same_samples(before, after)
     resamples = check_integer(resamples, "resamples", minimum=1)
     confidence = check_confidence(confidence)
@@ -170,7 +169,7 @@ def compare(
     intervals = bootstrap_percentiles(parts, counts, gained, lost, resamples=resamples, confidence=confidence, seed=seed)
     is_few = torch.from_numpy(part_of_class(parts) == 0)
     to_few = _count_classes(before, (before.ranks == 0) & (after.ranks != 0) & is_few.index_select(0, after.predicted))
-    ids = {name: getattr(parts, name) for name in PARTS} | {"all": torch.arange(parts.num_classes, device="cpu")}
+    ids = {name: getattr(parts, name) for name in SPLITS} | {"all": torch.arange(parts.num_classes, device="cpu")}
     totals = torch.stack([counts, gained[0], lost[0], to_few])
     of_part = {
         name: _part(totals.index_select(1, classes).sum(dim=1).tolist(), intervals[name], 1 - confidence)
@@ -210,14 +209,11 @@ def mcnemar_p_value(gained: int, lost: int) -> float:
     """
     gained = check_integer(gained, "gained", minimum=0)
     lost = check_integer(lost, "lost", minimum=0)
-    number, fewer = gained + lost, min(gained, lost)
     if gained == lost:
         return 1.0
-    # Twice the binomial tail up to the smaller one, summed in logarithms, where nothing overflows.
-    steps = np.arange(1, fewer + 1, dtype=np.float64)
-    logs = np.concatenate([[0.0], np.cumsum(np.log((number - steps + 1) / steps))])
-    largest = float(logs[-1])
-    return min(1.0, 2 * math.exp(largest - number * math.log(2)) * float(np.exp(logs - largest).sum()))
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue)
 
 
 def check_same_samples(before: Predictions, after: Predictions) -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..classes import ClassSplit
-from ..utils.checks import check_integer
-from ..utils.files import PathLike, check_output_file, whole_file, write_json
-from .class_table import check_class_names
+from ..utils.checks import check_integer, names_or_ids
+from ..utils.files import PathLike
+from ..utils.records import read_csv, write_records
+from .accuracy import SPLITS
 from .comparison import check_same_samples
-from .evaluation import PARTS, Predictions, check_split, part_of_class
+from .evaluation import Predictions, check_predictions, part_of_class
 
 __all__ = ["ConfusionRow", "confusion_changes", "read_confusions", "write_confusions"]
 
@@ -62,10 +60,6 @@ class ConfusionRow:
         """After less before."""
         return self.after - self.before
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as numbers and text, for JSON."""
-        return asdict(self)
-
 
 def confusion_changes(
     before: Predictions,
@@ -101,11 +95,11 @@ def confusion_changes(
         sea -> fjord 0 1
         fjord -> sea 2 1
     """
-    parts = check_split(before, split, "before")
-    check_split(after, split, "after")
+    parts = check_predictions(before, split, "before")
+    check_predictions(after, split, "after")
     check_same_samples(before, after)
     num_classes = parts.num_classes
-    names = check_class_names(class_names, num_classes)
+    names = names_or_ids(class_names, num_classes)
     limit = check_integer(limit, "limit", minimum=0)
     pairs, was, now = _counts(before, after)
     part = torch.from_numpy(part_of_class(parts))
@@ -117,7 +111,7 @@ def confusion_changes(
     rows = list(_totals(part[true], part[predicted], was, now))
     for index in shown.tolist():
         t, p, b, a = int(true[index]), int(predicted[index]), int(was[index]), int(now[index])
-        splits = PARTS[int(part[t])], PARTS[int(part[p])]
+        splits = SPLITS[int(part[t])], SPLITS[int(part[p])]
         rows.append(ConfusionRow(t, names[t], splits[0], p, names[p], splits[1], b, a, max(b - a, 0), max(a - b, 0)))
     return rows
 
@@ -138,8 +132,8 @@ def _counts(before: Predictions, after: Predictions) -> tuple[Tensor, Tensor, Te
 
 def _totals(true: Tensor, predicted: Tensor, was: Tensor, now: Tensor) -> Iterator[ConfusionRow]:
     change = now - was
-    for row, true_split in enumerate(PARTS):
-        for column, predicted_split in enumerate(PARTS):
+    for row, true_split in enumerate(SPLITS):
+        for column, predicted_split in enumerate(SPLITS):
             own = (true == row) & (predicted == column)
             if not bool(own.any()):
                 continue
@@ -172,22 +166,11 @@ def write_confusions(rows: Iterable[ConfusionRow], path: PathLike, *, overwrite:
         2,"lake, deep",few,0,sea,many,9,4,5,0
         True
     """
-    rows = list(rows)
-    for row in rows:
-        if not isinstance(row, ConfusionRow):
-            raise TypeError(f"rows must be ConfusionRow's, as confusion_changes returns them, got {type(row).__name__}")
-    target = check_output_file(path, "path", overwrite=overwrite)
-    if target.suffix == ".json":
-        write_json(target, {"confusions": [row.to_dict() for row in rows]})
-    elif target.suffix == ".csv":
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        writer.writerows([getattr(row, name) for name in _COLUMNS] for row in rows)
-        with whole_file(target) as file:
-            file.write(text.getvalue().encode("utf-8", "backslashreplace"))
-    else:
-        raise ValueError(f"path must end in .csv or .json, got {str(target)!r}")
+    write_records(rows, ConfusionRow, path, _lines, key="confusions", overwrite=overwrite)
+
+
+def _lines(rows: list[ConfusionRow]) -> list[Any]:
+    return [_COLUMNS, *map(astuple, rows)]
 
 
 _COLUMNS = tuple(entry.name for entry in fields(ConfusionRow))
@@ -203,27 +186,24 @@ def read_confusions(path: PathLike) -> list[ConfusionRow]:
         FileNotFoundError: there is no such file.
         ValueError: it is no such file, or has a value that its column cannot have; the message names the line.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
-        rows = []
-        try:
-            if tuple(next(lines, [])) != _COLUMNS:
-                raise ValueError(f"its columns must be {', '.join(_COLUMNS)}")
-            for line in lines:
-                if len(line) != len(_COLUMNS):
-                    raise ValueError(f"there must be {len(_COLUMNS)} fields, got {len(line)}")
-                rows.append(ConfusionRow(**{name: _value(name, cell) for name, cell in zip(_COLUMNS, line, strict=True)}))
-        except (UnicodeDecodeError, csv.Error, ValueError) as error:
-            raise ValueError(f"{str(path)!r} is not a table of confusions: line {lines.line_num}: {error}") from error
-    return rows
+    return read_csv(path, "a table of confusions", _check_header, _row_of)
+
+
+def _check_header(header: list[str]) -> None:
+    if tuple(header) != _COLUMNS:
+        raise ValueError(f"its columns must be {', '.join(_COLUMNS)}")
+
+
+def _row_of(line: list[str]) -> ConfusionRow:
+    return ConfusionRow(*(_value(name, cell) for name, cell in zip(_COLUMNS, line, strict=True)))
 
 
 def _value(name: str, cell: str) -> Any:
     if name in _TEXT:
         return cell
     if name in _SPLITS:
-        if cell not in PARTS:
-            raise ValueError(f"{name} must be one of {', '.join(PARTS)}, got {cell!r}")
+        if cell not in SPLITS:
+            raise ValueError(f"{name} must be one of {', '.join(SPLITS)}, got {cell!r}")
         return cell
     if name in _CLASSES and cell == "":
         return None

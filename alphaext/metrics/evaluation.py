@@ -16,15 +16,14 @@ from torch import Tensor
 
 from ..classes import ClassSplit
 from ..utils.checks import check_integer
-from .accuracy import SplitMetrics
+from .accuracy import SPLITS, SPLITS_AND_ALL, SplitMetrics
 from .bootstrap import bootstrap_percentiles, check_confidence
 from .predictions import Predictions, predict, predict_logits
 
 __all__ = [
-    "PARTS",
     "Predictions",
     "bootstrap_intervals",
-    "check_split",
+    "check_predictions",
     "expected_calibration_error",
     "part_of_class",
     "per_class",
@@ -32,8 +31,6 @@ __all__ = [
     "predict_logits",
     "split_metrics",
 ]
-
-PARTS = ("few", "medium", "many")
 
 
 def split_metrics(predictions: Predictions, split: ClassSplit) -> dict[str, float]:
@@ -60,7 +57,7 @@ def split_metrics(predictions: Predictions, split: ClassSplit) -> dict[str, floa
         >>> found["few"], found["medium"], found["medium_top5"], found["all"]
         (nan, 0.0, 1.0, 0.5)
     """
-    parts = check_split(predictions, split)
+    parts = check_predictions(predictions, split)
     return SplitMetrics(parts, predictions.counts()).of(torch.stack([predictions.hits(1), predictions.hits(5)]))
 
 
@@ -81,7 +78,7 @@ def per_class(predictions: Predictions, top_k: int = 1) -> Tensor:
         >>> per_class(Predictions(ranks=[0, 1], predicted=[0, 0], labels=[0, 1], num_classes=3))
         tensor([1., 0., nan], dtype=torch.float64)
     """
-    _check_predictions(predictions, "predictions")
+    _check_kind(predictions, "predictions")
     top_k = check_integer(top_k, "top_k", minimum=1, maximum=predictions.num_classes)
     # 0 / 0 is the NaN that is promised.
     return predictions.hits(top_k).to(torch.float64) / predictions.counts()
@@ -121,7 +118,7 @@ def bootstrap_intervals(
         >>> 0.35 < low < 0.45, 0.55 < high < 0.65
         (True, True)
     """
-    parts = check_split(predictions, split)
+    parts = check_predictions(predictions, split)
     return bootstrap_percentiles(
         parts,
         predictions.counts(),
@@ -156,7 +153,7 @@ def expected_calibration_error(predictions: Predictions, split: ClassSplit, bins
         >>> expected_calibration_error(predictions, ClassSplit(few=[1], medium=[], many=[0]))
         {'few': 0.5, 'medium': nan, 'many': 0.5, 'all': 0.0}
     """
-    parts = check_split(predictions, split)
+    parts = check_predictions(predictions, split)
     bins = check_integer(bins, "bins", minimum=1)
     if predictions.confidence is None:
         raise ValueError("predictions must have confidence for a calibration error, got None; predict computes it")
@@ -170,31 +167,31 @@ def expected_calibration_error(predictions: Predictions, split: ClassSplit, bins
     samples = [*np.bincount(part_of_sample, minlength=3).tolist(), len(predictions)]
     return {
         name: error / number if number else math.nan
-        for name, error, number in zip((*PARTS, "all"), errors, samples, strict=True)
+        for name, error, number in zip(SPLITS_AND_ALL, errors, samples, strict=True)
     }
 
 
 def part_of_class(split: ClassSplit) -> npt.NDArray[np.int64]:
-    """Which of :data:`PARTS` each class belongs to, [N].
+    """Which of few, medium and many each class belongs to, [N].
 
     Example:
         >>> part_of_class(ClassSplit(few=[2], medium=[1], many=[0])).tolist()
         [2, 1, 0]
     """
     parts = np.empty(split.num_classes, dtype=np.int64)
-    for number, name in enumerate(PARTS):
+    for number, name in enumerate(SPLITS):
         parts[getattr(split, name).cpu().numpy()] = number
     return parts
 
 
-def check_split(predictions: Predictions, split: ClassSplit, name: str = "predictions") -> ClassSplit:
+def check_predictions(predictions: Predictions, split: ClassSplit, name: str = "predictions") -> ClassSplit:
     """Return ``split`` on the CPU after checking that it is of the classes that ``predictions`` are of.
 
     Raises:
         TypeError: predictions or a split that are none.
         ValueError: another number of classes.
     """
-    _check_predictions(predictions, name)
+    _check_kind(predictions, name)
     if not isinstance(split, ClassSplit):
         raise TypeError(f"split must be a ClassSplit, got {type(split).__name__}; split_classes makes one from counts")
     if split.num_classes != predictions.num_classes:
@@ -204,6 +201,6 @@ def check_split(predictions: Predictions, split: ClassSplit, name: str = "predic
     return ClassSplit(few=split.few.cpu(), medium=split.medium.cpu(), many=split.many.cpu())
 
 
-def _check_predictions(predictions: Predictions, name: str) -> None:
+def _check_kind(predictions: Predictions, name: str) -> None:
     if not isinstance(predictions, Predictions):
         raise TypeError(f"{name} must be Predictions, got {type(predictions).__name__}; predict makes them")

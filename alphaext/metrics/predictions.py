@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
 from ..utils.checks import check_integer
-from ..utils.progress import progress_bar
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from ..utils.modules import evaluating
+from ..utils.progress import task_bar
+from ..utils.tensors import TensorLike, as_tensor, check_device, check_finite, check_floating, check_labels, check_shape
 from .accuracy import label_ranks
 
 __all__ = ["Predictions", "predict", "predict_logits"]
@@ -184,7 +183,7 @@ def predict(
     block_rows = check_integer(block_rows, "block_rows", minimum=1)
     block_rows += -block_rows % _PRODUCT_ROWS
     own = _first_floating(classifier)
-    place = _check_device((floating if own is None else own).device if device is None else device)
+    place = check_device((floating if own is None else own).device if device is None else device)
     dtype = floating.dtype if own is None else own.dtype
     if own is not None and own.device != place:
         classifier = copy.deepcopy(classifier).to(place)
@@ -193,7 +192,8 @@ def predict(
     if num_classes is not None and product_rows * num_classes > _PRODUCT_ELEMENTS:
         product_rows = _FEWEST_PRODUCT_ROWS
     collected = _Collected(samples, num_classes)
-    with _evaluating(classifier, place), _progress_bar(progress, samples) as report:
+    bar = task_bar(progress, "samples scored", total=samples)
+    with evaluating(classifier), torch.autocast(place.type, enabled=False), bar as report:
         for start in range(0, samples, block_rows):
             block = as_tensor(source[start : start + block_rows], "features").detach().to(place)
             check_finite(block, "features", first_row=start)
@@ -300,19 +300,6 @@ def _scores(classifier: nn.Module, block: Tensor, num_classes: int | None) -> Te
     return logits
 
 
-@contextmanager
-def _evaluating(classifier: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no gradient, no autocast; afterwards every sub-module is in the mode that it was in."""
-    modes = [(module, module.training) for module in classifier.modules()]
-    classifier.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _check_rows(values: TensorLike, name: str, width: str) -> tuple[Tensor | np.ndarray[Any, Any], Tensor]:
     """``values`` [n, width] to be read by slices, and an empty slice, which has its dtype and device."""
     source = values if isinstance(values, (Tensor, np.ndarray)) else as_tensor(values, name)
@@ -344,17 +331,6 @@ def _check_confidence(confidence: TensorLike, samples: int) -> Tensor:
     return values.float()
 
 
-def _check_device(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device must be one that torch can compute on, got {device!r}: {error}") from error
-    if place.type == "meta":
-        raise ValueError("device must be one that torch can compute on, got 'meta'")
-    return place
-
-
 def _size(classifier: nn.Module, name: str) -> int | None:
     size = getattr(classifier, name, None)
     return size if isinstance(size, int) else None
@@ -364,11 +340,3 @@ def _first_floating(classifier: nn.Module) -> Tensor | None:
     """What tells the classifier's dtype and device; None if it has no numbers of its own."""
     tensors = (*classifier.parameters(), *classifier.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
-
-
-@contextmanager
-def _progress_bar(progress: bool | None, samples: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("samples scored"), MofNCompleteColumn(), BarColumn())
-    with progress_bar(progress, *columns) as bar:
-        task = bar.add_task("", total=samples)
-        yield lambda count: bar.update(task, advance=count)

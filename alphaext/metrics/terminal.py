@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..utils.checks import check_integer
 from ..utils.text import percent
+from .accuracy import SPLITS_AND_ALL
 from .class_table import ClassRow
 from .comparison import Comparison
 
@@ -21,7 +22,6 @@ __all__ = [
     "metrics_table",
 ]
 
-_PARTS = ("few", "medium", "many", "all")
 _VERDICT_STYLES = {"better": "green", "worse": "red"}
 
 
@@ -65,13 +65,13 @@ def metrics_table(
         raise ValueError(f"intervals must be of classifiers that metrics has, got {', '.join(map(repr, unknown))}")
     table = _table(title)
     table.add_column("classifier", overflow="fold")
-    for column in ("top", *_PARTS):
+    for column in ("top", *SPLITS_AND_ALL):
         table.add_column(column, justify="right", no_wrap=True)
     suffix = "" if average == "samples" else "_class_mean"
     for name, values in metrics.items():
         found = (intervals or {}).get(name, {})
         for top in ("", "_top5") if top5 else ("",):
-            keys = [f"{part}{suffix}{top}" for part in _PARTS]
+            keys = [f"{part}{suffix}{top}" for part in SPLITS_AND_ALL]
             cells = [_with_interval(values.get(key), found.get(key), interval_style) for key in keys]
             table.add_row(Text("" if top else name), "5" if top else "1", *cells, end_section=bool(top) or not top5)
     return table

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..utils.tensors import check_floating
+from ..utils.modules import evaluating
+from ..utils.seeds import noise
+from ..utils.tensors import check_floating, tensor_bytes
 
 __all__ = ["SplitModel", "evaluating", "find_classifier", "linear_layers", "run_model", "split_model"]
 
@@ -152,7 +153,7 @@ class SplitModel:
             if name.startswith(own) or not isinstance(tensor, Tensor):
                 continue
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
     def __repr__(self) -> str:
@@ -256,8 +257,7 @@ def _check_plain(split: SplitModel) -> None:
     layer = split.classifier
     if type(layer) is nn.Linear or layer.weight.device.type == "meta":
         return
-    generator = torch.Generator("cpu").manual_seed(0)
-    features = torch.randn(2, layer.in_features, generator=generator, device="cpu")
+    features = noise(2, layer.in_features)
     with evaluating(layer):
         output = layer(features.to(layer.weight.device, layer.weight.dtype))
     name = split.classifier_name
@@ -347,17 +347,3 @@ def run_model(model: nn.Module, images: Tensor) -> Any:
         raise ValueError(
             f"the model, a {type(model).__name__}, cannot take images {list(images.shape)}: {type(error).__name__}: {error}"
         ) from error
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients; afterwards each of its modules in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # Also where the caller is in inference mode: a tensor made there can never be trained on.
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ..data.images import ImageReadError, LabelledImages
+from ..data.loading import worker_reader
 from ..data.transforms import ImageTransform
 from ..utils.processes import Group
 from ..utils.seeds import derived_seed
@@ -136,35 +137,24 @@ def image_reader(
         A function that returns an iterator over the batches: images ``[b, C, H, W]`` and labels int64 ``[b]``, on the device.
         It raises ImageReadError for an image that cannot be read.
     """
-    loader: DataLoader[Any] = DataLoader(
+    reader = worker_reader(
         _Transformed(images, transform),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        # Without one, each iteration would draw from the global random state.
-        generator=torch.Generator("cpu").manual_seed(0),
     )
-    iterator: Iterator[Any] | None = None
+    with reader as begin:
 
-    def read() -> Iterator[tuple[Tensor, Tensor]]:
-        nonlocal iterator
-        with torch.device("cpu"):  # it draws a seed, on the user's default device, from that generator
-            iterator = iter(loader)
-        for batch in iterator:
-            if isinstance(batch, ImageReadError):
-                raise batch
-            inputs, labels = batch
-            yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        def read() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in begin():
+                if isinstance(batch, ImageReadError):
+                    raise batch
+                inputs, labels = batch
+                yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    try:
         yield read
-    finally:
-        # Not left to the garbage collector: the traceback of an error holds the iterator, and the iterator its processes.
-        stop: Callable[[], None] | None = getattr(iterator, "_shutdown_workers", None)
-        if stop is not None:
-            stop()
 
 
 class _Transformed(Dataset[_Item]):

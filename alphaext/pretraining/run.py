@@ -20,11 +20,14 @@ from ..classes import ClassSplit
 from ..data.images import LabelledImages
 from ..data.transforms import ImageTransform
 from ..metrics.accuracy import SplitMetrics, label_ranks
-from ..models.split import evaluating, run_model
+from ..models.split import run_model
 from ..utils.files import whole_file, write_json
+from ..utils.modules import cudnn_choice, evaluating
 from ..utils.processes import Group
-from ..utils.progress import progress_bar
+from ..utils.progress import task_bar
+from ..utils.resume import ResumableTraining
 from ..utils.seeds import derived_seed
+from ..utils.tensors import tensor_bytes
 from .epochs import EpochBatches, image_reader
 from .options import JointOptions
 
@@ -34,18 +37,6 @@ _STATE, _MODEL, _HISTORY = "training.pt", "model.pth", "history.json"
 
 # The one part of a training's identity that changes while it goes on.
 _WEIGHTS = "the digest of the model's weights before training"
-
-# What the file of a training holds.
-_CONTENT: dict[str, type | tuple[type, ...]] = {
-    "identity": dict,
-    "model": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "history": list,
-    "selected_epoch": int,
-    "selected_score": float,
-    "selected": dict,
-}
 
 # A look at the loss makes the CPU wait for the GPU, so there it is looked at now and then.
 _STEPS_BETWEEN_LOOKS = {"cpu": 1}
@@ -58,7 +49,7 @@ _AUXILIARY_WEIGHT = 0.3
 _SMALLEST_SCALE = 2.0**-20
 
 
-class JointRun:
+class JointRun(ResumableTraining):
     """One training: the model and its optimiser, the history, and the best epoch so far.
 
     Attributes:
@@ -80,6 +71,8 @@ class JointRun:
         workers: int,
         group: Group,
     ) -> None:
+        content = {"model": dict, "optimizer": dict, "scaler": dict, "selected": dict}
+        super().__init__("the file of a training", content)
         self.model, self.options, self.group = model, options, group
         self.images, self.transform = data
         self.validation, self.folder, self.workers = validation, folder, workers
@@ -95,9 +88,6 @@ class JointRun:
             self.images.labels, options.sampling, options.batch_size, options.seed, group, options.drop_last
         )
         self.metrics = self._make_metrics()
-        self.history: list[dict[str, float]] = []
-        self.selected_epoch, self.selected_score = 0, -math.inf
-        self.selected: dict[str, Tensor] = {}
         self.resumed_from = 0
         self.trained_images, self.trained_seconds = 0, 0.0
 
@@ -134,7 +124,7 @@ class JointRun:
         identity["the model's class"] = type(self.model).__name__
         identity["the digest of the model's parameters and buffers"] = digest.hexdigest()[:16]
         for tensor in _tensors(self.model).values():
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(tensor))
         identity[_WEIGHTS] = digest.hexdigest()[:16]
         return identity
 
@@ -164,7 +154,7 @@ class JointRun:
         """Go on from the folder's file, if there is one."""
         group, path = self.group, self.folder / _STATE
         with group.together():
-            state = self._load(path) if path.exists() else None
+            state = self.load(path, advice=_advice) if path.exists() else None
         done = group.all_gather_object(0 if state is None else len(state["history"]))
         if len(set(done)) > 1:
             raise ValueError(
@@ -175,29 +165,8 @@ class JointRun:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.history, self.resumed_from = state["history"], len(state["history"])
-        self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
-        if group.is_main:
-            self.selected = state["selected"] or state["model"]
-
-    def _load(self, path: Path) -> dict[str, Any]:
-        try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict):
-                raise TypeError(f"it holds a {type(state).__name__}")
-            for name, kind in _CONTENT.items():
-                if not isinstance(state[name], kind):
-                    raise TypeError(f"{name} is a {type(state[name]).__name__}")
-        except Exception as error:  # what torch makes of foreign bytes knows no limits
-            raise ValueError(f"{path} cannot be read as the file of a training: {type(error).__name__}: {error}") from error
-        for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
-                hint = "hand in the model as it was then, " if name == _WEIGHTS else ""
-                raise ValueError(
-                    f"{path} belongs to another training: {name} is {value!r} here and {state['identity'].get(name)!r} there; "
-                    f"{hint}choose another folder, or delete the file to begin anew"
-                )
-        return state
+        self.resumed_from = len(self.history)
+        self.selected = (state["selected"] or state["model"]) if group.is_main else None
 
     def train(self, progress: bool | None) -> None:
         """Train the remaining epochs. Whatever happens, the main process's model ends with the best weights so far."""
@@ -205,14 +174,15 @@ class JointRun:
         if len(self.history) >= options.epochs:
             return
         reader = image_reader(self.images, self.transform, self.batches, workers=self.workers, device=group.device)
+        steps, columns = len(self.batches), (BarColumn(), TextColumn("{task.description}"))
         shown = (None if group.is_main else False) if progress is None else progress and group.is_main
         try:
             with (
                 torch.random.fork_rng([group.device] if group.device.type == "cuda" else []),
-                _cudnn(deterministic=options.deterministic),
+                cudnn_choice(deterministic=options.deterministic, fastest=not options.deterministic),
                 _synchronized_batch_norms(self.model, options.sync_batch_norm and group.world_size > 1),
                 reader as read,
-                _progress_bar(shown, options.epochs, len(self.batches), len(self.history)) as report,
+                task_bar(shown, "", *columns, total=options.epochs * steps, done=len(self.history) * steps) as report,
             ):
                 network = self._parallel()
                 for epoch in range(len(self.history) + 1, options.epochs + 1):
@@ -259,7 +229,9 @@ class JointRun:
                 means = self._look(torch.stack(losses), epoch, first, rate)
                 total += sum(mean * size for mean, size in zip(means, sizes[first : step + 1], strict=True))
                 losses.clear()
-                report(epoch, step + 1, total / images, images / max(time.monotonic() - began, 1e-9), self.history)
+                speed = images / max(time.monotonic() - began, 1e-9)
+                text = _description(f"{epoch}/{options.epochs}", total / images, speed, self.history)
+                report(0, completed=(epoch - 1) * steps + step + 1, description=text)
         self.trained_images += images
         self.trained_seconds += time.monotonic() - began
         return total / images
@@ -331,27 +303,18 @@ class JointRun:
         entry: dict[str, float] = {"epoch": epoch, "loss": loss, "lr": rate}
         if self.metrics is not None:
             entry.update(self.metrics.of(self._validate(epoch)))
-        self.history.append(entry)
         score = entry["epoch"] if self.select == "last" else entry["all"]
-        if score > self.selected_score:
-            self.selected_epoch, self.selected_score = epoch, float(score)
-            if self.group.is_main:
-                self.selected = _plain_state(self.model)
+        self.add_epoch(entry, score, lambda: _plain_state(self.model) if self.group.is_main else None)
 
     def _save(self) -> None:
-        state = {
-            "identity": self.identity,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "history": self.history,
-            "selected_epoch": self.selected_epoch,
-            "selected_score": self.selected_score,
+        self.save(
+            self.folder / _STATE,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
             # Empty where it is the model as it is now: it need not be there twice.
-            "selected": {} if self.selected_epoch == len(self.history) else self.selected,
-        }
-        with whole_file(self.folder / _STATE) as file:
-            torch.save(state, file)
+            selected={} if self.selected_epoch == len(self.history) else self.selected,
+        )
         self._write_history()
 
     def _write_history(self) -> None:
@@ -373,6 +336,11 @@ class JointRun:
         return path
 
 
+def _advice(name: str) -> str:
+    hint = "hand in the model as it was then, " if name == _WEIGHTS else ""
+    return f"; {hint}choose another folder, or delete the file to begin anew"
+
+
 def _diverged(what: str, rate: float) -> FloatingPointError:
     return FloatingPointError(f"training diverged: {what} (lr {rate:g}); a smaller lr, or warmup_epochs, may help")
 
@@ -384,18 +352,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict on the CPU, in the usual memory layout, as any code expects it."""
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in _tensors(model).items()}
-
-
-@contextmanager
-def _cudnn(deterministic: bool) -> Iterator[None]:
-    """cuDNN with algorithms that make the same bits each time, or with those that it measures to be the fastest."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = deterministic, not deterministic
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
 
 
 def _seed_draws(device: torch.device, seed: int) -> None:
@@ -438,16 +394,9 @@ def _check_batches(model: nn.Module, options: JointOptions, samples: int, group:
         raise ValueError(f"sync_batch_norm needs GPUs, got it on {group.device}")
 
 
-@contextmanager
-def _progress_bar(progress: bool | None, epochs: int, steps: int, done: int) -> Iterator[Callable[..., None]]:
-    columns = (BarColumn(), TextColumn("{task.description}"))
-    with progress_bar(progress, *columns) as bar:
-        task = bar.add_task("reading images", total=epochs * steps, completed=done * steps)
-
-        def report(epoch: int, step: int, loss: float, speed: float, history: list[dict[str, float]]) -> None:
-            text = f"epoch {epoch}/{epochs}  {speed:,.0f} images/s  loss {loss:.3f}"
-            if history and "all" in history[-1]:
-                text += f"  val few {100 * history[-1]['few']:.1f}  all {100 * history[-1]['all']:.1f}"
-            bar.update(task, completed=(epoch - 1) * steps + step, description=text)
-
-        yield report
+def _description(epoch: str, loss: float, speed: float, history: list[dict[str, float]]) -> str:
+    """A training in a few words, for the bar."""
+    text = f"epoch {epoch}  {speed:,.0f} images/s  loss {loss:.3f}"
+    if history and "all" in history[-1]:
+        text += f"  val few {100 * history[-1]['few']:.1f}  all {100 * history[-1]['all']:.1f}"
+    return text

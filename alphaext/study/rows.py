@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 import time
@@ -11,10 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import PathLike, whole_file
+from ..metrics.accuracy import SPLITS_AND_ALL
+from ..utils.files import PathLike
+from ..utils.records import number, read_csv, write_csv
 from .plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, METHODS, RETRAINED
 
-__all__ = ["COLUMNS", "FRONT", "METRICS", "ORIGINAL", "ResultsFile", "Row", "make_row", "read_rows", "summarize", "write_rows"]
+__all__ = ["COLUMNS", "FRONT", "MEASURES", "ORIGINAL", "ResultsFile", "Row", "make_row", "read_rows", "summarize", "write_rows"]
 
 Row = dict[str, Any]
 
@@ -22,10 +22,9 @@ ORIGINAL, FRONT = "original", "few-bias-front"
 ROW_EXPERIMENTS = (ORIGINAL, *(name for name in EXPERIMENTS if name != "compare"), CANDIDATES, FRONT, "compare")
 """What the column ``experiment`` may hold, in the order of the rows."""
 
-PARTS = ("few", "medium", "many", "all")
-METRICS = (
-    *(f"{part}{kind}" for part in PARTS for kind in ("", "_top5", "_class_mean", "_class_mean_top5")),
-    *(f"{part}_calibration_error" for part in PARTS),
+MEASURES = (
+    *(f"{part}{kind}" for part in SPLITS_AND_ALL for kind in ("", "_top5", "_class_mean", "_class_mean_top5")),
+    *(f"{part}_calibration_error" for part in SPLITS_AND_ALL),
 )
 """The columns of each of validation and test samples, after ``val_`` and ``test_``: fractions of 1."""
 
@@ -34,7 +33,7 @@ COLUMNS = (
     *CONFIGURATION,
     *("tau", "offset", "policy", "chosen_on"),
     *("epoch", "clamped", "seconds", "parameter_bytes", "dense_parameter_bytes", "error"),
-    *(f"{part}_{metric}" for part in ("val", "test") for metric in METRICS),
+    *(f"{part}_{metric}" for part in ("val", "test") for metric in MEASURES),
 )
 """The columns of the results."""
 
@@ -47,7 +46,6 @@ _INTEGER = (
     *("epoch", "clamped", "parameter_bytes", "dense_parameter_bytes"),
 )
 _TRUTH = ("shared", "projected_gradient", "prior_correction", "few_bias")
-_TRUTHS = {True: "true", False: "false"}
 
 # What tells rows of one experiment apart: no two rows have all of these in common.
 _KEY = ("experiment", "method", "seed", *CONFIGURATION, "tau", "offset")
@@ -99,13 +97,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: PathLike) -> None:
         ...     read_rows(f"{folder}/results.csv") == rows
         True
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        writer.writerow([_TRUTHS[row[name]] if isinstance(row[name], bool) else row[name] for name in COLUMNS])
-    with whole_file(path) as file:
-        file.write(text.getvalue().encode("utf-8", "backslashreplace"))
+    write_csv([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)], path)
 
 
 def read_rows(path: PathLike) -> list[Row]:
@@ -115,19 +107,18 @@ def read_rows(path: PathLike) -> list[Row]:
         FileNotFoundError: there is no such file.
         ValueError: other columns, or a value that its column cannot have; the message names the line.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
-        header = next(lines, [])
-        if tuple(header) != COLUMNS:
-            different = sorted(set(header) ^ set(COLUMNS))
-            raise ValueError(f"{str(path)!r} is not a study's results: its columns differ{_listed(different)}")
-        rows = []
-        for line in lines:
-            try:
-                rows.append({name: _value(name, cell) for name, cell in zip(COLUMNS, line, strict=True)})
-            except ValueError as error:
-                raise ValueError(f"{str(path)!r}, line {lines.line_num}: {error}") from error
-    return rows
+    return read_csv(
+        path,
+        "a study's results",
+        _check_header,
+        lambda line: {name: _value(name, cell) for name, cell in zip(COLUMNS, line, strict=True)},
+    )
+
+
+def _check_header(header: list[str]) -> None:
+    if tuple(header) != COLUMNS:
+        different = sorted({*header} ^ {*COLUMNS})
+        raise ValueError(f"its columns differ in {', '.join(different[:5]) or 'their order'}")
 
 
 def _value(name: str, cell: str) -> Any:
@@ -136,18 +127,10 @@ def _value(name: str, cell: str) -> Any:
     if name in _TEXT:
         return cell
     if name in _TRUTH:
-        if cell not in _TRUTHS.values():
+        if cell not in ("true", "false"):
             raise ValueError(f"{name} must be true or false, got {cell!r}")
         return cell == "true"
-    try:
-        return int(cell) if name in _INTEGER else float(cell)
-    except ValueError:
-        kind = "an integer" if name in _INTEGER else "a number"
-        raise ValueError(f"{name} must be {kind}, got {cell!r}") from None
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f" in {', '.join(names[:5])}" if names else " in their order"
+    return number(name, cell, int if name in _INTEGER else float)
 
 
 class ResultsFile:
@@ -218,10 +201,10 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for experiment in ROW_EXPERIMENTS:
         own = [row for row in rows if row["experiment"] == experiment]
-        told = () if experiment == "start" else _SAID_BY_METHOD
+        said = () if experiment == "start" else _SAID_BY_METHOD
         if experiment == "beyond":
-            told = (*told, "top_k", "metric")
-        varied = [name for name in _CHOSEN if name not in told and len({row[name] for row in own}) > 1]
+            said = (*said, "top_k", "metric")
+        varied = [name for name in _CHOSEN if name not in said and len({row[name] for row in own}) > 1]
         groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
         for row in own:
             group = (row["method"], *(() if experiment == "compare" else (row[name] for name in varied)))

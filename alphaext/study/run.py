@@ -6,25 +6,25 @@ validation samples; each result is measured on validation and on test samples.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..classes import split_classes
-from ..features.store import Features, as_json, differences, read_features
+from ..features.store import Features, as_json, differences, read_parts
 from ..utils.checks import check_integer
+from ..utils.environment import versions
 from ..utils.files import PathLike, folder_lock, read_json, write_json
 from ..utils.linear import linear_parameters, make_linear
+from ..utils.tensors import tensor_digest
 from .plans import EXPERIMENTS, POLICIES, StudyOptions, choose
 from .rivals import compare_rivals
 from .rows import ResultsFile, read_rows, row_key, summarize
@@ -34,7 +34,6 @@ __all__ = ["EXPERIMENTS", "POLICIES", "StudyOptions", "choose", "read_rows", "ru
 
 RESULTS, ROWS, CLASSES, CONFUSIONS = "results.json", "results.csv", "classes.csv", "confusions.csv"
 FORMAT = "alphaext study 1"
-_PARTS = ("train", "val", "test")
 
 
 def run_study(
@@ -99,7 +98,7 @@ def run_study(
     settings = options if options is not None else StudyOptions()
     if jobs is not None:
         check_integer(jobs, "jobs", minimum=1)
-    parts = _read_parts(Path(features))
+    parts = read_parts(features, "train", "val", "test")
     weight, bias = linear_parameters(linear)
     train = parts["train"]
     if tuple(weight.shape) != (train.num_classes, train.features.shape[1]):
@@ -114,7 +113,7 @@ def run_study(
         {
             "format": FORMAT,
             "features": {part: _fingerprint(entry) for part, entry in parts.items()},
-            "classifier": _digest([weight] if bias is None else [weight, bias]),
+            "classifier": tensor_digest([weight] if bias is None else [weight, bias]),
             "few_below": few_below,
             "many_above": many_above,
             "options": settings.identity(),
@@ -137,7 +136,7 @@ def run_study(
             "features": os.fspath(features),
             "samples": {part: len(entry) for part, entry in parts.items()},
             "classes": {part: len(getattr(split, part)) for part in ("few", "medium", "many")},
-            "versions": _versions(),
+            "versions": versions("python", "alphaext", "torch", "numpy", "scikit-learn"),
             "machine": _machine(weight.device),
             "options": asdict(settings),
             "attribution": attribution if attribution is not None else (earlier or {}).get("attribution"),
@@ -170,42 +169,12 @@ def run_study(
     return results
 
 
-def _read_parts(folder: Path) -> dict[str, Features]:
-    missing = [part for part in _PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise FileNotFoundError(
-            f"features must be a folder with the features of {', '.join(_PARTS)} in it, there is no "
-            f"{str(folder / missing[0])!r}; 'alphaext extract' writes it"
-        )
-    parts = {part: read_features(folder / part) for part in _PARTS}
-    train = parts["train"]
-    for part, other in parts.items():
-        found = {
-            "the network (its fingerprint)": (train.metadata.get("model"), other.metadata.get("model")),
-            "their width": (train.features.shape[1], other.features.shape[1]),
-            "the number of classes": (train.num_classes, other.num_classes),
-            "the names of the classes": (train.class_names, other.class_names),
-        }
-        for what, (here, there) in found.items():
-            if here is not None and there is not None and here != there:
-                raise ValueError(f"features of train and {part} in {str(folder)!r} do not belong together: {what} differs")
-    return parts
-
-
 def _fingerprint(features: Features) -> dict[str, Any]:
     return {
         "features_sha256": features.metadata["features_sha256"],
-        "labels_sha256": _digest([features.labels]),
+        "labels_sha256": tensor_digest([features.labels]),
         "passes": features.passes,
     }
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_output(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
@@ -224,16 +193,6 @@ def _check_output(folder: Path, identity: Mapping[str, Any], overwrite: bool) ->
         return earlier
     found = differences(identity, own) if isinstance(own, Mapping) else ["it says not of which"]
     raise ValueError(f"output {str(folder)!r} holds another study: {'; '.join(found[:3])}; {advice}")
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("alphaext", "torch", "numpy", "scikit-learn"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..utils.progress import progress_bar
 from ..utils.seeds import seeded_generator
 from ..utils.tensors import as_tensor
 from .plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
-from .rows import METRICS, ORIGINAL, ResultsFile, Row, make_row, row_key, without_nan
+from .rows import MEASURES, ORIGINAL, ResultsFile, Row, make_row, row_key, without_nan
 
 __all__ = ["Problem", "Trainings", "cut_few_samples"]
 
@@ -34,7 +34,7 @@ CHECKPOINTS = ".alphaext-study"  # nobody else's
 _MOST_HEAD_BYTES = 1 << 30
 _OF_A_TRAINING = (
     *("epoch", "clamped", "seconds", "parameter_bytes", "dense_parameter_bytes", "error"),
-    *(f"{part}_{metric}" for part in ("val", "test") for metric in METRICS),
+    *(f"{part}_{metric}" for part in ("val", "test") for metric in MEASURES),
 )
 
 _Training = tuple[Configuration, int | None]

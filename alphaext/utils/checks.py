@@ -1,4 +1,4 @@
-"""Checks of arguments: numbers and choices. Those of tensors are in ``_tensors``.
+"""Checks of arguments: numbers and choices. Those of tensors are in ``tensors``.
 
 A check raises ``TypeError`` for a wrong type or dtype and ``ValueError`` for a wrong value, shape or device. Its
 message names the argument, what was seen and what is allowed.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 
-def format_ids(ids: Iterable[int], limit: int = 10) -> str:
+def format_ids(ids: Iterable[object], limit: int = 10) -> str:
     """Write the first ``limit`` ids, and how many there are in all if there are more."""
     listed = list(ids)
     text = ", ".join(str(identifier) for identifier in listed[:limit])
@@ -67,3 +68,25 @@ def check_number(value: object, name: str, *, above: float | None = None, minimu
     if bad:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return float(value)
+
+
+def check_class_names(names: Sequence[str], num_classes: int | None, *, distinct: bool = True) -> tuple[str, ...]:
+    """Return ``names`` as a tuple after checking that they are texts, one a class, and different if ``distinct``."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names must be a sequence of texts, got {names!r:.200}")
+    checked = tuple(names)
+    if not checked:
+        raise ValueError("class_names must name at least one class, got none")
+    if num_classes is not None and len(checked) != num_classes:
+        raise ValueError(f"class_names must have one name a class, got {len(checked)} names for num_classes = {num_classes}")
+    most_common, times = Counter(checked).most_common(1)[0]
+    if distinct and times > 1:
+        raise ValueError(f"class_names must be different, got {most_common!r} {times} times")
+    return checked
+
+
+def names_or_ids(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """A name for each class: those given, checked, or else the ids as text."""
+    if class_names is None:
+        return tuple(map(str, range(num_classes)))
+    return check_class_names(class_names, num_classes, distinct=False)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Any
-from xml.etree import ElementTree
 
 __all__ = ["Picture", "clean_text", "render", "require_matplotlib", "series_color", "series_marker", "shortened"]
 
@@ -42,15 +41,18 @@ SERIES_COLORS = {f"--series-{number}": colors for number, colors in enumerate(_S
 """The series' colours in a light and in a dark page."""
 
 _PNG_DPI = 170
-_XML_NAMESPACE = re.compile(r"\{[^}]*\}")
 _HEX = re.compile(r"#[0-9a-f]{6}")
+_STYLE = re.compile(r'(?<= style=")[^"]*')
 _FONT_FAMILY = re.compile(r"font-family:[^;]*(;\s*|$)")
 _FONT = re.compile(r"font:\s*(?P<before>[^;']*?)(?P<size>[\d.]+px)[^;]*")
-_REFERENCE = re.compile(r"url\(#([^)]+)\)")
+_REFERENCE = re.compile(r'(?P<before>url\(#|href="#)(?P<id>[^)"]+)')
+# What a page has no use for: what stands before the element, comments, metadata, styles of the whole page.
+_NOT_INLINE = re.compile(
+    r"^.*?(?=<svg)|<!--.*?-->|<(metadata|style)\b.*?</\1>| xmlns(:\w+)?=\"[^\"]*\"|xlink:(?=href)", re.DOTALL
+)
 # What XML cannot hold.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _DIRECTIONS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-ATTRIBUTION_ID = "attribution"
 
 
 @dataclass(frozen=True)
@@ -206,17 +208,19 @@ def render(
             figure.legend(loc="outside upper left", ncols=columns, borderaxespad=0.2)
         if attribution:
             lines = wrapped(clean_text(attribution), int(size[0] * 18), 3)
-            label = figure.supxlabel(lines, x=0.01, ha="left", fontsize=6.5, color=MUTED)
-            label.set_gid(ATTRIBUTION_ID)
-        files = []
-        for form, metadata in (("svg", {"Date": None, "Creator": "alphaext"}), ("png", {"Software": None})):
-            file = io.BytesIO()
-            figure.savefig(file, format=form, dpi=_PNG_DPI, metadata=metadata)
-            files.append(file.getvalue())
-            # Everything has its place now: finding it again takes half of the time.
-            figure.set_layout_engine(None)
-    svg, png = files
-    return Picture(name, alt, png, svg, inline_svg(svg, name, alt))
+            figure.supxlabel(lines, x=0.01, ha="left", fontsize=6.5, color=MUTED)
+        svg, png = _saved(figure, "svg", {"Date": None, "Creator": "alphaext"}), _saved(figure, "png", {"Software": None})
+        if attribution:
+            figure.supxlabel("")
+        return Picture(name, alt, png, svg, inline_svg(_saved(figure, "svg", None), name, alt))
+
+
+def _saved(figure: Any, form: str, metadata: dict[str, Any] | None) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format=form, dpi=_PNG_DPI, metadata=metadata)
+    # Everything has its place now: finding it again takes half of the time.
+    figure.set_layout_engine(None)
+    return file.getvalue()
 
 
 def legend_columns(labels: list[str], width: float) -> int:
@@ -234,54 +238,16 @@ def wrapped(text: str, width: int, lines: int) -> str:
 
 def inline_svg(svg: bytes, prefix: str, alt: str) -> str:
     """An SVG file as an element of a page: its colours the page's, ids that begin with ``prefix``, and only those needed."""
-    root = ElementTree.fromstring(svg)
-    referenced: dict[str, str] = {}
-    for element in root.iter():
-        for key, value in element.attrib.items():
-            found = _REFERENCE.findall(value)
-            if _local(key) == "href" and value.startswith("#"):
-                found.append(value[1:])
-            for target in found:
-                referenced.setdefault(target, f"{prefix}-{len(referenced)}")
-    root.attrib = {"viewBox": root.attrib["viewBox"], "class": "plot", "role": "img", "aria-label": alt}
-    width = float(root.attrib["viewBox"].split()[2])
-    root.set("style", f"width:100%;max-width:{width * 4 / 3:.0f}px")
-    pieces: list[str] = []
-    _write(root, referenced, pieces)
-    return "".join(pieces)
-
-
-def _local(name: str) -> str:
-    return _XML_NAMESPACE.sub("", name)
-
-
-def _write(element: ElementTree.Element, referenced: dict[str, str], pieces: list[str]) -> None:
-    tag = _local(element.tag)
-    if tag in ("metadata", "style") or element.get("id") == ATTRIBUTION_ID:
-        return
-    pieces.append(f"<{tag}")
-    for key, value in element.attrib.items():
-        name = _local(key)
-        if name == "id":
-            if value not in referenced:
-                continue
-            value = referenced[value]
-        elif name == "href":
-            value = "#" + referenced.get(value[1:], "")
-        elif name == "style":
-            value = _page_style(value)
-        elif name == "d":
-            value = " ".join(value.split())
-        value = _REFERENCE.sub(lambda match: f"url(#{referenced[match[1]]})", value)
-        pieces.append(f' {name}="{escape(value)}"')
-    content = (element.text or "").strip()
-    if not content and not len(element):
-        pieces.append("/>")
-        return
-    pieces.append(f">{escape(content)}")
-    for child in element:
-        _write(child, referenced, pieces)
-    pieces.append(f"</{tag}>")
+    text = " ".join(_NOT_INLINE.sub("", svg.decode()).split())
+    referenced = {found["id"] for found in _REFERENCE.finditer(text)}
+    text = re.sub(r' id="([^"]*)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in referenced else "", text)
+    text = _REFERENCE.sub(rf"\g<before>{prefix}-\g<id>", text)
+    text = _STYLE.sub(lambda found: _page_style(found[0]), text)
+    box = re.search(r'viewBox="(\S+ \S+ (\S+) \S+)"', text)
+    assert box is not None
+    width = f"width:100%;max-width:{float(box[2]) * 4 / 3:.0f}px"
+    start = f'<svg viewBox="{box[1]}" class="plot" role="img" aria-label="{escape(alt)}" style="{width}">'
+    return start + text[text.index(">") + 1 :]
 
 
 def _page_style(style: str) -> str:

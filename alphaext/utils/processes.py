@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .checks import check_integer
+from .tensors import check_device
 
 __all__ = ["Group", "PeerError", "process_group"]
 
@@ -216,19 +217,11 @@ def _number(text: str, name: str, minimum: int = 0, maximum: int | None = None) 
 
 
 def _device(device: str | torch.device | None, local_rank: int, world_size: int) -> torch.device:
-    if device is None:
-        chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    else:
-        try:
-            chosen = torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {device!r}') from None
+    chosen = check_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if chosen.type == "cpu":
         return torch.device("cpu")
     if chosen.type != "cuda":
         raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {device!r}')
-    if not torch.cuda.is_available():
-        raise ValueError(f'device must be "cpu", got {str(chosen)!r}: torch sees no GPU')
     if ":" not in str(chosen):
         chosen = torch.device("cuda", local_rank if world_size > 1 else torch.cuda.current_device())
     elif world_size > 1 and chosen.index != local_rank:
@@ -236,6 +229,4 @@ def _device(device: str | torch.device | None, local_rank: int, world_size: int)
             f'device must be "cuda" with {world_size} processes, each with a GPU of its own, got {str(chosen)!r} in the one of '
             f"LOCAL_RANK={local_rank}"
         )
-    if chosen.index >= torch.cuda.device_count():
-        raise ValueError(f"device must be one of {torch.cuda.device_count()} GPUs that torch sees, got {str(chosen)!r}")
-    return chosen
+    return check_device(chosen)

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, Task, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -26,3 +39,30 @@ def progress_bar(progress: bool | None, *columns: ProgressColumn, main: bool = T
     console = Console(stderr=True)
     shown = main and (console.is_terminal if progress is None else progress)
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown)
+
+
+@contextmanager
+def task_bar(
+    progress: bool | None, text: str, *columns: ProgressColumn, total: int, done: int = 0
+) -> Iterator[Callable[..., None]]:
+    """A bar over ``total`` steps of one task, of which ``done`` were done before.
+
+    Args:
+        progress: as for :func:`progress_bar`.
+        text: before the bar.
+        columns: what stands between text and times; default how many are done, and the bar.
+        total: all steps.
+        done: those done before.
+
+    Yields:
+        A function to be called with how many steps more are done (default 1), and what else changes of the task, such as
+        ``description="epoch 3"``.
+    """
+    columns = columns or (MofNCompleteColumn(), BarColumn())
+    with progress_bar(progress, TextColumn(text), *columns) as bar:
+        task = bar.add_task("", total=total, completed=done)
+
+        def report(steps: int = 1, **changes: Any) -> None:
+            bar.update(task, advance=steps, **changes)
+
+        yield report

@@ -22,3 +22,8 @@ def derived_seed(*parts: int | str) -> int:
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def noise(*shape: int) -> torch.Tensor:
+    """Normally distributed numbers on the CPU, float32, the same each time: something to try a model on."""
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")

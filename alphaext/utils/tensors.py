@@ -6,8 +6,9 @@ not inside a training step.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -125,3 +126,35 @@ def check_list(values: Sequence[float], name: str) -> list[float]:
     if len(values) == 0:
         raise ValueError(f"{name} is empty: there is nothing to choose from")
     return list(values)
+
+
+def tensor_digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the shapes, dtypes and bytes of tensors, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The bytes of a tensor's numbers, in the order of its elements."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Return ``device`` after checking that torch can compute on it."""
+    try:
+        place = torch.device(device)
+        if place.type != "cuda":  # to ask a GPU would start its driver
+            torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {device!r}: {error}') from error
+    if place.type == "meta":
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {device!r}')
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if place.type == "cuda" and not gpus:
+        raise ValueError(f'device must be "cpu", got {str(place)!r}: torch sees no GPU')
+    if place.type == "cuda" and (place.index or 0) >= gpus:
+        raise ValueError(f"device must be one of {gpus} GPUs that torch sees, got {str(place)!r}")
+    return place

@@ -354,7 +354,7 @@ BAD = {
     "val_features and val_labels must be given together": dict(val_labels=None),
     "min_all must be a fraction": dict(min_all=0.3),
     "split must be a ClassSplit": dict(split=[1]),
-    "device must be a torch device": dict(device="abacus"),
+    'device must be "cpu"': dict(device="abacus"),
     "checkpoint must be a file": dict(checkpoint="/"),
 }
 
@@ -377,7 +377,7 @@ def test_a_linear_of_another_shape_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there():
-    with pytest.raises(ValueError, match="device is 'cuda', but torch sees 0 GPUs"):
+    with pytest.raises(ValueError, match="got 'cuda': torch sees no GPU"):
         crt(FEATURES, LABELS, device="cuda")
 
 

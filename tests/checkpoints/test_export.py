@@ -291,7 +291,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ({"model": model, "classifier": "conv", "example": images()}, ValueError, r"classifier must name an nn.Linear"),
         ({"model": small(channels=1), "example": images(channels=1)}, ValueError, r"of another shape: conv.weight"),
         ({"tolerance": "1"}, TypeError, r"tolerance must be a number"),
-        ({"tolerance": 0.0}, ValueError, r"tolerance must be a finite number above 0"),
+        ({"tolerance": 0.0}, ValueError, r"tolerance must be finite and above 0"),
         ({"linear": changed}, ValueError, r"was not made from this checkpoint"),
         ({"few_classes": [9]}, ValueError, r"few_classes must be in 0..4"),
         ({"output": "there.pth"}, ValueError, r"output exists already"),

@@ -27,6 +27,7 @@ from alphaext.checkpoints import read_checkpoint
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
 from alphaext.commands import main as cli
 from alphaext.commands.options import read_config
+from alphaext.features.store import read_parts
 from alphaext.study.run import choose
 from alphaext.training import many as sweep
 
@@ -311,7 +312,7 @@ def test_a_truncated_image_is_named_or_skipped_on_request(digits, tmp_path, caps
         options.run()
     assert not (tmp_path / "features" / "val" / "features.json").exists()
     with pytest.raises(ValueError, match="80 images"):
-        commands.shared.read_part(tmp_path / "features", "val")
+        read_parts(tmp_path / "features", "val")
     run(digits, "extract", *only_val, "--train", digits / "train.txt", "--skip-unreadable", code=2)  # the root is another's
     capsys.readouterr()
     with pytest.warns(UserWarning, match="1 "):

@@ -153,7 +153,7 @@ def test_files_are_replaced_only_on_request_and_never_left_half_written(
         ("classes.txt", [], ValueError, "path must end in .csv or .json, got"),
         ("missing/classes.csv", [], ValueError, "path must be a file in a directory that exists"),
         (".", [], ValueError, "path must be a file, got the directory"),
-        ("classes.csv", [{"class_id": 0}], TypeError, "rows must be ClassRow's, as class_table returns them, got dict"),
+        ("classes.csv", [{"class_id": 0}], TypeError, "rows must be of the class ClassRow, got dict"),
     ],
 )
 def test_write_refuses(tmp_path: Path, path: str, rows: list[object], error: type[Exception], message: str) -> None:
@@ -174,9 +174,9 @@ OTHER = predict_logits(torch.eye(5), [0, 1, 2, 3, 4])
         ({"counts": [1, 2]}, ValueError, "counts must have shape [5], got [2]"),
         ({"counts": [1.0] * 5}, TypeError, "counts must be integers"),
         ({"counts": [1, 2, 3, 4, -5]}, ValueError, "counts must be at least 0, got -5 for class 4"),
-        ({"class_names": ["a", "b"]}, ValueError, "class_names must be one a class, got 2 names for 5 classes"),
-        ({"class_names": "abcde"}, TypeError, "class_names must be a list of text, got str"),
-        ({"class_names": [0, 1, 2, 3, 4]}, TypeError, "class_names must be a list of text, got list"),
+        ({"class_names": ["a", "b"]}, ValueError, "class_names must have one name a class, got 2 names for num_classes = 5"),
+        ({"class_names": "abcde"}, TypeError, "class_names must be a sequence of texts"),
+        ({"class_names": [0, 1, 2, 3, 4]}, TypeError, "class_names must be a sequence of texts"),
         ({"sort_by": "losses"}, ValueError, "sort_by must be one of class_id, name, split"),
         ({"class_means": MEANS}, ValueError, "give head as well"),
         ({"head": nn.Linear(2, 5)}, TypeError, "head must be an AlphaNet, got Linear"),

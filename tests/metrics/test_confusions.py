@@ -98,7 +98,7 @@ def test_other_samples_and_bad_arguments_are_refused():
         confusion_changes(before, predictions([1, 0], [1, 0]), SPLIT)
     with pytest.raises(ValueError, match="limit must be at least 0"):
         confusion_changes(before, before, SPLIT, limit=-1)
-    with pytest.raises(ValueError, match="class_names must be one a class"):
+    with pytest.raises(ValueError, match="class_names must have one name a class"):
         confusion_changes(before, before, SPLIT, class_names=["a"])
     with pytest.raises(TypeError, match="before"):
         confusion_changes(torch.zeros(2), before, SPLIT)  # type: ignore[arg-type]

@@ -538,7 +538,7 @@ def test_csv_round_trip(tmp_path_factory, values):
 def test_csv_errors(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("a,b\n")
-    with pytest.raises(ValueError, match="is not a study's results: its columns differ in a, augment, "):
+    with pytest.raises(ValueError, match="is not a study's results: line 1: its columns differ in a, augment, "):
         read_rows(path)
     write_rows([make_row(experiment="gamma", gamma=0.5)], path)
     path.write_text(path.read_text().replace("0.5", "half"))

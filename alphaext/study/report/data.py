@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import re
@@ -18,13 +17,12 @@ from ...metrics.confusions import ConfusionRow, read_confusions
 from ...utils.figures import clean_text
 from ...utils.files import PathLike, read_json
 from ..plans import CANDIDATES, CONFIGURATION, EXPERIMENTS
-from ..rows import FRONT, METRICS, ORIGINAL, Row, read_rows
+from ..rows import FRONT, MEASURES, ORIGINAL, Row, read_rows
 from ..run import CLASSES, CONFUSIONS, RESULTS, ROWS
 
-__all__ = ["Group", "Study", "group_rows", "read_studies", "read_study", "setting_text", "value_text"]
+__all__ = ["Group", "StudyFiles", "group_rows", "read_studies", "read_study", "setting_text", "value_text"]
 
 COMPARE = "compare"
-PARTS = ("few", "medium", "many", "all")
 SETTINGS = (*CONFIGURATION, "tau", "offset")
 """The columns that say what a row is a result of."""
 
@@ -44,7 +42,7 @@ _INFO: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyFiles:
     """The files of a study, as read by :func:`read_study`.
 
     Attributes:
@@ -212,7 +210,7 @@ def isolated(name: str) -> str:
     return line
 
 
-def read_studies(folders: Sequence[PathLike]) -> list[Study]:
+def read_studies(folders: Sequence[PathLike]) -> list[StudyFiles]:
     """Read several studies, and call each by a name of its own.
 
     Raises:
@@ -225,7 +223,7 @@ def read_studies(folders: Sequence[PathLike]) -> list[Study]:
     if repeated:
         raise ValueError(f"study must name each folder once, got {str(repeated[0])!r} twice")
     studies = [read_study(path) for path in paths]
-    named: list[Study] = []
+    named: list[StudyFiles] = []
     for study in studies:
         name = study.name
         if sum(other.name == name for other in studies) > 1:
@@ -233,7 +231,7 @@ def read_studies(folders: Sequence[PathLike]) -> list[Study]:
         name = _free(name, " ", {other.name for other in named})
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower().encode("ascii", "ignore").decode()).strip("-")[:40].strip("-")
         key = _free(slug or "study", "-", {other.key for other in named})
-        named.append(Study(study.folder, name, key, study.rows, study.info, study.classes, study.confusions))
+        named.append(StudyFiles(study.folder, name, key, study.rows, study.info, study.classes, study.confusions))
     return named
 
 
@@ -243,7 +241,7 @@ def _free(name: str, separator: str, taken: set[str]) -> str:
     return next(each for each in itertools.chain([name], numbered) if each not in taken)
 
 
-def read_study(folder: PathLike) -> Study:
+def read_study(folder: PathLike) -> StudyFiles:
     """Read and check what ``alphaext study`` wrote.
 
     Args:
@@ -264,7 +262,7 @@ def read_study(folder: PathLike) -> Study:
     info = _read_info(path / RESULTS)
     rows = _read_rows(path / ROWS)
     classes, confusions = path / CLASSES, path / CONFUSIONS
-    return Study(
+    return StudyFiles(
         folder=path,
         name=clean_text(info.get("classifier") or "classifier"),
         key="study",
@@ -295,13 +293,10 @@ _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
 
 
 def _read_rows(path: Path) -> list[Row]:
-    try:
-        rows = read_rows(path)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{str(path)!r} is not a study's results: {error}") from error
+    rows = read_rows(path)
     if not rows:
         raise ValueError(f"{str(path)!r} has no results: it ends after its header")
-    accuracies = [f"{part}_{metric}" for part in ("val", "test") for metric in METRICS]
+    accuracies = [f"{part}_{metric}" for part in ("val", "test") for metric in MEASURES]
     for number, row in enumerate(rows, 1):
         for name in ("experiment", "method"):
             if row[name] is None:

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from ...utils.figures import Picture, render, series_color, series_marker, shortened
 from ...utils.text import percent
 from ..plans import EXPERIMENTS
 from ..rows import Row
 from .content import DataTable, FigureBlock, TextBlock
-from .data import Group, Study, group_rows, setting_text, varied
+from .data import Group, StudyFiles, group_rows, setting_text, varied
 from .plots import Line, draw_bars, draw_gains, draw_lines, draw_scatter, draw_steps, in_percent, part_lines
 from .tables import accuracy_table, classes_table, sharing_table
 
@@ -28,10 +29,10 @@ _SHOWN_CLASSES = 10
 _TOPS = (("", "top-1"), ("_top5", "top-5"))
 
 
-def experiment_blocks(study: Study, experiment: str) -> Blocks:
+def experiment_blocks(study: StudyFiles, experiment: str) -> Blocks:
     """What an experiment shows; one that is not known gets the figure of gains and the table of accuracies."""
     rows = study.of(experiment)
-    known: dict[str, Callable[[Study, list[Row], str], Blocks]] = {
+    known: dict[str, Callable[[StudyFiles, list[Row], str], Blocks]] = {
         "gamma": _gamma,
         "top-k": partial(_categories, column="top_k", xlabel="neighbours (K)", figure="figure 7"),
         "pool": partial(_series, column="pool", title="Accuracy by the pool of neighbours (figure 8 of the paper)"),
@@ -49,7 +50,7 @@ def experiment_blocks(study: Study, experiment: str) -> Blocks:
     return blocks + known.get(experiment, _gains)(study, rows, experiment)
 
 
-def _picture(study: Study, name: str, title: str, alt: str, draw: Callable[[Any], None], **options: Any) -> Picture:
+def _picture(study: StudyFiles, name: str, title: str, alt: str, draw: Callable[[Any], None], **options: Any) -> Picture:
     # Two dashes, which neither part has: no two figures get one name.
     return render(f"{name}--{study.key}", draw, alt=alt, title=title, attribution=study.attribution, **options)
 
@@ -59,7 +60,7 @@ def _slug(text: object) -> str:
     return "-".join(word for word in letters.split("-") if word)[:40]
 
 
-def _gamma(study: Study, rows: list[Row], experiment: str) -> Blocks:
+def _gamma(study: StudyFiles, rows: list[Row], experiment: str) -> Blocks:
     """Figures 5 and 9 to 12: accuracies by gamma, and gains, top-1 and top-5."""
     pictures, said = [], []
     original = study.original
@@ -89,12 +90,10 @@ def _gamma(study: Study, rows: list[Row], experiment: str) -> Blocks:
 def _by_gamma(rows: Sequence[Row]) -> dict[str, list[Group]]:
     """The groups of each method, their gammas ascending; what else differs stands with the method."""
     found: dict[str, list[Group]] = {}
-    names = varied([*rows])
-    for group in group_rows(rows, names):
-        others = {name: value for name, value in group.configuration.items() if name != "gamma"}
-        constant = [name for name in others if len({row[name] for row in rows if row["method"] == group.method}) == 1]
-        shown = Group(group.method, {name: value for name, value in others.items() if name not in constant}, ())
-        found.setdefault(shown.label, []).append(group)
+    groups = group_rows(rows)
+    for group, shown in zip(groups, _readable(groups, rows), strict=True):
+        others = {name: value for name, value in shown.configuration.items() if name != "gamma"}
+        found.setdefault(Group(group.method, others, ()).label, []).append(group)
     return {label: sorted(groups, key=lambda group: group.rows[0]["gamma"] or 0.0) for label, groups in found.items()}
 
 
@@ -110,7 +109,7 @@ def _best(groups: Sequence[Group], original: Row | None, method: str) -> str:
     return f"{method}: {'; '.join(parts)}." if parts else f"{method}: no results."
 
 
-def _categories(study: Study, rows: list[Row], experiment: str, column: str, xlabel: str, figure: str) -> Blocks:
+def _categories(study: StudyFiles, rows: list[Row], experiment: str, column: str, xlabel: str, figure: str) -> Blocks:
     """Accuracies of few, medium, many and all against what an experiment varies, for each method and gamma."""
     values = list(dict.fromkeys(row[column] for row in rows))
     values.sort(key=lambda value: math.inf if value is None else value)
@@ -149,7 +148,7 @@ def _categories(study: Study, rows: list[Row], experiment: str, column: str, xla
     return [_block(study, title, caption, pictures, [accuracy_table(study, rows, f"{title}, % of test samples")], pairs=True)]
 
 
-def _series(study: Study, rows: list[Row], experiment: str, column: str, title: str) -> Blocks:
+def _series(study: StudyFiles, rows: list[Row], experiment: str, column: str, title: str) -> Blocks:
     """Few accuracy by gamma, a line for each value of a column; over all beside it."""
     pictures, said = [], []
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -214,7 +213,7 @@ def _best_of_each(rows: Sequence[Row], column: str) -> str:
     return "; ".join(parts)
 
 
-def _gains(study: Study, rows: list[Row], experiment: str) -> Blocks:
+def _gains(study: StudyFiles, rows: list[Row], experiment: str) -> Blocks:
     """What few and all gain under each configuration, as points, with the table of accuracies."""
     title = EXPERIMENTS.get(experiment, experiment)
     heading = f"{title[:1].upper()}{title[1:]}"
@@ -251,7 +250,7 @@ def _readable(groups: Sequence[Group], rows: Sequence[Row]) -> list[Group]:
     return found
 
 
-def class_blocks(study: Study) -> Blocks:
+def class_blocks(study: StudyFiles) -> Blocks:
     """Figures 3 and 4 and table 3 of the paper: what became of each class under the chosen Alpha Net of the first seed."""
     if not study.classes:
         return []
@@ -323,19 +322,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
         >>> rank_correlation([1, 2, 3], [10, 20, 15]), rank_correlation([1, 1, 1], [1, 2, 3])
         (0.5, None)
     """
-    if len(x) < 3:
+    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
         return None
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (x, y)]
-    centred = [values - values.mean() for values in ranks]
-    norm = math.sqrt(float((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
-    return float((centred[0] * centred[1]).sum()) / norm if norm else None
-
-
-def _ranks(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Ranks from 1, equal values with the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[place], dtype=np.float64)
+    return float(spearmanr(x, y).statistic)
 
 
 def _correlation_text(rho: float | None, classes: int) -> str:
@@ -367,6 +356,12 @@ def _ends(lines: Sequence[Line], what: str) -> str:
 
 
 def _block(
-    study: Study, title: str, caption: str, pictures: Sequence[Picture], tables: Sequence[DataTable], *, pairs: bool = False
+    study: StudyFiles,
+    title: str,
+    caption: str,
+    pictures: Sequence[Picture],
+    tables: Sequence[DataTable],
+    *,
+    pairs: bool = False,
 ) -> FigureBlock:
     return FigureBlock(title, caption, tuple(pictures), tuple(tables), study.attribution, pairs)

@@ -11,7 +11,7 @@ import numpy as np
 from ...utils.text import percent
 from ..plans import CANDIDATES
 from ..rows import FRONT, Row
-from .data import COMPARE, SETTINGS, Group, Study, group_rows, varied
+from .data import COMPARE, SETTINGS, Group, StudyFiles, group_rows, varied
 
 __all__ = ["Front", "Height", "alpha_series", "better_rivals", "chosen_heights", "height_of", "read_front", "rivals", "verdict"]
 
@@ -76,7 +76,7 @@ class Height:
         return statistics.stdev(self.known) if len(self.known) > 1 else None
 
 
-def read_front(study: Study) -> Front | None:
+def read_front(study: StudyFiles) -> Front | None:
     """The front of a study; None if "compare" was not run, or there are no test samples of few classes.
 
     The original classifier (constant 0) and the chosen constant lie on it as well.
@@ -96,7 +96,7 @@ def read_front(study: Study) -> Front | None:
     return Front(tuple(few), tuple(best[value] for value in few), len(offsets))
 
 
-def alpha_series(study: Study) -> list[list[Group]]:
+def alpha_series(study: StudyFiles) -> list[list[Group]]:
     """Trained heads by gamma: one series for each form (and whatever else differs), its gammas ascending.
 
     They are those that "compare" chooses among, and those of the experiment "gamma".
@@ -113,12 +113,12 @@ def alpha_series(study: Study) -> list[list[Group]]:
     return [sorted(groups, key=lambda group: group.rows[0]["gamma"] or 0.0) for groups in series.values()]
 
 
-def chosen(study: Study) -> list[Group]:
+def chosen(study: StudyFiles) -> list[Group]:
     """The trained heads that "compare" chose, one row a seed."""
     return group_rows([row for row in study.of(COMPARE) if row["top_k"] is not None], by=())
 
 
-def rivals(study: Study) -> list[Group]:
+def rivals(study: StudyFiles) -> list[Group]:
     """The other methods of "compare"; of a study without it, the original classifier alone."""
     found = group_rows([row for row in study.of(COMPARE) if row["top_k"] is None and row["error"] is None], by=())
     if not found and study.original is not None:
@@ -137,7 +137,7 @@ def height_of(group: Group, front: Front) -> Height:
     return Height(group, tuple(heights))
 
 
-def chosen_heights(study: Study, front: Front) -> list[Height]:
+def chosen_heights(study: StudyFiles, front: Front) -> list[Height]:
     """How far each chosen head lies above the front, for those that have results."""
     return [height for group in chosen(study) if (height := height_of(group, front)).heights]
 

@@ -8,7 +8,7 @@ from typing import Any
 from ...utils.figures import INK, MUTED, Picture, render, series_color, series_marker
 from ..rows import ORIGINAL
 from .content import FigureBlock, TextBlock
-from .data import Group, Study
+from .data import Group, StudyFiles
 from .front import (
     ALL,
     FEW,
@@ -31,10 +31,10 @@ __all__ = ["front_blocks"]
 _SIZE = (4.2, 4.0)
 
 
-def front_blocks(studies: Sequence[Study]) -> list[TextBlock | FigureBlock]:
+def front_blocks(studies: Sequence[StudyFiles]) -> list[TextBlock | FigureBlock]:
     """The figure, with a panel a classifier, and what it says in words."""
     pictures: list[Picture] = []
-    found: list[tuple[Study, list[Height]]] = []
+    found: list[tuple[StudyFiles, list[Height]]] = []
     texts: list[TextBlock] = []
     for study in studies:
         name = f" ({study.name})" if len(studies) > 1 else ""
@@ -82,7 +82,7 @@ def _caption(fronts: Iterable[Front]) -> str:
     )
 
 
-def _pictures(study: Study, front: Front | None, name: str) -> list[Picture]:
+def _pictures(study: StudyFiles, front: Front | None, name: str) -> list[Picture]:
     series, others = alpha_series(study), rivals(study)
     of_compare = [group for group in chosen(study) if group.mean(FEW) is not None and group.mean(ALL) is not None]
     if not series and not of_compare:
@@ -137,12 +137,12 @@ def _pictures(study: Study, front: Front | None, name: str) -> list[Picture]:
         axes.annotate("the front", (0, 0), (3, 3), ("axes fraction", "data"), "offset points", fontsize=8, color=MUTED)
 
     known = [(group, height_of(group, front).mean) for group in of_compare]
-    told = "; ".join(f"{group.method} {100 * mean:+.1f}" for group, mean in known if mean is not None)
+    heights_text = "; ".join(f"{group.method} {100 * mean:+.1f}" for group, mean in known if mean is not None)
     pictures.append(
         render(
             f"above-the-front--{study.key}",
             heights,
-            alt=f"Points of accuracy over all above the front at equal few accuracy{name}; {told or 'none can be told'}",
+            alt=f"Points of accuracy over all above the front at equal few accuracy{name}; {heights_text or 'none is known'}",
             title=f"Height above the front{name}",
             attribution=study.attribution,
             size=_SIZE,

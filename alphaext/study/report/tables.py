@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...metrics.accuracy import SPLITS_AND_ALL
 from ...metrics.class_table import ClassRow
 from ...utils.figures import clean_text
 from ...utils.text import percent
 from ..rows import Row
 from .content import DataTable
-from .data import COMPARE, PARTS, SETTINGS, Group, Study, group_rows, isolated, said_by_method, value_text, varied
+from .data import COMPARE, SETTINGS, Group, StudyFiles, group_rows, isolated, said_by_method, value_text, varied
 from .front import Height
 
 __all__ = [
@@ -56,16 +57,16 @@ def _one_classifier(table: DataTable, classifiers: int) -> DataTable:
     return replace(table, header=without(table.header), rows=tuple(map(without, table.rows)), words=words)
 
 
-def compare_table(studies: Sequence[Study]) -> DataTable | None:
+def compare_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     """Tables 1 and 2 of the paper: rivals and Alpha Nets of all classifiers."""
     rows = []
     for study in studies:
         for group in group_rows(study.of(COMPARE), by=()):
-            cells = [mean_text(group, f"test_{part}{top}") for part in PARTS for top in ("", "_top5")]
+            cells = [mean_text(group, f"test_{part}{top}") for part in SPLITS_AND_ALL for top in ("", "_top5")]
             rows.append((group.method, study.name, _chosen(study, group), _candidates(study, group), _seeds(group), *cells))
     if not rows:
         return None
-    columns = [f"{part} {top}" for part in PARTS for top in ("top-1", "top-5")]
+    columns = [f"{part} {top}" for part in SPLITS_AND_ALL for top in ("top-1", "top-5")]
     return _one_classifier(
         DataTable(
             "Accuracy on test samples, % (tables 1 and 2 of the paper)",
@@ -79,20 +80,20 @@ def compare_table(studies: Sequence[Study]) -> DataTable | None:
     )
 
 
-def cost_table(studies: Sequence[Study]) -> DataTable | None:
+def cost_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     """What each method of "compare" gains and costs over the original classifier, and what of it sits on a clamp."""
     rows = []
     for study in studies:
         few = study.part("classes", "few")
         for group in group_rows([row for row in study.of(COMPARE) if row["method"] != "original"], by=()):
-            gains = [percent(group.gain(f"test_{part}", study.original), sign=True) for part in PARTS]
+            gains = [percent(group.gain(f"test_{part}", study.original), sign=True) for part in SPLITS_AND_ALL]
             clamped = group.mean("clamped")
             of = "" if few is None else f" of {few}"
             stuck = "-" if clamped is None else f"{clamped:.4g}{of}"
             rows.append((group.method, study.name, *gains, stuck, _number(group.mean("epoch")), _seconds(group)))
     if not rows:
         return None
-    columns = [f"{part}, points" for part in PARTS]
+    columns = [f"{part}, points" for part in SPLITS_AND_ALL]
     return _one_classifier(
         DataTable(
             "Gain over the original classifier, top-1 on test samples",
@@ -105,12 +106,12 @@ def cost_table(studies: Sequence[Study]) -> DataTable | None:
     )
 
 
-def calibration_table(studies: Sequence[Study]) -> DataTable | None:
+def calibration_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     """Expected calibration errors of the methods of "compare", the original first."""
     rows = []
     for study in studies:
         for group in group_rows(study.of(COMPARE), by=()):
-            cells = [mean_text(group, f"test_{part}_calibration_error") for part in PARTS]
+            cells = [mean_text(group, f"test_{part}_calibration_error") for part in SPLITS_AND_ALL]
             if any(cell != "-" for cell in cells):
                 rows.append((group.method, study.name, *cells))
     if not rows:
@@ -118,7 +119,7 @@ def calibration_table(studies: Sequence[Study]) -> DataTable | None:
     return _one_classifier(
         DataTable(
             "Expected calibration error on test samples, % (0 is best)",
-            ("method", "classifier", *PARTS),
+            ("method", "classifier", *SPLITS_AND_ALL),
             tuple(rows),
             words=(0, 1),
             note="How far the probability of the predicted class lies from how often it is right, before (original) and after.",
@@ -127,7 +128,7 @@ def calibration_table(studies: Sequence[Study]) -> DataTable | None:
     )
 
 
-def front_table(studies: Sequence[tuple[Study, Sequence[Height]]]) -> DataTable | None:
+def front_table(studies: Sequence[tuple[StudyFiles, Sequence[Height]]]) -> DataTable | None:
     """How far the chosen heads lie above the front."""
     rows = []
     for study, heights in studies:
@@ -164,7 +165,7 @@ def front_table(studies: Sequence[tuple[Study, Sequence[Height]]]) -> DataTable 
     )
 
 
-def accuracy_table(study: Study, rows: Iterable[Row], title: str, *, note: str = "", closed: bool = False) -> DataTable:
+def accuracy_table(study: StudyFiles, rows: Iterable[Row], title: str, *, note: str = "", closed: bool = False) -> DataTable:
     """All accuracies of an experiment's methods and configurations."""
     rows = list(rows)
     names = [name for name in varied(rows) if not said_by_method(rows, name)]
@@ -173,10 +174,10 @@ def accuracy_table(study: Study, rows: Iterable[Row], title: str, *, note: str =
     found = []
     for group in group_rows(rows, varied(rows)):
         settings = [_setting(group, name) for name in names]
-        cells = [mean_text(group, f"test_{part}{top}") for part in PARTS for top in ("", "_top5")]
+        cells = [mean_text(group, f"test_{part}{top}") for part in SPLITS_AND_ALL for top in ("", "_top5")]
         gains = [percent(group.gain(f"test_{part}", study.original), sign=True) for part in ("few", "all")]
         found.append((group.method, *settings, _seeds(group), *cells, *gains))
-    columns = [f"{part} {top}" for part in PARTS for top in ("top-1", "top-5")]
+    columns = [f"{part} {top}" for part in SPLITS_AND_ALL for top in ("top-1", "top-5")]
     return DataTable(
         title,
         ("method", *names, "seeds", *columns, "few gain", "all gain"),
@@ -187,7 +188,7 @@ def accuracy_table(study: Study, rows: Iterable[Row], title: str, *, note: str =
     )
 
 
-def sharing_table(study: Study, rows: Iterable[Row]) -> DataTable:
+def sharing_table(study: StudyFiles, rows: Iterable[Row]) -> DataTable:
     """What one sub-module for all few classes saves, and what it costs."""
     found = []
     for group in group_rows(rows, by=("shared",)):
@@ -235,7 +236,7 @@ def classes_table(rows: Sequence[ClassRow], title: str, *, closed: bool = False)
     )
 
 
-def confusion_tables(study: Study) -> list[DataTable]:
+def confusion_tables(study: StudyFiles) -> list[DataTable]:
     """Which confusions were mended, which are new, and what all of them come to."""
     totals = [row for row in study.confusions if row.is_total]
     pairs = [row for row in study.confusions if not row.is_total]
@@ -273,7 +274,7 @@ def confusion_tables(study: Study) -> list[DataTable]:
     return tables
 
 
-def error_table(studies: Sequence[Study]) -> DataTable | None:
+def error_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     """What has no results, and why."""
     rows = []
     for study in studies:
@@ -292,7 +293,7 @@ def error_table(studies: Sequence[Study]) -> DataTable | None:
     )
 
 
-def settings_table(study: Study) -> DataTable:
+def settings_table(study: StudyFiles) -> DataTable:
     """How a study was made."""
     identity = study.info["identity"]
     settings = {**study.info["options"], **{name: identity.get(name) for name in ("few_below", "many_above")}}
@@ -321,7 +322,7 @@ def _setting(group: Group, name: str) -> str:
     return "-" if value is None else value_text(value)
 
 
-def _chosen(study: Study, group: Group) -> str:
+def _chosen(study: StudyFiles, group: Group) -> str:
     """What validation samples chose for a method: what its candidates differ in."""
     choices = [choice for choice in study.info["choices"] if choice.get("method") == group.method]
     found: dict[str, list[str]] = {}
@@ -339,7 +340,7 @@ def _chosen(study: Study, group: Group) -> str:
     return clean_text("; ".join(texts)) or "-"
 
 
-def _candidates(study: Study, group: Group) -> str:
+def _candidates(study: StudyFiles, group: Group) -> str:
     numbers = {choice.get("candidates") for choice in study.info["choices"] if choice.get("method") == group.method}
     return ", ".join(str(number) for number in sorted(number for number in numbers if isinstance(number, int))) or "-"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,9 @@ from ...utils.figures import clean_text, require_matplotlib
 from ...utils.files import PathLike, folder_lock, read_json, whole_file, write_json
 from ..plans import EXPERIMENTS
 from .content import DataTable, FigureBlock, Section, TextBlock, markdown, pictures_of
-from .data import Study, read_studies
+from .data import StudyFiles, read_studies
 from .figures import class_blocks, experiment_blocks
 from .front_figure import front_blocks
-from .page import page
 from .tables import calibration_table, compare_table, confusion_tables, cost_table, error_table, settings_table
 
 __all__ = ["ReportFiles", "write_report"]
@@ -86,6 +85,7 @@ def write_report(
         raise ValueError(f"output must be a folder, got the file {str(target)!r}")
     studies = read_studies(folders)
     require_matplotlib()
+    page = _page()
     sections = _sections(studies)
     heading = title if title is not None else f"Alpha Net study: {', '.join(each.name for each in studies)}"
     files: dict[str, bytes] = {
@@ -102,7 +102,15 @@ def write_report(
     )
 
 
-def _sections(studies: Sequence[Study]) -> list[Section]:
+def _page() -> Callable[[str, Sequence[str], Sequence[Section], Sequence[str]], str]:
+    try:
+        from .page import page
+    except ImportError as error:
+        raise ImportError("a report needs jinja2, which is missing: pip install 'alphaext[report]'") from error
+    return page
+
+
+def _sections(studies: Sequence[StudyFiles]) -> list[Section]:
     sections = [Section("front", "The trade-off front", tuple(front_blocks(studies)))]
     compared = [table for make in (compare_table, cost_table, calibration_table) if (table := make(studies)) is not None]
     if compared:
@@ -114,7 +122,7 @@ def _sections(studies: Sequence[Study]) -> list[Section]:
     return [*sections, Section("about", "How it was made", tuple(about))]
 
 
-def _study_section(study: Study, several: bool) -> Section:
+def _study_section(study: StudyFiles, several: bool) -> Section:
     blocks: list[TextBlock | DataTable | FigureBlock] = []
     if study.info["finished"] is None:
         blocks.append(TextBlock("This study is not finished: run again, it goes on. What is here is what there is.", "warning"))
@@ -133,7 +141,7 @@ def _study_section(study: Study, several: bool) -> Section:
     return Section(f"study--{study.key}", title, tuple(blocks), tuple(parts))
 
 
-def _confusion_blocks(study: Study) -> list[TextBlock | DataTable | FigureBlock]:
+def _confusion_blocks(study: StudyFiles) -> list[TextBlock | DataTable | FigureBlock]:
     tables = confusion_tables(study)
     if not tables:
         return []
@@ -145,7 +153,7 @@ def _confusion_blocks(study: Study) -> list[TextBlock | DataTable | FigureBlock]
     return [TextBlock(text), *tables]
 
 
-def _lead(studies: Sequence[Study]) -> list[str]:
+def _lead(studies: Sequence[StudyFiles]) -> list[str]:
     lead = []
     for study in studies:
         numbers = [f"{study.part('classes', part)} {part}" for part in ("few", "medium", "many")]
@@ -158,7 +166,7 @@ def _lead(studies: Sequence[Study]) -> list[str]:
     return lead
 
 
-def _foot(studies: Sequence[Study]) -> list[str]:
+def _foot(studies: Sequence[StudyFiles]) -> list[str]:
     foot = [text for text in dict.fromkeys(study.attribution for study in studies) if text]
     for study in studies:
         versions = ", ".join(f"{name} {value}" for name, value in study.info["versions"].items() if value)

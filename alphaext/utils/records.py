@@ -1,0 +1,105 @@
+"""Tables of records: dataclasses as CSV or JSON, written whole or not at all, and read back each value as it was."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .files import PathLike, check_output_file, whole_file, write_json
+
+__all__ = ["number", "read_csv", "write_csv", "write_records"]
+
+_Record = TypeVar("_Record")
+
+
+def write_records(
+    records: Iterable[Any],
+    kind: type,
+    path: PathLike,
+    lines: Callable[[list[Any]], Iterable[Sequence[Any]]],
+    *,
+    key: str,
+    overwrite: bool,
+) -> None:
+    """Write dataclasses of one kind as CSV or JSON, by the ending of ``path``.
+
+    Args:
+        records: to be written.
+        kind: their class.
+        path: a file that ends in ``.csv`` or ``.json``, in a directory that exists.
+        lines: makes the lines of the CSV file of them, the header first.
+        key: what they are called in the JSON object.
+        overwrite: replace a file that is there.
+
+    Raises:
+        TypeError: records of another class.
+        ValueError: another ending, a directory, no such directory, or a file that is there already.
+    """
+    listed = list(records)
+    for record in listed:
+        if not isinstance(record, kind):
+            raise TypeError(f"rows must be of the class {kind.__name__}, got {type(record).__name__}")
+    target = check_output_file(path, "path", overwrite=overwrite)
+    if target.suffix == ".json":
+        write_json(target, {key: [asdict(record) for record in listed]})
+    elif target.suffix == ".csv":
+        write_csv(lines(listed), target)
+    else:
+        raise ValueError(f"path must end in .csv or .json, got {str(target)!r}")
+
+
+def write_csv(lines: Iterable[Sequence[Any]], path: PathLike) -> None:
+    """Write lines as CSV in UTF-8: None and NaN as an empty field, truth values in lower case, all digits."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([_cell(value) for value in line] for line in lines)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def read_csv(
+    path: PathLike, what: str, check_header: Callable[[list[str]], None], record: Callable[[list[str]], _Record]
+) -> list[_Record]:
+    """Read the lines behind the header, each as a record.
+
+    Args:
+        path: the file.
+        what: what it should be, for errors.
+        check_header: raises ValueError for a header that is not this table's.
+        record: makes a record of a line, or raises ValueError.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a table; the message names the line.
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        records = []
+        try:
+            header = next(lines, [])
+            check_header(header)
+            for line in lines:
+                if len(line) != len(header):
+                    raise ValueError(f"there must be {len(header)} fields, got {len(line)}")
+                records.append(record(line))
+        except (UnicodeDecodeError, csv.Error, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is not {what}: line {lines.line_num}: {error}") from error
+    return records
+
+
+def number(name: str, cell: str, kind: type[int] | type[float]) -> Any:
+    """The number in a cell of the column ``name``."""
+    try:
+        return kind(cell)
+    except ValueError:
+        raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {cell!r}") from None

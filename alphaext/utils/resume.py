@@ -1,0 +1,97 @@
+"""Trainings that go on where an earlier run stopped: their file, whose training it is, and the epoch selected so far."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import whole_file
+
+__all__ = ["ResumableTraining", "check_checkpoint"]
+
+
+class ResumableTraining:
+    """The epochs of a training and the one selected so far, kept in a file together with what the training itself needs.
+
+    Attributes:
+        identity: what must be equal for one training to go on from another's file; set before :meth:`load` and :meth:`save`.
+        history: an entry for each epoch, with its number under ``"epoch"``.
+        selected_epoch: the epoch with the best score so far; 0 before the first.
+        selected_score: its score.
+        selected: its parameters, in whatever form the training has them.
+
+    Args:
+        name: of the training's files in errors, such as ``"one of fit's"``.
+        content: the types of what the training itself keeps in the file.
+    """
+
+    def __init__(self, name: str, content: Mapping[str, type | tuple[type, ...]]) -> None:
+        number = (int, float)
+        self._name = name
+        self._content = {"identity": dict, "history": list, "selected_epoch": int, "selected_score": number, **content}
+        self.identity: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.selected_epoch, self.selected_score = 0, -math.inf
+        self.selected: Any = None
+
+    def add_epoch(self, entry: dict[str, Any], score: float, parameters: Callable[[], Any]) -> None:
+        """Add an epoch to the history; keep its ``parameters()`` if its score is above all before."""
+        self.history.append(entry)
+        if score > self.selected_score:
+            self.selected_epoch, self.selected_score, self.selected = int(entry["epoch"]), float(score), parameters()
+
+    def save(self, path: Path, **state: Any) -> None:
+        """Write the file, whole or not at all; ``state`` is what the training itself needs."""
+        names = ("identity", "history", "selected_epoch", "selected_score", "selected")
+        with whole_file(path) as file:
+            torch.save({**{name: getattr(self, name) for name in names}, **state}, file)
+
+    def load(
+        self, path: Path, device: torch.device | str = "cpu", *, advice: Callable[[str], str] = lambda _: ""
+    ) -> dict[str, Any]:
+        """Read and check a file, its tensors on ``device``, and go on from its epochs.
+
+        Args:
+            path: the file.
+            device: of its tensors.
+            advice: what to do where the entry of this name in ``identity`` differs, for the error.
+
+        Returns:
+            All that :meth:`save` wrote.
+
+        Raises:
+            ValueError: it cannot be read, or belongs to another training.
+        """
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}")
+            for name, kind in self._content.items():
+                if not isinstance(state[name], kind):
+                    raise TypeError(f"{name} is a {type(state[name]).__name__}")
+        except Exception as error:  # what torch makes of foreign bytes knows no limits
+            raise ValueError(f"checkpoint {path} cannot be read as {self._name}: {type(error).__name__}: {error}") from error
+        saved = state["identity"]
+        # Of an option that only one of them has, the other has the default.
+        for name in {**self.identity, **saved}:
+            here, there = self.identity.get(name), saved.get(name)
+            if here != there:
+                raise ValueError(
+                    f"checkpoint {path} belongs to another training: {name} is {here!r} here and {there!r} there{advice(name)}"
+                )
+        self.history, self.selected = state["history"], state["selected"]
+        self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
+        return state
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:
+    """Return the path after checking that a checkpoint can be there."""
+    path = Path(checkpoint)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"checkpoint must be a file in a directory that exists, got {str(path)!r}")
+    return path
