@@ -9,8 +9,8 @@
 
 ``problems`` runs the experiments "compare" and "beyond" alone, on several draws of rare classes, images and network, for the
 jointly trained classifier, cRT and LWS, and writes ``bench/results/NAME.json`` and ``NAME.md``: accuracies, and differences
-over all, draw by draw, with the 95% interval of Student's t: to the best that one constant on the few logits does, and to the
-best form.
+over all, draw by draw, with the 95% interval of Student's t: to the best that one constant on the few logits does, and to
+preset few.
 
 QuickDraw's drawings have at most 80 training images a class: "many" are here the classes with more than 40.
 """
@@ -189,9 +189,9 @@ def _beyond(rows: Sequence[dict[str, Any]]) -> list[str]:
         "",
         "## Each means alone, all together, and all but one",
         "",
-        "Differences to the best form, draw by draw, in points, with the same intervals.",
+        "Differences to preset few, draw by draw, in points, with the same intervals.",
         "",
-        "| classifier | method | few | all | few less best | all less best |",
+        "| classifier | method | few | all | few less preset few's | all less preset few's |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for classifier in dict.fromkeys(row["classifier"] for row in rows):
@@ -202,7 +202,7 @@ def _beyond(rows: Sequence[dict[str, Any]]) -> list[str]:
         for method, own in of.items():
             cells = [_mean([row.get(f"test_{part}") for row in own]) for part in ("few", "all")]
             for part in ("few", "all"):
-                pairs = zip(own, of["Alpha Net, best"], strict=True)
+                pairs = zip(own, of["Alpha Net, preset few"], strict=True)
                 key = f"test_{part}"
                 cells.append(interval([100 * (row[key] - best[key]) for row, best in pairs if key in row and key in best]))
             lines.append(f"| {classifier} | {method} | {' | '.join(cells)} |")

@@ -58,7 +58,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     head.pt (the Alpha Net's state), result.json and run.json into the output folder.
 
     Example:
-        alphaext fit --features features --classifier crt --preset best --output alpha-crt
+        alphaext fit --features features --classifier crt --output alpha-crt
     """
 
     section: ClassVar[str] = "fit"
@@ -66,10 +66,9 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="replace results that are there")
     preset: str = option(
-        "default",
+        "few",
         choices=tuple(PRESETS),
-        help="what all options below are where they are not given: the package's default, exactly the paper's form, or what "
-        "gains most",
+        help="what all options below are where they are not given: what gains most, or exactly the paper's form",
     )
     gamma: tuple[float, ...] | None = of_preset("gamma", "the own coefficient's bound, up to 1; of several, validation chooses")
     coefficients: str | None = of_preset("coefficients", "a sub-module's outputs, or learned directly", COEFFICIENTS)

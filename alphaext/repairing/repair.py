@@ -43,7 +43,7 @@ def repair(
     *,
     val_features: TensorLike | None = None,
     val_labels: TensorLike | None = None,
-    preset: str = "best",
+    preset: str = "few",
     few_below: int = 20,
     many_above: int = 100,
     split: ClassSplit | None = None,
@@ -59,7 +59,7 @@ def repair(
         val_features: ``[m, D]``, with ``val_labels``: what the epoch and the constant on the few scores are chosen by. Without,
             the last epoch is taken, and no constant.
         val_labels: ``[m]`` integers.
-        preset: ``"best"``, ``"default"`` or ``"paper"`` (:data:`alphaext.training.PRESETS`).
+        preset: ``"few"`` or ``"paper"`` (:data:`alphaext.training.PRESETS`).
         few_below: a class with fewer training samples is few; 20 in the paper.
         many_above: a class with more is many; 100 in the paper.
         split: which classes are few, medium and many, instead of these two.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..training.options import TrainingOptions
-from ..training.presets import PRESETS
+from ..training.presets import PLAIN, PRESETS
 from ..utils.checks import check_choice, check_gamma, check_integer, check_number
 
 __all__ = ["EXPERIMENTS", "FORMS", "POLICIES", "Configuration", "StudyOptions", "Trial", "choose", "plan"]
@@ -34,9 +34,9 @@ EXPERIMENTS = {
 """The experiments of a study."""
 
 ROWS = "rows"
-"""A rival that is trained like the best form: one neighbour, and a residual that can make any row of it."""
+"""A rival that is trained like preset few: one neighbour, and a residual that can make any row of it."""
 
-METHODS = {"default": "Alpha Net", "paper": "Alpha Net, paper's form", "best": "Alpha Net, best", ROWS: "free rows"}
+METHODS = {"plain": "Alpha Net", "paper": "Alpha Net, paper's form", "few": "Alpha Net, preset few", ROWS: "free rows"}
 """What each form, and that rival, is called in results."""
 
 FROZEN = "frozen uniform alphas"
@@ -48,7 +48,7 @@ POLICIES = ("best_all", "best_few", "knee")
 RETRAINED = ("crt", "lws")
 """The rivals that train on class-balanced samples, a row of "compare" for each seed."""
 
-_NOT_OF_BEST = {"shared", "negative_ratio"}  # it has no sub-modules, and equally many samples of every class
+_NOT_OF_FEW = {"shared", "negative_ratio"}  # it has no sub-modules, and equally many samples of every class
 
 CANDIDATES = "candidates"
 """Under this name stand the results of which "compare" shows the chosen ones."""
@@ -65,15 +65,15 @@ class StudyOptions:
         experiments: names out of :data:`EXPERIMENTS`; all by default.
         seeds: trainings of each configuration: of weights, samples, random neighbours, and cuts of the data.
         first_seed: the seeds are this one and those that follow.
-        gammas: tried by gamma, pool, sharing, and compare, which chooses among them (the best form has 1). The paper's 0.1 to
+        gammas: tried by gamma, pool, sharing, and compare, which chooses among them (preset few has 1). The paper's 0.1 to
             0.9, and 1.
         fixed_gammas: those with which the experiments train that do not vary gamma: 0.7, which the paper chose, and 1, the
-            package's default. (negatives has 0.5, the paper's.)
+            plain form's. (negatives has 0.5, the paper's.)
         top_ks: of top-k; 2, 5 and 10 in the paper.
         few_samples: of data-size: training samples that each few class keeps at most.
         negative_ratios: of negatives; 0 and 1 in the paper.
         forms: out of :data:`FORMS`: the forms of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size. compare
-            and beyond have their own. The best form has its own top_k, epochs, batch_size and lr, and no part in sharing and
+            and beyond have their own. Preset few has its own top_k, epochs, batch_size and lr, and no part in sharing and
             negatives, whose options it does not have.
         sharing_lr: learning rate of the one sub-module that all classes share, which each class's gradient moves: many more
             than one of its own has, so that it diverges at theirs.
@@ -104,7 +104,7 @@ class StudyOptions:
     top_ks: Sequence[int] = (2, 5, 10)
     few_samples: Sequence[int] = (1, 2, 5, 10)
     negative_ratios: Sequence[float] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    forms: Sequence[str] = ("default",)
+    forms: Sequence[str] = ("plain",)
     sharing_lr: float = 0.01
     retraining_epochs: int = 10
     retraining_lrs: Sequence[float] = (0.1, 0.4)
@@ -194,15 +194,14 @@ class Configuration:
 CONFIGURATION = tuple(entry.name for entry in fields(Configuration))
 """The columns of results that :class:`Configuration` fills."""
 
-FORMS: dict[str, dict[str, Any]] = {
-    form: {
-        name: value
-        for name, value in preset.items()
-        if name in CONFIGURATION and name != "gamma" and value != PRESETS["default"][name]
-    }
+FORMS: dict[str, dict[str, Any]] = {"plain": {}} | {
+    form: {name: preset[name] for name in CONFIGURATION if name in preset and name != "gamma" and preset[name] != PLAIN[name]}
     for form, preset in PRESETS.items()
 }
-"""Alpha Net by preset: what differs from the default's options, but gamma, which experiments say."""
+"""Alpha Net by preset: what differs from the plain form, but gamma, which experiments say.
+
+The plain form, which experiments vary by default, is the paper's from the original classifier on (docs/defaults.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ def plan(options: StudyOptions, pool_size: int | None = None) -> list[Trial]:
 
     Args:
         options: the study's.
-        pool_size: base classes that there are: the best form takes at most so many neighbours.
+        pool_size: base classes that there are: preset few takes at most so many neighbours.
 
     Returns:
         All trials. Those of "compare" stand under "candidates"; the rivals, which are not trained, are not among them.
@@ -263,13 +262,13 @@ def plan(options: StudyOptions, pool_size: int | None = None) -> list[Trial]:
 
 def _within(trial: Trial, pool_size: int) -> Trial:
     own = trial.configuration
-    of_best = trial.method.startswith((METHODS["best"], "Alpha Net, more neighbours"))
-    if not of_best or own.top_k != FORMS["best"]["top_k"]:
+    of_few = trial.method.startswith((METHODS["few"], "Alpha Net, more neighbours"))
+    if not of_few or own.top_k != FORMS["few"]["top_k"]:
         return trial
     return replace(trial, configuration=replace(own, top_k=min(own.top_k, pool_size)))
 
 
-def _base(options: StudyOptions, gamma: float, form: str = "default", **changes: Any) -> Configuration:
+def _base(options: StudyOptions, gamma: float, form: str = "plain", **changes: Any) -> Configuration:
     common = {name: getattr(options, name) for name in ("top_k", "epochs", "batch_size", "lr")}
     return replace(Configuration(gamma=gamma, **(common | FORMS[form])), **changes)
 
@@ -280,7 +279,7 @@ _Plan = Iterator[tuple[str, Configuration]]
 def _each(options: StudyOptions, gammas: Sequence[float], changes: Sequence[Mapping[str, Any]]) -> _Plan:
     """All changes at all gammas in all forms, but those that a form has no room for."""
     for form, change, gamma in itertools.product(options.forms, changes, gammas):
-        if form != "best" or not _NOT_OF_BEST.intersection(change):
+        if form != "few" or not _NOT_OF_FEW.intersection(change):
             yield METHODS[form], _base(options, gamma, form, **change)
 
 
@@ -310,14 +309,14 @@ def _data_size(options: StudyOptions) -> _Plan:
 
 def _rule(options: StudyOptions) -> _Plan:
     for gamma in options.fixed_gammas:
-        yield METHODS["default"], _base(options, gamma)
+        yield METHODS["plain"], _base(options, gamma)
     # l1 has no gamma, and to softmax it is a bound and no share: both with the one that bounds nothing.
     for rule in ("softmax", "l1"):
         yield f"Alpha Net, {rule}", _base(options, 1.0, rule=rule)
 
 
 def _start(options: StudyOptions) -> _Plan:
-    names = {("identity", True): METHODS["default"], ("default", False): METHODS["paper"]}
+    names = {("identity", True): METHODS["plain"], ("default", False): METHODS["paper"]}
     for init, projected, gamma in itertools.product(("identity", "default"), (True, False), options.fixed_gammas):
         method = names.get((init, projected), f"Alpha Net, {init} start")
         yield method, _base(options, gamma, init=init, projected_gradient=projected)
@@ -325,7 +324,7 @@ def _start(options: StudyOptions) -> _Plan:
 
 def _controls(options: StudyOptions) -> _Plan:
     for metric, method in (
-        ("euclidean", METHODS["default"]),
+        ("euclidean", METHODS["plain"]),
         ("random", "Alpha Net, random neighbours"),
         ("cosine", "Alpha Net, cosine neighbours"),
     ):
@@ -336,30 +335,30 @@ def _controls(options: StudyOptions) -> _Plan:
 
 
 def _compare(options: StudyOptions) -> _Plan:
-    for form, gamma in itertools.product(("default", "paper"), options.gammas):
+    for form, gamma in itertools.product(("plain", "paper"), options.gammas):
         yield METHODS[form], _base(options, gamma, form)
-    yield METHODS["best"], _base(options, 1.0, "best")
-    yield METHODS[ROWS], _base(options, 1.0, "best", top_k=1)
+    yield METHODS["few"], _base(options, 1.0, "few")
+    yield METHODS[ROWS], _base(options, 1.0, "few", top_k=1)
 
 
 def _beyond(options: StudyOptions) -> _Plan:
-    """Each means alone, on the default form with gamma 1; all together; and all but one, or with another in its place."""
-    best = FORMS["best"]
-    yield METHODS["default"], _base(options, 1.0)
+    """Each means alone, on the plain form with gamma 1; all together; and all but one, or with another in its place."""
+    few = FORMS["few"]
+    yield METHODS["plain"], _base(options, 1.0)
     alone: dict[str, dict[str, Any]] = {
         "one constant": {"few_bias": True},
         "direct coefficients": {"coefficients": "direct"},
-        "direct coefficients, L2": {"coefficients": "direct", "regularize": best["regularize"]},
-        "L2": {"regularize": best["regularize"]},
-        "more neighbours": {"top_k": best["top_k"]},
-        "residual, L2": {name: best[name] for name in ("coefficients", "residual", "regularize")},
-        "balanced classes": {"samples_per_class": best["samples_per_class"]},
+        "direct coefficients, L2": {"coefficients": "direct", "regularize": few["regularize"]},
+        "L2": {"regularize": few["regularize"]},
+        "more neighbours": {"top_k": few["top_k"]},
+        "residual, L2": {name: few[name] for name in ("coefficients", "residual", "regularize")},
+        "balanced classes": {"samples_per_class": few["samples_per_class"]},
         "prior correction": {"prior_correction": True},
-        "drawn samples": {name: best[name] for name in ("samples_per_class", "augment", "augment_neighbors")},
+        "drawn samples": {name: few[name] for name in ("samples_per_class", "augment", "augment_neighbors")},
     }
     for name, changes in alone.items():
         yield f"Alpha Net, {name}", _base(options, 1.0, **changes)
-    yield METHODS["best"], _base(options, 1.0, "best")
+    yield METHODS["few"], _base(options, 1.0, "few")
     left_out: dict[str, dict[str, Any]] = {
         "without the constant": {"few_bias": False},
         "without residual": {"residual": 0},
@@ -371,12 +370,12 @@ def _beyond(options: StudyOptions) -> _Plan:
             "prior_correction": True,
         },
         "with sub-modules, without residual": {"coefficients": "mlp", "residual": 0, "top_k": options.top_k},
-        "few neighbours": {"top_k": options.top_k},
+        "fewer neighbours": {"top_k": options.top_k},
         "random neighbours": {"metric": "random"},
     }
     for name, changes in left_out.items():
-        yield f"{METHODS['best']}, {name}", _base(options, 1.0, "best", **changes)
-    yield METHODS[ROWS], _base(options, 1.0, "best", top_k=1)
+        yield f"{METHODS['few']}, {name}", _base(options, 1.0, "few", **changes)
+    yield METHODS[ROWS], _base(options, 1.0, "few", top_k=1)
 
 
 def choose(

@@ -75,7 +75,7 @@ class _Comparison:
             for seed in self.options.seed_values():
                 trials = self.trainings.candidates(form, seed)
                 chosen = self._choose(METHODS[form], [problem.found(self.trainings.row(trial)) for trial in trials], seed)
-                if chosen is not None and form == "default" and seed == self.options.first_seed:
+                if chosen is not None and form == "plain" and seed == self.options.first_seed:
                     self._write_classes(trials[chosen], classes, confusions)
         for row in self.earlier.values():
             if row["seed"] not in (None, *self.options.seed_values()):

@@ -164,7 +164,7 @@ class Trainings:
         self.trials = plan(problem.options, len(problem.split.base))
         self._heads: dict[_Training, AlphaNet] = {}
         # One of them may be the chosen one, whose classes are shown.
-        self._kept = {trial.training for trial in self.candidates("default", self.options.first_seed)}
+        self._kept = {trial.training for trial in self.candidates("plain", self.options.first_seed)}
 
     def run(self) -> None:
         """Train and measure all trials that the results do not have yet."""

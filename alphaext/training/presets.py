@@ -1,4 +1,4 @@
-"""Options of a head and its training under one name: the paper's form, the package's default, and the one that gains most."""
+"""Options of a head and its training under one name: the form that gains most, and the paper's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..utils.checks import check_choice
 
 __all__ = ["PRESETS", "preset_options"]
 
-_DEFAULT: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "coefficients": "mlp",
     "top_k": 5,
     "pool": "base",
@@ -42,7 +42,7 @@ _DEFAULT: dict[str, Any] = {
     "few_bias": False,
 }
 _PAPER = {"gamma": 0.7, "init": "default", "projected_gradient": False}
-_BEST = {
+_FEW = {
     "coefficients": "direct",
     "top_k": 60,
     "residual": 256,
@@ -59,17 +59,17 @@ _BEST = {
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "default": MappingProxyType(_DEFAULT),
-        "paper": MappingProxyType(_DEFAULT | _PAPER),
-        "best": MappingProxyType(_DEFAULT | _BEST),
+        "few": MappingProxyType(PLAIN | _FEW),
+        "paper": MappingProxyType(PLAIN | _PAPER),
     }
 )
 """Options by preset.
 
-``"paper"``: exactly the published form, with the gamma that the paper chose on ImageNet-LT. ``"default"``: the same, but from
-the original classifier on and with a gradient that lets a clamped coefficient return, gamma 1 (docs/defaults.md). ``"best"``:
-coefficients and a small residual learned directly, drawn toward the original classifier, on drawn samples of few classes and
-equally many of every class; then one constant on the few scores, chosen on validation samples (docs/findings.md).
+``"few"`` changes the few rows and gains most: coefficients and a small residual learned directly, drawn toward the original
+classifier, on drawn samples of few classes and equally many of every class; then one constant on the few scores, chosen on
+validation samples (docs/findings.md). ``"paper"`` is exactly the published form, with the gamma that the paper chose on
+ImageNet-LT. Options that are not given to :func:`alphaext.fit_many` are the plain form's: the paper's, but from the original
+classifier on and with a gradient that lets a clamped coefficient return, gamma 1 (docs/defaults.md).
 """
 
 
@@ -77,7 +77,7 @@ def preset_options(name: str, *, pool_size: int | None = None, validation: bool 
     """Return the options of a preset, for a configuration of :func:`alphaext.fit_many`.
 
     Args:
-        name: ``"default"``, ``"paper"`` or ``"best"``.
+        name: ``"few"`` or ``"paper"``.
         pool_size: classes that neighbours can be chosen from: ``top_k`` is at most that.
         validation: whether there are validation samples; without, no constant is chosen on them.
 
@@ -85,7 +85,7 @@ def preset_options(name: str, *, pool_size: int | None = None, validation: bool 
         ValueError: an unknown name.
 
     Example:
-        >>> options = preset_options("best", pool_size=40)
+        >>> options = preset_options("few", pool_size=40)
         >>> options["coefficients"], options["top_k"], options["few_bias"]
         ('direct', 40, True)
     """

@@ -36,8 +36,8 @@ def test_the_second_table_compares_with_the_best_form():
     rows = []
     for problem, gain in ((3, 0.01), (4, 0.03)):
         rows += [row("joint", "original", problem, 0.1, 0.5), row("joint", "few-bias", problem, 0.2, 0.5)]
-        rows.append({**row("joint", "Alpha Net, best", problem, 0.3, 0.5 + gain), "experiment": "beyond"})
-        rows.append({**row("joint", "Alpha Net, best, without L2", problem, 0.2, 0.5), "experiment": "beyond"})
+        rows.append({**row("joint", "Alpha Net, preset few", problem, 0.3, 0.5 + gain), "experiment": "beyond"})
+        rows.append({**row("joint", "Alpha Net, preset few, without L2", problem, 0.2, 0.5), "experiment": "beyond"})
     text = studies.markdown(rows, [3, 4])
     line = next(line for line in text.splitlines() if "without L2" in line)
     assert line.endswith("| 20.0 ±0.0 | 50.0 ±0.0 | -10.00 (-10.00 to -10.00) | -2.00 (-14.71 to +10.71) |")

@@ -170,14 +170,14 @@ def test_python_says_the_same_as_the_command_line(digits, tmp_path, capsys):
 
 def test_presets_of_fit(digits, tmp_path):
     common = ["--classifier", digits / "joint", "--epochs", "2"]
-    run(digits, "fit", *common, "--preset", "best", "--output", tmp_path / "best")
-    best = read_result(tmp_path / "best")
-    assert best["preset"] == "best" and best["options"]["coefficients"] == "direct" and best["options"]["epochs"] == 2
-    assert best["top_k"] == 3 and best["selection"] == "last"  # there are three base classes
-    state = torch.load(tmp_path / "best" / "head.pt", weights_only=True)
+    run(digits, "fit", *common, "--output", tmp_path / "few")
+    few = read_result(tmp_path / "few")
+    assert few["preset"] == "few" and few["options"]["coefficients"] == "direct" and few["options"]["epochs"] == 2
+    assert few["top_k"] == 3 and few["selection"] == "last"  # there are three base classes
+    state = torch.load(tmp_path / "few" / "head.pt", weights_only=True)
     head = AlphaNet.from_state_dict(state)
-    assert head.few_bias == best["few_bias"] and head.num_directions == 9 + 1
-    classifier = torch.load(tmp_path / "best" / "classifier.pth", weights_only=True)
+    assert head.few_bias == few["few_bias"] and head.num_directions == 9 + 1
+    classifier = torch.load(tmp_path / "few" / "classifier.pth", weights_only=True)
     assert torch.equal(classifier["weight"], head.fold().weight) and torch.equal(classifier["bias"], head.fold().bias)
     run(digits, "fit", *common, "--preset", "paper", "--output", tmp_path / "paper")
     paper = read_result(tmp_path / "paper")
@@ -188,7 +188,7 @@ def test_presets_of_fit(digits, tmp_path):
 
 def test_a_constant_needs_a_bias_in_the_file(digits, tmp_path, capsys):
     torch.save({"weight": read_checkpoint(digits / "joint" / "model.pth").weight}, tmp_path / "plain.pth")
-    common = ["fit", "--classifier", tmp_path / "plain.pth", "--preset", "best", "--epochs", "1"]
+    common = ["fit", "--classifier", tmp_path / "plain.pth", "--epochs", "1"]
     run(digits, *common, "--output", tmp_path / "out")
     assert "no constant is added" in capsys.readouterr().out
     made = torch.load(tmp_path / "out" / "classifier.pth", weights_only=True)
@@ -201,7 +201,8 @@ def test_a_constant_needs_a_bias_in_the_file(digits, tmp_path, capsys):
 
 @pytest.mark.parametrize(("policy", "max_drop"), [("best_all", None), ("best_few", 1.0), ("knee", None)])
 def test_policies_of_fit(digits, tmp_path, policy, max_drop):
-    arguments = ["--gamma", "0.3", "0.7", "1", "--top-k", "2", "5", "--rule", "clamp", "l1", "--epochs", "2"]
+    arguments = ["--preset", "paper", "--init", "identity", "--projected-gradient", "--epochs", "2"]
+    arguments += ["--gamma", "0.3", "0.7", "1", "--top-k", "2", "5", "--rule", "clamp", "l1"]
     drop = [] if max_drop is None else ["--max-drop", str(max_drop)]
     run(digits, "fit", "--classifier", digits / "joint", *arguments, "--policy", policy, *drop, "--output", tmp_path / "out")
     result = read_result(tmp_path / "out")

@@ -39,7 +39,7 @@ def test_every_preset_repairs(linear, preset):
     before = {name: value.clone() for name, value in linear.state_dict().items()}
     made = repair(linear, FEATURES, LABELS, **VAL, preset=preset, epochs=3, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in linear.state_dict().items())
-    assert made.split.few.tolist() == [4, 5] and made.head.top_k == 4 if preset == "best" else True
+    assert made.split.few.tolist() == [4, 5] and made.head.top_k == 4 if preset == "few" else True
     for name in ("weight", "bias"):
         assert torch.equal(getattr(made.linear, name)[:4], before[name][:4])
         assert not torch.equal(getattr(made.linear, name)[4:], before[name][4:]) or made.result.selected_epoch == 0
@@ -48,16 +48,17 @@ def test_every_preset_repairs(linear, preset):
     assert made.result.engine == "native"
 
 
-def test_the_default_preset_is_what_fit_does_without_options(linear):
-    plain = {name: value for name, value in PRESETS["default"].items() if name != "top_k"}
+def test_the_plain_form_is_what_fit_does_without_options(linear):
+    plain = {**PRESETS["paper"], "gamma": 1.0, "init": "identity", "projected_gradient": True}
+    del plain["top_k"]
     one, two = (
         fit_many(linear, FEATURES, LABELS, [{"top_k": 2, "epochs": 2} | options], progress=False)[0]
         for options in ({}, {**plain, "epochs": 2})
     )
     assert torch.equal(one.head.alphas(), two.head.alphas())
     for name in ("epochs", "lr", "batch_size", "augment_samples", "augment_neighbors", "lr_schedule", "lr_step"):
-        assert PRESETS["default"][name] == getattr(TrainingOptions(), name)
-    assert set(PRESETS["default"]) == set(PRESETS["paper"]) == set(PRESETS["best"])
+        assert plain[name] == getattr(TrainingOptions(), name) or name == "epochs"
+    assert set(PRESETS["paper"]) == set(PRESETS["few"])
 
 
 def test_the_papers_preset_is_the_papers():
@@ -72,18 +73,18 @@ def test_the_papers_preset_is_the_papers():
 
 
 def test_presets_fit_what_there_is(linear):
-    assert preset_options("best", pool_size=7)["top_k"] == 7 and not preset_options("best", validation=False)["few_bias"]
-    assert preset_options("default", pool_size=100)["top_k"] == 5
-    with pytest.raises(ValueError, match="preset must be one of default, paper, best, got 'good'"):
+    assert preset_options("few", pool_size=7)["top_k"] == 7 and not preset_options("few", validation=False)["few_bias"]
+    assert preset_options("paper", pool_size=100)["top_k"] == 5
+    with pytest.raises(ValueError, match="preset must be one of few, paper, got 'good'"):
         preset_options("good")
     with pytest.raises(TypeError):
-        PRESETS["best"]["lr"] = 1.0  # a user's change would be everybody's
+        PRESETS["few"]["lr"] = 1.0  # a user's change would be everybody's
     made = repair(linear, FEATURES, LABELS, epochs=1, progress=False)
     assert made.result.few_bias == 0 and made.result.metrics_after is None
 
 
 def test_options_take_the_place_of_the_presets(linear):
-    made = repair(linear, FEATURES, LABELS, preset="best", epochs=1, top_k=2, residual=0, progress=False, **VAL)
+    made = repair(linear, FEATURES, LABELS, preset="few", epochs=1, top_k=2, residual=0, progress=False, **VAL)
     assert made.head.top_k == 2 and made.head.num_directions == 0
     with pytest.raises(ValueError, match=r"^a residual needs coefficients='direct'"):
         repair(linear, FEATURES, LABELS, coefficients="mlp", progress=False)
@@ -105,7 +106,7 @@ def test_a_diverged_training_says_so(linear):
     with torch.no_grad():
         linear.weight *= 1e4
     with pytest.raises(FloatingPointError, match="diverged"):
-        repair(linear, FEATURES, LABELS, preset="default", lr=1e30, epochs=3, progress=False)
+        repair(linear, FEATURES, LABELS, preset="paper", lr=1e30, epochs=3, progress=False)
 
 
 def test_the_repaired_head_can_be_trained_on(linear):

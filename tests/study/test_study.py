@@ -118,7 +118,7 @@ def test_every_experiment_has_its_rows(study, experiment, number, varied):
 def test_rivals_and_seeds(study):
     folder, _ = study
     compared = rows_of(folder, "compare")
-    of_seeds = ["crt", "lws", "Alpha Net", "Alpha Net, paper's form", "Alpha Net, best", "free rows"]
+    of_seeds = ["crt", "lws", "Alpha Net", "Alpha Net, paper's form", "Alpha Net, preset few", "free rows"]
     names = ["original", "ncm", "tau", "logit-adjustment", "few-bias", *(name for name in of_seeds for _ in range(2))]
     assert [row["method"] for row in compared] == names
     assert [row["seed"] for row in compared] == [None] * 5 + [0, 1] * 6
@@ -441,16 +441,16 @@ def test_other_policies(problem, tmp_path, policy, max_drop):
     assert compared[0]["metric"] == choose(ncm, policy, max_drop, original=original)["metric"]
 
 
-def test_the_best_form_takes_part_where_it_can():
-    options = replace(OPTIONS, experiments=["sharing", "negatives", "gamma", "top-k"], forms=["default", "best"])
+def test_preset_few_takes_part_where_it_can():
+    options = replace(OPTIONS, experiments=["sharing", "negatives", "gamma", "top-k"], forms=["plain", "few"])
     methods = {}
     for trial in plan(options, pool_size=4):
         methods.setdefault(trial.experiment, set()).add(trial.method)
         assert trial.configuration.top_k <= 4
-    both = {"Alpha Net", "Alpha Net, best"}
+    both = {"Alpha Net", "Alpha Net, preset few"}
     assert methods == {"sharing": {"Alpha Net"}, "negatives": {"Alpha Net"}, "gamma": both, "top-k": both}
     # A user's own number is not corrected, but told to be impossible.
-    assert plan(replace(options, experiments=["gamma"], forms=["default"], top_k=60), 4)[0].configuration.top_k == 60
+    assert plan(replace(options, experiments=["gamma"], forms=["plain"], top_k=60), 4)[0].configuration.top_k == 60
 
 
 # Choosing

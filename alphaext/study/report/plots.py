@@ -23,7 +23,7 @@ _METHODS = {
     "tau": 3,
     "logit-adjustment": 4,
     "few-bias": 5,
-    "Alpha Net, best": 6,
+    "Alpha Net, preset few": 6,
     "free rows": 7,
 }
 FRONT_PLACE = _METHODS["few-bias"]
