@@ -17,7 +17,7 @@ from ..utils.checks import check_integer
 from ..utils.files import PathLike, check_output_file, whole_file, write_json
 from .class_table import check_class_names
 from .comparison import check_same_samples
-from .evaluation import PARTS, Predictions, check_split, part_of_class
+from .evaluation import SPLITS, Predictions, check_split, part_of_class
 
 __all__ = ["ConfusionRow", "confusion_changes", "read_confusions", "write_confusions"]
 
@@ -31,7 +31,7 @@ class ConfusionRow:
     Attributes:
         true_class: the right class; None in a total.
         true_name: its name; empty in a total.
-        true_split: ``"few"``, ``"medium"`` or ``"many"``.
+        true_split: ``"few"``, ``"medium"`` or ``"many"``; ``"empty"`` without training images.
         predicted_class: the class that is taken for it; None in a total.
         predicted_name: its name; empty in a total.
         predicted_split: as ``true_split``.
@@ -117,7 +117,7 @@ def confusion_changes(
     rows = list(_totals(part[true], part[predicted], was, now))
     for index in shown.tolist():
         t, p, b, a = int(true[index]), int(predicted[index]), int(was[index]), int(now[index])
-        splits = PARTS[int(part[t])], PARTS[int(part[p])]
+        splits = SPLITS[int(part[t])], SPLITS[int(part[p])]
         rows.append(ConfusionRow(t, names[t], splits[0], p, names[p], splits[1], b, a, max(b - a, 0), max(a - b, 0)))
     return rows
 
@@ -138,8 +138,8 @@ def _counts(before: Predictions, after: Predictions) -> tuple[Tensor, Tensor, Te
 
 def _totals(true: Tensor, predicted: Tensor, was: Tensor, now: Tensor) -> Iterator[ConfusionRow]:
     change = now - was
-    for row, true_split in enumerate(PARTS):
-        for column, predicted_split in enumerate(PARTS):
+    for row, true_split in enumerate(SPLITS):
+        for column, predicted_split in enumerate(SPLITS):
             own = (true == row) & (predicted == column)
             if not bool(own.any()):
                 continue
@@ -222,8 +222,8 @@ def _value(name: str, cell: str) -> Any:
     if name in _TEXT:
         return cell
     if name in _SPLITS:
-        if cell not in PARTS:
-            raise ValueError(f"{name} must be one of {', '.join(PARTS)}, got {cell!r}")
+        if cell not in SPLITS:
+            raise ValueError(f"{name} must be one of {', '.join(SPLITS)}, got {cell!r}")
         return cell
     if name in _CLASSES and cell == "":
         return None

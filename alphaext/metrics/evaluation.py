@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 PARTS = ("few", "medium", "many")
+SPLITS = (*PARTS, "empty")  # what a class can be in; without training samples it is in no part
 
 
 def split_metrics(predictions: Predictions, split: ClassSplit) -> dict[str, float]:
@@ -165,9 +166,9 @@ def expected_calibration_error(predictions: Predictions, split: ClassSplit, bins
     bin_of_sample = np.clip(np.ceil(confidence * bins).astype(np.int64), 1, bins) - 1
     part_of_sample = part_of_class(parts)[predictions.labels.numpy()]
     # Of each bin, how many are right beyond what their confidence adds up to.
-    excess = np.bincount(part_of_sample * bins + bin_of_sample, weights=right - confidence, minlength=3 * bins).reshape(3, bins)
-    errors = np.abs(np.vstack([excess, excess.sum(axis=0)])).sum(axis=1).tolist()
-    samples = [*np.bincount(part_of_sample, minlength=3).tolist(), len(predictions)]
+    excess = np.bincount(part_of_sample * bins + bin_of_sample, weights=right - confidence, minlength=4 * bins).reshape(4, bins)
+    errors = np.abs(np.vstack([excess[:3], excess.sum(axis=0)])).sum(axis=1).tolist()
+    samples = [*np.bincount(part_of_sample, minlength=4).tolist()[:3], len(predictions)]
     return {
         name: error / number if number else math.nan
         for name, error, number in zip((*PARTS, "all"), errors, samples, strict=True)
@@ -175,14 +176,14 @@ def expected_calibration_error(predictions: Predictions, split: ClassSplit, bins
 
 
 def part_of_class(split: ClassSplit) -> npt.NDArray[np.int64]:
-    """Which of :data:`PARTS` each class belongs to, [N].
+    """Which of :data:`SPLITS` each class belongs to, [N].
 
     Example:
         >>> part_of_class(ClassSplit(few=[2], medium=[1], many=[0])).tolist()
         [2, 1, 0]
     """
     parts = np.empty(split.num_classes, dtype=np.int64)
-    for number, name in enumerate(PARTS):
+    for number, name in enumerate(SPLITS):
         parts[getattr(split, name).cpu().numpy()] = number
     return parts
 
@@ -201,7 +202,7 @@ def check_split(predictions: Predictions, split: ClassSplit, name: str = "predic
         raise ValueError(
             f"split must be of the classes that {name} are of, got {split.num_classes} and {predictions.num_classes} classes"
         )
-    return ClassSplit(few=split.few.cpu(), medium=split.medium.cpu(), many=split.many.cpu())
+    return split.cpu()
 
 
 def _check_predictions(predictions: Predictions, name: str) -> None:
