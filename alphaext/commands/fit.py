@@ -161,7 +161,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             )
             for run in runs:
                 if run.error and not run.error.startswith("training diverged"):
-                    raise ValueError(f"{_told(run.config)}: {run.error}; --overwrite starts anew")
+                    raise ValueError(f"{_named(run.config)}: {run.error}; --overwrite starts anew")
             run = runs[choose(runs, select, min_all, self.policy, self.max_drop)]
             assert run.head is not None and run.result is not None
             result = {
@@ -253,7 +253,7 @@ def _choose_by_policy(runs: list[SweepRun], policy: str, max_drop: float | None)
     return int(choose_row(rows, policy, max_drop, original={"val_all": before["all"]})["number"])
 
 
-def _told(config: Mapping[str, Any]) -> str:
+def _named(config: Mapping[str, Any]) -> str:
     return f"gamma {config['gamma']:g}, top_k {config['top_k']}, rule {config['rule']}"
 
 
@@ -303,5 +303,5 @@ def _print(console: Console, options: Fit, result: dict[str, Any], folder: Path)
                 console.print(f"{name} {_value(result[name])} chosen of {values} by {by}", highlight=False)
     for candidate in result["candidates"]:
         if "error" in candidate:
-            console.print(f"{_told(candidate)}: {candidate['error']}", markup=False, highlight=False)
+            console.print(f"{_named(candidate)}: {candidate['error']}", markup=False, highlight=False)
     console.print(f"Classifier: {folder / shared.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)

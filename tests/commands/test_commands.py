@@ -27,7 +27,6 @@ from alphaext.checkpoints import read_checkpoint
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
 from alphaext.commands import main as cli
 from alphaext.commands.options import read_config
-from alphaext.features.store import read_features, write_features
 from alphaext.study.run import choose
 from alphaext.training import many as sweep
 
@@ -431,27 +430,6 @@ def test_half_a_folder_of_features_is_not_taken_for_a_whole_one(digits, tmp_path
     shutil.rmtree(tmp_path / "features" / "train")
     run(digits, *arguments, code=2)
     assert "there are test, val" in capsys.readouterr().err.replace("\n", " ")
-
-
-def test_a_class_without_training_images_keeps_its_row(digits, tmp_path, capsys):
-    shutil.copytree(digits / "features", tmp_path / "features")
-    train = read_features(tmp_path / "features" / "train")
-    base = int(train.class_counts().argmax())
-    rows = (train.labels != base).nonzero().flatten()
-    features, labels = torch.from_numpy(np.array(train.features))[rows], train.labels[rows]
-    shutil.rmtree(tmp_path / "features" / "train")
-    write_features(tmp_path / "features" / "train", features, labels, num_classes=train.num_classes, metadata=train.metadata)
-    common = ["--features", tmp_path / "features", "--classifier", digits / "joint"]
-    run(digits, "fit", *common, "--epochs", "1", "--output", tmp_path / "alpha")
-    assert f"No training images of class {base}" in capsys.readouterr().out
-    result = read_result(tmp_path / "alpha")
-    assert result["empty_classes"] == [base] and all(base not in row for row in result["members"])
-    old, new = (
-        read_checkpoint(path).weight for path in (digits / "joint" / "model.pth", tmp_path / "alpha" / "classifier.pth")
-    )
-    assert torch.equal(old[base], new[base])
-    run(digits, "evaluate", digits / "joint", tmp_path / "alpha", *common[:2], "--output", tmp_path / "table")
-    assert read_result(tmp_path / "table")["classes"]["empty"] == 1
 
 
 def test_a_backbone_of_ones_own(digits, tmp_path, monkeypatch):

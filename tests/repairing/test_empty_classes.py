@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from alphaext import AlphaNet, class_counts, class_means, fit, fit_many, repair, split_classes
+from alphaext.commands import Fit
+from alphaext.features.store import write_features
 from alphaext.head.neighbors import pool_size, residual_directions
 from alphaext.metrics import compare, split_metrics
 from alphaext.metrics.predictions import predict
@@ -85,3 +89,16 @@ def test_it_is_in_no_split(linear):
     found = compare(before, after, split, resamples=50)
     assert found.before["all"] == pytest.approx(float(linear_hits(linear).float().mean()))
     assert math.isnan(split_metrics(before, split_classes(COUNTS, few_below=0))["few"])
+
+
+def test_the_command_names_it_once(linear, tmp_path):
+    (tmp_path / "features").mkdir()
+    for part, features, labels in (("train", FEATURES, LABELS), ("val", *VAL.values())):
+        write_features(tmp_path / "features" / part, features, labels, num_classes=7)
+    torch.save(linear.state_dict(), tmp_path / "model.pth")
+    said = io.StringIO()
+    command = Fit(
+        features=tmp_path / "features", classifier=tmp_path / "model.pth", output=tmp_path / "out", epochs=1, progress=False
+    )
+    result = command.run(Console(file=said, width=200))
+    assert result["empty_classes"] == EMPTY and said.getvalue().count("No training images of class 2, 6") == 1
