@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -37,6 +38,8 @@ _BLOCK_ELEMENTS = 2**15 - 1
 
 Rows: TypeAlias = npt.NDArray[Any]
 
+_PARTS = ("few", "medium", "many", "empty")
+
 
 def class_counts(labels: TensorLike, num_classes: int | None = None) -> Tensor:
     """Count the samples of each class.
@@ -68,17 +71,19 @@ def class_counts(labels: TensorLike, num_classes: int | None = None) -> Tensor:
 class ClassSplit:
     """The classes of a data set, split by how many training samples they have.
 
-    Every class id of ``0 .. num_classes - 1`` is in exactly one of the three. ``split_classes`` makes one from counts;
+    Every class id of ``0 .. num_classes - 1`` is in one of the three, or in ``empty``. ``split_classes`` makes one from counts;
     made by hand, it takes tensors, arrays or lists of ids in any order and sorts them.
 
     Attributes:
         few: int64 [F], ascending; the classes whose classifiers Alpha Net repairs.
         medium: int64, ascending.
         many: int64, ascending.
+        empty: int64, ascending; classes without a training sample. They are in no split and nobody's neighbours, and keep their
+            rows. None by default.
 
     Raises:
         TypeError: ids that are not integers.
-        ValueError: a class in two splits or twice in one, or in none; tensors on different devices.
+        ValueError: a class in two splits or twice in one, or nowhere; tensors on different devices.
 
     Example:
         >>> split = ClassSplit(few=[3], medium=[1, 2], many=[0])
@@ -91,19 +96,21 @@ class ClassSplit:
     few: Tensor
     medium: Tensor
     many: Tensor
+    empty: Tensor = ()  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         check_same_device(few=self.few, medium=self.medium, many=self.many)
-        for name in ("few", "medium", "many"):
+        for name in _PARTS:
             ids = check_class_ids(getattr(self, name), None, name)
             object.__setattr__(self, name, ids.sort().values)
-        for first, second in (("few", "medium"), ("few", "many"), ("medium", "many")):
+        object.__setattr__(self, "empty", self.empty.to(self.few.device))
+        for first, second in itertools.combinations(_PARTS, 2):
             ids = getattr(self, first)
             shared = ids[torch.isin(ids, getattr(self, second))]
             if shared.numel():
                 raise ValueError(f"{first} and {second} share the classes {format_ids(shared.tolist())}")
-        present = torch.cat([self.few, self.medium, self.many])
-        if present.numel() == 0:
+        present = torch.cat([self.few, self.medium, self.many, self.empty])
+        if present.numel() == len(self.empty):
             raise ValueError("few, medium and many are all empty: a split needs at least one class")
         # Distinct ids from 0 on without a gap: the largest is one less than their number.
         if int(present.max()) != present.numel() - 1:
@@ -113,6 +120,17 @@ class ClassSplit:
                 f"in none of them: {format_ids(missing)}"
             )
 
+    @classmethod
+    def of_masks(cls, few: Tensor, many: Tensor, empty: Tensor) -> ClassSplit:
+        """The split of bool masks ``[N]``; what is in none of them is medium, and what is few is not empty."""
+        empty = empty & ~few
+        masks = (few, ~(few | many | empty), many, empty)
+        return cls(*(torch.nonzero(mask)[:, 0] for mask in masks))
+
+    def cpu(self) -> ClassSplit:
+        """The same on the CPU."""
+        return ClassSplit(*(getattr(self, name).cpu() for name in _PARTS))
+
     @property
     def base(self) -> Tensor:
         """The classes that are not few (medium and many together), int64, ascending; paper section 4.1."""
@@ -121,18 +139,19 @@ class ClassSplit:
     @property
     def num_classes(self) -> int:
         """N, the number of classes in all."""
-        return self.few.numel() + self.medium.numel() + self.many.numel()
+        return sum(getattr(self, name).numel() for name in _PARTS)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClassSplit):
             return NotImplemented
-        return all(torch.equal(getattr(self, name).cpu(), getattr(other, name).cpu()) for name in ("few", "medium", "many"))
+        return all(torch.equal(getattr(self, name).cpu(), getattr(other, name).cpu()) for name in _PARTS)
 
     # Tensors can be changed in place, so a hash by value could go stale.
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"ClassSplit(few={self.few.numel()}, medium={self.medium.numel()}, many={self.many.numel()})"
+        shown = [f"{name}={len(getattr(self, name))}" for name in _PARTS if name != "empty" or len(self.empty)]
+        return f"ClassSplit({', '.join(shown)})"
 
 
 def split_classes(counts: TensorLike, *, few_below: int = 20, many_above: int = 100) -> ClassSplit:
@@ -140,7 +159,7 @@ def split_classes(counts: TensorLike, *, few_below: int = 20, many_above: int = 
 
     Few: fewer than ``few_below`` samples. Many: more than ``many_above``. Medium: all between, both ends included, so
     that with the defaults a class of exactly 20 and one of exactly 100 are medium. With
-    ``few_below = many_above + 1`` there is no medium class.
+    ``few_below = many_above + 1`` there is no medium class. A class without samples is in none of the three.
 
     Args:
         counts: training samples of each class, integers [N], as ``class_counts`` returns them.
@@ -152,7 +171,7 @@ def split_classes(counts: TensorLike, *, few_below: int = 20, many_above: int = 
 
     Raises:
         TypeError: ``counts`` or thresholds that are not integers.
-        ValueError: a class without samples (the message names it), a negative count, no classes at all, or a
+        ValueError: a negative count, no classes at all, no samples at all, or a
             ``few_below`` so far above ``many_above`` that a class would be both few and many.
 
     Example:
@@ -175,12 +194,10 @@ def split_classes(counts: TensorLike, *, few_below: int = 20, many_above: int = 
     if bool((samples < 0).any()):
         index = int(torch.nonzero(samples < 0)[0, 0])
         raise ValueError(f"counts must be at least 0, got {int(samples[index])} for class {index}")
-    if bool((samples == 0).any()):
-        empty = torch.nonzero(samples == 0)[:, 0].tolist()
-        raise ValueError(f"counts must be at least 1 for every class, no samples in class {format_ids(empty)}")
-    few, many = samples < few_below, samples > many_above
-    few_ids, medium_ids, many_ids = (torch.nonzero(mask)[:, 0] for mask in (few, ~(few | many), many))
-    return ClassSplit(few=few_ids, medium=medium_ids, many=many_ids)
+    empty = samples == 0
+    if bool(empty.all()):
+        raise ValueError("counts must be above 0 for some class, all are 0")
+    return ClassSplit.of_masks((samples < few_below) & ~empty, (samples > many_above) & ~empty, empty)
 
 
 def class_means(features: TensorLike, labels: TensorLike, num_classes: int | None = None) -> Tensor:
@@ -196,11 +213,11 @@ def class_means(features: TensorLike, labels: TensorLike, num_classes: int | Non
         num_classes: N. Default: the largest label plus one.
 
     Returns:
-        [N, D] on the device of ``features``, in their dtype but at least float32.
+        [N, D] on the device of ``features``, in their dtype but at least float32; 0 for a class without samples.
 
     Raises:
         TypeError: features that are not floating point, labels that are not integers.
-        ValueError: a class without samples (the message names it), NaN or infinity, labels out of range, numbers of
+        ValueError: NaN or infinity, labels out of range, numbers of
             samples or devices that disagree.
 
     Example:
@@ -208,20 +225,26 @@ def class_means(features: TensorLike, labels: TensorLike, num_classes: int | Non
         tensor([[2., 0.],
                 [0., 5.]])
     """
-    sums, counts, like = class_sums(features, labels, num_classes)
-    means = (torch.from_numpy(sums) / counts[:, None]).to(like.dtype)
+    sums, counts, like = class_sums(features, labels, num_classes, may_be_empty=True)
+    means = (torch.from_numpy(sums) / counts.clamp(min=1)[:, None]).to(like.dtype)
     check_finite(means, "the sum over a class of features")
     return means.to(like.device)
 
 
 def class_sums(
-    features: TensorLike, labels: TensorLike, num_classes: int | None = None, transform: Callable[[Rows], Rows] | None = None
+    features: TensorLike,
+    labels: TensorLike,
+    num_classes: int | None = None,
+    transform: Callable[[Rows], Rows] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> tuple[npt.NDArray[np.float64], Tensor, Tensor]:
     """Return the sum of each class's features, what :func:`class_means` divides by the class's samples.
 
     Args:
         features: as for :func:`class_means`, as are ``labels`` and ``num_classes``.
         transform: what to sum instead of the features: float64 rows ``[block, D]`` to rows of that shape.
+        may_be_empty: allow classes without samples, whose sum is 0.
 
     Returns:
         The sums, float64 [N, D]; the samples of each class, int64 [N]; and an empty tensor of the dtype and on the device that
@@ -243,7 +266,7 @@ def class_sums(
     if num_classes is None and samples == 0:
         raise ValueError("labels is empty, so the number of classes is unknown: give num_classes")
     counts = torch.bincount(label_ids, minlength=num_classes or 0)
-    if bool((counts == 0).any()):
+    if not may_be_empty and bool((counts == 0).any()):
         missing = torch.nonzero(counts == 0)[:, 0].tolist()
         raise ValueError(f"labels must hold every class of 0..{counts.numel() - 1}, no samples of class {format_ids(missing)}")
 

@@ -32,10 +32,11 @@ from torch.nn import functional
 
 import alphaext
 from alphaext import AlphaNet
+from alphaext.training.builder import training_data
 from alphaext.training.cached_logits import Columns, Samples, TrainingLogits
 from alphaext.training.native_engine import NativeEngine, SharedLogits
 from alphaext.training.options import TrainingOptions
-from alphaext.training.single import Run, training_data
+from alphaext.training.single import Run, split_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -74,10 +75,8 @@ class Problem:
 
     def run(self, **options: Any) -> Run:
         settings = TrainingOptions(**options)
-        return Run(
-            self.head, settings,
-            training_data(self.head, self.features, self.labels, self.val_features, self.val_labels, settings),
-        )  # fmt: skip
+        data = training_data(self.head, self.features, self.labels, self.val_features, self.val_labels, settings)
+        return Run(self.head, settings, data, split_of(self.head, data, many_above=100))
 
 
 def class_counts(dataset: Dataset) -> Tensor:

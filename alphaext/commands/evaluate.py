@@ -94,7 +94,7 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             result = {
                 "part": self.part,
                 "samples": len(part.labels),
-                "classes": {"few": len(split.few), "medium": len(split.medium), "many": len(split.many)},
+                "classes": {name: len(getattr(split, name)) for name in ("few", "medium", "many", "empty")},
                 "confidence": self.confidence,
                 "metrics": metrics,
                 "intervals": intervals,

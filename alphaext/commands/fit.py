@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import Field, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS, RULES
 from ..study.plans import POLICIES, check_policy
 from ..study.plans import choose as choose_row
-from ..training.options import AUGMENTATIONS, NEGATIVE_SAMPLINGS, SCHEDULES, SELECTIONS, selection_score
+from ..training.options import OPTIONS, selection_score
 from ..training.presets import PRESETS, preset_options
-from ..utils.checks import check_gamma
+from ..utils.checks import check_gamma, format_ids
 from ..utils.files import whole_file
 from ..utils.text import percent
 from . import shared
@@ -37,20 +37,39 @@ if TYPE_CHECKING:
 _CHECKPOINTS = ".alphaext-fit"  # nobody else's
 _TRIED = ("gamma", "top_k", "rule")
 _NONE = "none"
+_UNSAID = {"none", "[]"}  # what the help itself says, or needs no word
+_FitType = TypeVar("_FitType")
 
 
-def of_preset(name: str, help: str, choices: Sequence[str] | None = None) -> Any:
-    """An option that the preset says where it is not given, which its help tells."""
-    values: dict[str, list[str]] = {}
-    for preset, options in PRESETS.items():
-        value = options[name]
-        text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        values.setdefault(text, []).append(preset)
-    told = "; ".join(f"{', '.join(presets)}: {value}" for value, presets in values.items())
-    return option(None, choices=choices, help=f"{help} ({told if len(values) > 1 else f'default: {next(iter(values))}'})")
+def _with_table(cls: type[_FitType]) -> type[_FitType]:
+    """Give a command every option of the table; its help says what a preset makes of it where it is not given."""
+    hints = {"int": int, "float": float, "bool": bool, "str": str, "Sequence[int]": tuple[int, ...]}
+    for name in PRESETS["paper"]:
+        entry = OPTIONS[name]
+        values: dict[str, list[str]] = {}
+        for preset, options in PRESETS.items():
+            values.setdefault(json.dumps(options[name]).strip('"').replace("null", _NONE), []).append(preset)
+        text = "; ".join(f"{', '.join(presets)}: {value}" for value, presets in values.items())
+        if len(values) == 1:
+            text = f"default: {next(iter(values))}"
+        choices = entry.metadata["choices"]
+        if _may_be_none(entry):
+            choices = choices and (_NONE, *choices)
+            text += "" if choices else "; 0 for none"
+        hint: Any = hints[str(entry.type).removesuffix(" | None")]
+        cls.__annotations__[name] = (tuple[hint, ...] if entry.metadata["several"] else hint) | None
+        help = entry.metadata["help"] + (f" ({text})" if values.keys() - _UNSAID else "")
+        setattr(cls, name, option(None, choices=choices, help=help))
+    return cls
+
+
+def _may_be_none(entry: Field[Any]) -> bool:
+    """Whether no value at all can be asked for, against a preset that has one."""
+    return str(entry.type).endswith("| None") and any(value is not None for value in entry.metadata["presets"].values())
 
 
 @dataclass(frozen=True, kw_only=True)
+@_with_table
 class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     """Rebuild the few rows of a classifier: train an Alpha Net on cached features and fold it.
 
@@ -70,49 +89,6 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         choices=tuple(PRESETS),
         help="what all options below are where they are not given: what gains most, or exactly the paper's form",
     )
-    gamma: tuple[float, ...] | None = of_preset("gamma", "the own coefficient's bound, up to 1; of several, validation chooses")
-    coefficients: str | None = of_preset("coefficients", "a sub-module's outputs, or learned directly", COEFFICIENTS)
-    top_k: tuple[int, ...] | None = of_preset("top_k", "neighbours of each few class; of several, validation chooses")
-    pool: str | None = of_preset("pool", "classes that neighbours are chosen from", POOLS)
-    metric: str | None = of_preset("metric", "what makes a neighbour near", METRICS)
-    pca_dim: int | None = of_preset(
-        "pca_dim", "width to which classifiers are reduced for the sub-modules; the paper: 500, Places-LT 300"
-    )
-    hidden_dim: int | None = option(None, help="hidden units of a sub-module; without, as wide as a reduced classifier")
-    rule: tuple[str, ...] | None = of_preset("rule", "how outputs become coefficients; of several, validation chooses", RULES)
-    init: str | None = of_preset("init", "start at the original classifier, or PyTorch's start", INITS)
-    shared: bool | None = of_preset("shared", "one sub-module for all few classes")
-    projected_gradient: bool | None = of_preset("projected_gradient", "let a clamped coefficient return; the paper does not")
-    residual: int | None = of_preset("residual", "directions along which a few row may move besides, under direct coefficients")
-    epochs: int | None = of_preset("epochs", "of training")
-    batch_size: int | None = of_preset("batch_size", "samples a step")
-    lr: float | None = of_preset("lr", "learning rate")
-    momentum: float | None = of_preset("momentum", "of SGD")
-    weight_decay: float | None = of_preset("weight_decay", "L2 penalty toward 0")
-    regularize: float | None = of_preset("regularize", "L2 penalty toward the original classifier")
-    nesterov: bool | None = of_preset("nesterov", "Nesterov momentum")
-    lr_schedule: str | None = of_preset("lr_schedule", "how the learning rate falls", SCHEDULES)
-    lr_step: int | None = of_preset("lr_step", "epochs between falls, under step")
-    lr_factor: float | None = of_preset("lr_factor", "what a fall multiplies by")
-    lr_milestones: tuple[int, ...] | None = option(None, help="epochs of the falls, under multistep")
-    negative_ratio: float | None = of_preset("negative_ratio", "base samples for each few sample")
-    negative_sampling: str | None = of_preset("negative_sampling", "how base samples are drawn", NEGATIVE_SAMPLINGS)
-    samples_per_class: int | None = of_preset(
-        "samples_per_class", "of every class in an epoch, instead of the two above; 0 for none"
-    )
-    augment: str | None = of_preset(
-        "augment", "train few classes on samples drawn from near base classes", (_NONE, *AUGMENTATIONS)
-    )
-    augment_samples: int | None = of_preset("augment_samples", "drawn samples of each few class")
-    augment_neighbors: int | None = of_preset("augment_neighbors", "base classes whose samples are borrowed")
-    prior_correction: bool | None = of_preset("prior_correction", "train with the log of how often classes are drawn added")
-    few_bias: bool | None = of_preset("few_bias", "add the constant to the few scores that validation features choose")
-    select: str | None = option(
-        None,
-        choices=SELECTIONS,
-        help="which epoch, and which gamma; without, best_all where there are validation features, else last",
-    )
-    min_all: float | None = option(None, help="under best_few: the least accuracy over all; without, the classifier's own")
     policy: str | None = option(
         None,
         choices=POLICIES,
@@ -133,8 +109,10 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             if not values:
                 raise ValueError(f"{name} must be given at least one value, got none")
         check_policy(self.policy, self.max_drop)
-        if self.policy is not None and self.select is not None:
-            raise ValueError(f"policy says how epochs are chosen too; got select={self.select!r} as well")
+        given = self.given()
+        select, min_all = given.get("select"), given.get("min_all")
+        if self.policy is not None and select is not None:
+            raise ValueError(f"policy says how epochs are chosen too; got select={select!r} as well")
         train, val = shared.read_train_and(self.features, "val", optional=True)
         several = [name for name, values in tried.items() if len(values) > 1]
         if val is None and (several or self.policy is not None):
@@ -148,9 +126,12 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         for gamma in tried["gamma"]:
             check_gamma(gamma)
         split = self.split(train)
+        if len(split.empty):
+            ids = format_ids(split.empty.tolist())
+            console.print(f"No training images of class {ids}: its row stays, and is nobody's neighbour.", highlight=False)
         # Without a bias in the file there would be no place for a constant: it must be asked for by name.
         own_bias: torch.Tensor | None = linear.bias
-        no_constant = self.few_bias is None and own_bias is None and PRESETS[self.preset]["few_bias"]
+        no_constant = "few_bias" not in given and own_bias is None and PRESETS[self.preset]["few_bias"]
         if no_constant:
             console.print(
                 "The classifier has no bias: no constant is added to the few scores (--few-bias does).", highlight=False
@@ -180,8 +161,8 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             )
             for run in runs:
                 if run.error and not run.error.startswith("training diverged"):
-                    raise ValueError(f"{_told(run.config)}: {run.error}; --overwrite starts anew")
-            run = runs[choose(runs, self.select, self.min_all, self.policy, self.max_drop)]
+                    raise ValueError(f"{_named(run.config)}: {run.error}; --overwrite starts anew")
+            run = runs[choose(runs, select, min_all, self.policy, self.max_drop)]
             assert run.head is not None and run.result is not None
             result = {
                 "preset": self.preset,
@@ -198,6 +179,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
                 "clamped": run.result.clamped,
                 "candidates": [_candidate(entry) for entry in runs],
                 "few_classes": run.head.few_classes.tolist(),
+                "empty_classes": split.empty.tolist(),
                 "members": run.head.members.tolist(),
                 "alphas": run.head.alphas().tolist(),
                 "history": run.result.history,
@@ -216,14 +198,17 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         """
         from ..head.neighbors import pool_size
 
-        available = pool_size(split, self.pool or PRESETS[self.preset]["pool"])
+        given = self.given()
+        available = pool_size(split, given.get("pool", PRESETS[self.preset]["pool"]))
         common = preset_options(self.preset, pool_size=available, validation=constant)
-        names = (*(name for name in common if name not in _TRIED), *("hidden_dim", "lr_milestones", "select", "min_all"))
-        common |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        common["augment"] = None if common["augment"] == _NONE else common["augment"]
-        common["samples_per_class"] = common["samples_per_class"] or None
-        tried = [[common[name]] if getattr(self, name) is None else self.tried(name) for name in _TRIED]
+        tried = [self.tried(name) if name in given else [common[name]] for name in _TRIED]
+        for name, value in given.items():
+            common[name] = None if _may_be_none(OPTIONS[name]) and value in (0, _NONE) else value
         return [{**common, "seed": self.seed, **dict(zip(_TRIED, each, strict=True))} for each in itertools.product(*tried)]
+
+    def given(self) -> dict[str, Any]:
+        """The options of the table that were given."""
+        return {name: getattr(self, name) for name in PRESETS[self.preset] if getattr(self, name) is not None}
 
     def tried(self, name: str) -> list[Any]:
         """The values to try of ``gamma``, ``top_k`` or ``rule``."""
@@ -268,7 +253,7 @@ def _choose_by_policy(runs: list[SweepRun], policy: str, max_drop: float | None)
     return int(choose_row(rows, policy, max_drop, original={"val_all": before["all"]})["number"])
 
 
-def _told(config: Mapping[str, Any]) -> str:
+def _named(config: Mapping[str, Any]) -> str:
     return f"gamma {config['gamma']:g}, top_k {config['top_k']}, rule {config['rule']}"
 
 
@@ -318,5 +303,5 @@ def _print(console: Console, options: Fit, result: dict[str, Any], folder: Path)
                 console.print(f"{name} {_value(result[name])} chosen of {values} by {by}", highlight=False)
     for candidate in result["candidates"]:
         if "error" in candidate:
-            console.print(f"{_told(candidate)}: {candidate['error']}", markup=False, highlight=False)
+            console.print(f"{_named(candidate)}: {candidate['error']}", markup=False, highlight=False)
     console.print(f"Classifier: {folder / shared.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)

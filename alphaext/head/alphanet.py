@@ -220,6 +220,7 @@ class AlphaNet(nn.Module):
         weight, bias = linear_parameters(linear)
         num_classes = weight.shape[0]
         if members is not None:
+            empty = weight.new_empty(0, dtype=torch.int64)
             surplus = {"class_counts": class_counts, "few_classes": few_classes}
             if not residual:
                 surplus["class_means"] = class_means
@@ -229,6 +230,7 @@ class AlphaNet(nn.Module):
             members = check_members(as_tensor(members, "members").cpu(), num_classes)
         else:
             split = _split(class_counts, few_classes, num_classes, few_below, many_above, pool)
+            empty = split.empty
             if class_means is None:
                 raise ValueError("class_means must be given to find neighbours (or give members)")
             means = as_tensor(class_means, "class_means")
@@ -242,7 +244,7 @@ class AlphaNet(nn.Module):
                 raise ValueError("class_means must be given for a residual")
             if options.get("directions") is not None:
                 raise ValueError("residual and directions both say where few rows may move; give one of them")
-            directions, direction_bias = residual_directions(weight, class_means, residual)
+            directions, direction_bias = residual_directions(weight, class_means, residual, empty)
             # The first is the constant, of no use without a bias.
             options |= {"directions": directions, "direction_bias": direction_bias}
             if bias is None:
@@ -690,7 +692,7 @@ def _split(
     split = split_classes(counts, few_below=few_below, many_above=many_above)
     if len(split.few) == 0:
         raise ValueError(
-            f"class_counts has no few class: the smallest has {int(counts.min())} samples, few are those below "
+            f"class_counts has no few class: the smallest has {int(counts[counts > 0].min())} samples, few are those below "
             f"few_below={few_below}"
         )
     return split

@@ -172,7 +172,8 @@ def pool_classes(split: ClassSplit, pool: str) -> Tensor:
 
     Args:
         split: which classes are few, medium and many.
-        pool: ``"base"``, medium and many (the paper's choice); ``"many"``; or ``"all"``, few classes too (its appendix D).
+        pool: ``"base"``, medium and many (the paper's choice); ``"many"``; or ``"all"``, few classes too (its appendix D). A
+            class without samples is in none.
 
     Raises:
         ValueError: an unknown pool.
@@ -184,7 +185,7 @@ def pool_classes(split: ClassSplit, pool: str) -> Tensor:
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
     if pool == "all":
-        return torch.arange(split.num_classes, device=split.few.device)
+        return torch.cat([split.few, split.base]).sort().values
     return split.many if pool == "many" else split.base
 
 
@@ -352,7 +353,9 @@ def submodule_inputs(reduced: TensorLike, members: TensorLike) -> Tensor:
     return rows[ids].flatten(start_dim=1)
 
 
-def residual_directions(weight: TensorLike, class_means: TensorLike, count: int) -> tuple[Tensor, Tensor]:
+def residual_directions(
+    weight: TensorLike, class_means: TensorLike, count: int, empty: TensorLike = ()
+) -> tuple[Tensor, Tensor]:
     """Return directions along which a classifier's rows may move, beside what they are composed of.
 
     They are principal directions of the class means, in which classes differ, most important first, and before them the
@@ -363,6 +366,7 @@ def residual_directions(weight: TensorLike, class_means: TensorLike, count: int)
         weight: floating point [N, D], the classifier.
         class_means: floating point [N, D], as ``class_means`` returns them.
         count: principal directions, at least 1; at most min(N - 1, D) there are.
+        empty: ids of classes without samples, whose means do not count.
 
     Returns:
         The directions [R, D] and what each adds to the bias [R], with R up to count + 1, in the dtype and on the device of
@@ -385,8 +389,10 @@ def residual_directions(weight: TensorLike, class_means: TensorLike, count: int)
         check_finite(value, name)
     if rows.shape != means.shape:
         raise ValueError(f"class_means must have the shape of weight, {list(rows.shape)}, got {list(means.shape)}")
-    count = min(check_integer(count, "count", minimum=1), len(means) - 1, means.shape[1])
-    wide = means.cpu().double()
+    seen = torch.ones(len(means), dtype=torch.bool, device="cpu")
+    seen[check_class_ids(empty, len(means), "empty").cpu()] = False
+    wide = means.cpu().double()[seen]
+    count = min(check_integer(count, "count", minimum=1), len(wide) - 1, means.shape[1])
     center = wide.mean(dim=0)
     axes = np.linalg.svd((wide - center).numpy(), full_matrices=False)[2][:count]
     # Of the two signs the one whose largest entry is positive, so that it does not depend on the library.

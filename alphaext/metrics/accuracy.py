@@ -15,6 +15,7 @@ from ..utils.tensors import TensorLike, as_tensor, check_floating, check_labels,
 __all__ = [
     "SPLITS",
     "SPLITS_AND_ALL",
+    "SPLITS_AND_EMPTY",
     "label_ranks",
     "per_class_accuracy",
     "split_accuracy",
@@ -22,6 +23,7 @@ __all__ = [
 
 SPLITS = ("few", "medium", "many")
 SPLITS_AND_ALL = (*SPLITS, "all")
+SPLITS_AND_EMPTY = (*SPLITS, "empty")  # what a class can be: without training samples it is in no split
 
 # Elements of one block of logits. On the CPU it stays in cache with the masks of its comparisons, and torch starts its
 # threads from 2**15 elements on: waiting for them costs more than such light work, many times more on a busy machine.

@@ -107,7 +107,7 @@ class _ClassDraws:
         self._size = len(samples)
         drawn = np.where(samples > 1, samples - 1, samples)
         shares = np.stack([plus, np.zeros_like(plus) if minus is None else minus], axis=1) / np.maximum(samples, 1)[:, None]
-        for ids in (split.few, split.medium, split.many):
+        for ids in (split.few, split.medium, split.many, split.empty):
             single = ids.numpy()[samples[ids.numpy()] == 1]
             if len(single):
                 shares[single] = shares[single].mean(axis=0)

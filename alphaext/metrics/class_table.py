@@ -14,7 +14,7 @@ from ..utils.checks import names_or_ids
 from ..utils.files import PathLike
 from ..utils.records import number, read_csv, write_records
 from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_integral, check_shape
-from .accuracy import SPLITS
+from .accuracy import SPLITS_AND_EMPTY
 from .comparison import check_same_samples
 from .evaluation import Predictions, check_predictions, part_of_class, per_class
 
@@ -46,7 +46,7 @@ class ClassRow:
     Attributes:
         class_id: the class.
         name: its name; its id as text where no names are known.
-        split: ``"few"``, ``"medium"`` or ``"many"``.
+        split: ``"few"``, ``"medium"`` or ``"many"``; ``"empty"`` without training images.
         training_images: how many there were.
         test_samples: how many it was measured on.
         accuracy_before: top-1, a fraction of 1; NaN without test samples.
@@ -129,7 +129,7 @@ def class_table(
         raise ValueError(f"sort_by must be one of {', '.join(_PLAIN)}, got {sort_by!r}")
     composed = _composition(head, class_means, num_classes, names)
     accuracies = zip(per_class(before).tolist(), per_class(after).tolist(), strict=True)
-    part_names = [SPLITS[number] for number in part_of_class(parts).tolist()]
+    part_names = [SPLITS_AND_EMPTY[number] for number in part_of_class(parts).tolist()]
     rows = [
         ClassRow(
             class_id=c,
@@ -206,8 +206,8 @@ def _check_header(header: list[str]) -> None:
 
 def _row_of(line: list[str]) -> ClassRow:
     values: dict[str, Any] = {name: _value(name, cell) for name, cell in zip(_PLAIN, line, strict=False)}
-    if values["split"] not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {values['split']!r}")
+    if values["split"] not in SPLITS_AND_EMPTY:
+        raise ValueError(f"split must be one of {', '.join(SPLITS_AND_EMPTY)}, got {values['split']!r}")
     cells = line[len(_PLAIN) :]
     neighbors = [cells[k : k + 3] for k in range(0, len(cells), 3) if cells[k] != ""]
     return ClassRow(
@@ -279,7 +279,7 @@ def _distances(class_means: TensorLike, members: Tensor, num_classes: int) -> li
 def _sorted(rows: list[ClassRow], sort_by: str, descending: bool) -> list[ClassRow]:
     def key(row: ClassRow) -> Any:
         value = getattr(row, sort_by)
-        return SPLITS.index(value) if sort_by == "split" else value
+        return SPLITS_AND_EMPTY.index(value) if sort_by == "split" else value
 
     def known(row: ClassRow) -> bool:
         value = getattr(row, sort_by)

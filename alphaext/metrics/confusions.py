@@ -13,7 +13,7 @@ from ..classes import ClassSplit
 from ..utils.checks import check_integer, names_or_ids
 from ..utils.files import PathLike
 from ..utils.records import read_csv, write_records
-from .accuracy import SPLITS
+from .accuracy import SPLITS_AND_EMPTY
 from .comparison import check_same_samples
 from .evaluation import Predictions, check_predictions, part_of_class
 
@@ -29,7 +29,7 @@ class ConfusionRow:
     Attributes:
         true_class: the right class; None in a total.
         true_name: its name; empty in a total.
-        true_split: ``"few"``, ``"medium"`` or ``"many"``.
+        true_split: ``"few"``, ``"medium"`` or ``"many"``; ``"empty"`` without training images.
         predicted_class: the class that is taken for it; None in a total.
         predicted_name: its name; empty in a total.
         predicted_split: as ``true_split``.
@@ -111,7 +111,7 @@ def confusion_changes(
     rows = list(_totals(part[true], part[predicted], was, now))
     for index in shown.tolist():
         t, p, b, a = int(true[index]), int(predicted[index]), int(was[index]), int(now[index])
-        splits = SPLITS[int(part[t])], SPLITS[int(part[p])]
+        splits = SPLITS_AND_EMPTY[int(part[t])], SPLITS_AND_EMPTY[int(part[p])]
         rows.append(ConfusionRow(t, names[t], splits[0], p, names[p], splits[1], b, a, max(b - a, 0), max(a - b, 0)))
     return rows
 
@@ -132,8 +132,8 @@ def _counts(before: Predictions, after: Predictions) -> tuple[Tensor, Tensor, Te
 
 def _totals(true: Tensor, predicted: Tensor, was: Tensor, now: Tensor) -> Iterator[ConfusionRow]:
     change = now - was
-    for row, true_split in enumerate(SPLITS):
-        for column, predicted_split in enumerate(SPLITS):
+    for row, true_split in enumerate(SPLITS_AND_EMPTY):
+        for column, predicted_split in enumerate(SPLITS_AND_EMPTY):
             own = (true == row) & (predicted == column)
             if not bool(own.any()):
                 continue
@@ -202,8 +202,8 @@ def _value(name: str, cell: str) -> Any:
     if name in _TEXT:
         return cell
     if name in _SPLITS:
-        if cell not in SPLITS:
-            raise ValueError(f"{name} must be one of {', '.join(SPLITS)}, got {cell!r}")
+        if cell not in SPLITS_AND_EMPTY:
+            raise ValueError(f"{name} must be one of {', '.join(SPLITS_AND_EMPTY)}, got {cell!r}")
         return cell
     if name in _CLASSES and cell == "":
         return None

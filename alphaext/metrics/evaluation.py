@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..classes import ClassSplit
 from ..utils.checks import check_integer
-from .accuracy import SPLITS, SPLITS_AND_ALL, SplitMetrics
+from .accuracy import SPLITS_AND_ALL, SPLITS_AND_EMPTY, SplitMetrics
 from .bootstrap import bootstrap_percentiles, check_confidence
 from .predictions import Predictions, predict, predict_logits
 
@@ -162,9 +162,9 @@ def expected_calibration_error(predictions: Predictions, split: ClassSplit, bins
     bin_of_sample = np.clip(np.ceil(confidence * bins).astype(np.int64), 1, bins) - 1
     part_of_sample = part_of_class(parts)[predictions.labels.numpy()]
     # Of each bin, how many are right beyond what their confidence adds up to.
-    excess = np.bincount(part_of_sample * bins + bin_of_sample, weights=right - confidence, minlength=3 * bins).reshape(3, bins)
-    errors = np.abs(np.vstack([excess, excess.sum(axis=0)])).sum(axis=1).tolist()
-    samples = [*np.bincount(part_of_sample, minlength=3).tolist(), len(predictions)]
+    excess = np.bincount(part_of_sample * bins + bin_of_sample, weights=right - confidence, minlength=4 * bins).reshape(4, bins)
+    errors = np.abs(np.vstack([excess[:3], excess.sum(axis=0)])).sum(axis=1).tolist()
+    samples = [*np.bincount(part_of_sample, minlength=4).tolist()[:3], len(predictions)]
     return {
         name: error / number if number else math.nan
         for name, error, number in zip(SPLITS_AND_ALL, errors, samples, strict=True)
@@ -172,14 +172,14 @@ def expected_calibration_error(predictions: Predictions, split: ClassSplit, bins
 
 
 def part_of_class(split: ClassSplit) -> npt.NDArray[np.int64]:
-    """Which of few, medium and many each class belongs to, [N].
+    """Which of :data:`~alphaext.metrics.accuracy.SPLITS_AND_EMPTY` each class belongs to, [N].
 
     Example:
         >>> part_of_class(ClassSplit(few=[2], medium=[1], many=[0])).tolist()
         [2, 1, 0]
     """
     parts = np.empty(split.num_classes, dtype=np.int64)
-    for number, name in enumerate(SPLITS):
+    for number, name in enumerate(SPLITS_AND_EMPTY):
         parts[getattr(split, name).cpu().numpy()] = number
     return parts
 
@@ -198,7 +198,7 @@ def check_predictions(predictions: Predictions, split: ClassSplit, name: str = "
         raise ValueError(
             f"split must be of the classes that {name} are of, got {split.num_classes} and {predictions.num_classes} classes"
         )
-    return ClassSplit(few=split.few.cpu(), medium=split.medium.cpu(), many=split.many.cpu())
+    return split.cpu()
 
 
 def _check_kind(predictions: Predictions, name: str) -> None:

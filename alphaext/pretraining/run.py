@@ -16,7 +16,7 @@ from rich.progress import BarColumn, TextColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..classes import ClassSplit
+from ..classes import split_classes
 from ..data.images import LabelledImages
 from ..data.transforms import ImageTransform
 from ..metrics.accuracy import SplitMetrics, label_ranks
@@ -132,10 +132,7 @@ class JointRun(ResumableTraining):
         if self.validation is None:
             return None
         counts = torch.bincount(self.images.labels, minlength=self.num_outputs)
-        # Not split_classes: here a class may have no training images.
-        few, many = counts < self.options.few_below, counts > self.options.many_above
-        ids = torch.arange(self.num_outputs, device="cpu")
-        split = ClassSplit(few=ids[few], medium=ids[~few & ~many], many=ids[many])
+        split = split_classes(counts, few_below=self.options.few_below, many_above=self.options.many_above)
         return SplitMetrics(split, torch.bincount(self.validation[0].labels, minlength=self.num_outputs))
 
     def _autocast(self) -> torch.autocast:

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from ..classes import ClassSplit, class_counts, split_classes
+from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
 from ..head.neighbors import pool_size
-from ..training.many import fit_many
+from ..training.builder import Builder
+from ..training.options import read_options
 from ..training.presets import preset_options
 from ..training.result import FitResult
-from ..utils.linear import linear_parameters
-from ..utils.tensors import TensorLike, check_labels
+from ..training.single import Run, train
+from ..utils.tensors import TensorLike
 
 __all__ = ["Repair", "repair"]
 
@@ -27,7 +28,7 @@ class Repair:
         linear: the repaired layer: its base rows are the original ones, to the bit.
         head: the Alpha Net that it is folded from, with coefficients and neighbours.
         result: the training's history, and with validation samples the accuracies before and after.
-        split: which classes are few, medium and many.
+        split: which classes are few, medium and many; ``split.empty``, classes without training samples, keep their rows.
     """
 
     linear: nn.Linear
@@ -80,27 +81,19 @@ def repair(
         >>> torch.equal(made.linear.weight[:3], original.weight[:3]), made.head.coefficients
         (True, 'direct')
     """
-    if split is not None and not isinstance(split, ClassSplit):
-        raise TypeError(f"split must be a ClassSplit, got {type(split).__name__}")
-    if split is None:
-        weight, _ = linear_parameters(linear)
-        counts = class_counts(check_labels(labels, len(weight), "labels"), len(weight))
-        split = split_classes(counts, few_below=few_below, many_above=many_above)
-    available = pool_size(split, options.get("pool", "base"))
+    builder = Builder(
+        linear,
+        features,
+        labels,
+        val_features=val_features,
+        val_labels=val_labels,
+        few_below=few_below,
+        many_above=many_above,
+        split=split,
+    )
+    available = pool_size(builder.split, options.get("pool", "base"))
     config = preset_options(preset, pool_size=available, validation=val_features is not None) | options
-    try:
-        (run,) = fit_many(
-            linear,
-            features,
-            labels,
-            [config],
-            val_features=val_features,
-            val_labels=val_labels,
-            split=split,
-            progress=progress,
-        )
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).removeprefix("configs[0]: ")) from error
-    if run.head is None or run.result is None:
-        raise FloatingPointError(run.error)
-    return Repair(run.head.fold(), run.head, run.result, split)
+    of_head, of_training = read_options(config)
+    head = builder.head(of_head, of_training.seed)
+    result = train(Run(head, of_training, builder.data(head, of_training), builder.split), progress=progress)
+    return Repair(head.fold(), head, result, builder.split)

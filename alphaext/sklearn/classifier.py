@@ -20,17 +20,16 @@ from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, get_ro
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_parameter
-from torch import Tensor, nn
+from torch import nn
 
-from ..classes import split_classes
+from ..classes import ClassSplit, split_classes
 from ..head.alphanet import AlphaNet
-from ..head.choices import INITS, METRICS, POOLS
-from ..head.neighbors import build_members, reduce_classifiers, submodule_inputs
-from ..ops import head as ops
-from ..training.options import TrainingOptions
+from ..head.neighbors import pool_classes, pool_size
+from ..training.builder import Builder
+from ..training.options import OPTIONS, check_known, read_options, takes_options
 from ..training.result import FitResult
-from ..training.single import fit
-from ..utils.checks import check_gamma, check_integer
+from ..training.single import Run, split_of, train
+from ..utils.linear import make_linear
 from .estimators import (
     Array,
     Rows,
@@ -50,11 +49,12 @@ from .estimators import (
 
 __all__ = ["AlphaNetClassifier", "AlphaNetWarning"]
 
-# Handed to alphaext.fit as they are.
-_TRAINING_PARAMETERS = (
-    "epochs", "batch_size", "lr", "momentum", "dampening", "weight_decay", "nesterov", "lr_schedule", "lr_step", "lr_factor",
-    "lr_milestones", "negative_ratio", "negative_sampling", "select", "min_all",
-)  # fmt: skip
+# Options of the table that it does not have, and its parameters that come from there.
+_NOT_OFFERED = {
+    *("coefficients", "residual", "neighbor_seed", "seed", "samples_per_class", "augment", "augment_samples"),
+    *("augment_neighbors", "prior_correction", "regularize", "few_bias"),
+}
+_OPTIONS = [name for name in OPTIONS if name not in _NOT_OFFERED]
 
 # Of each base class this part is held out to find the scale of the scores by: one number, for which that is plenty.
 _SCALE_FRACTION = 0.25
@@ -111,11 +111,12 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             validation data, or else a quarter of each base class's samples, for which a copy of the estimator is fitted to the
             rest (1 for a FrozenEstimator, which has seen all).
         epochs, batch_size, lr, momentum, dampening, weight_decay, nesterov, lr_schedule, lr_step, lr_factor, lr_milestones,
-            negative_ratio, negative_sampling: of the head's training; see :func:`alphaext.fit`.
+            negative_ratio, negative_sampling: of the head's training; see
+            :class:`alphaext.training.TrainingOptions`.
         validation_fraction: this part of each class (at least one of two samples, none of one) is kept from both the
             estimator's and the head's training, and the epoch is selected by it. None (default) keeps none, and the last epoch
             counts, which does better where the few classes have no samples to spare (docs/sklearn.md).
-        select, min_all: how the epoch is selected; see :func:`alphaext.fit`.
+        select, min_all: how the epoch is selected; see :class:`alphaext.training.TrainingOptions`.
         random_state: of the head's start, the samples drawn, and those held out; the estimator has its own.
         verbose: show a progress bar of the head's training.
 
@@ -144,74 +145,35 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     head_: AlphaNet | None
     result_: FitResult | None
 
+    top_k: int
+    pool: str
+    metric: str
+    rule: str
+    select: str | None
+
+    @takes_options(_OPTIONS)
     def __init__(
         self,
         estimator: Any = None,
         *,
-        top_k: int = 5,
-        pool: str = "base",
-        metric: str = "euclidean",
         few_below: int = 20,
         many_above: int = 100,
-        pca_dim: int | None = 500,
-        hidden_dim: int | None = None,
-        gamma: float = 1.0,
-        rule: str = "clamp",
-        init: str = "identity",
-        shared: bool = False,
-        projected_gradient: bool = True,
         score_scale: float | str = "auto",
-        epochs: int = 80,
-        batch_size: int = 64,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        lr_schedule: str = "step",
-        lr_step: int = 20,
-        lr_factor: float = 0.1,
-        lr_milestones: Any = (),
-        negative_ratio: float = 1.0,
-        negative_sampling: str = "uniform",
         validation_fraction: float | None = None,
-        select: str | None = None,
-        min_all: float | None = None,
         random_state: Any = None,
         verbose: int = 0,
+        **options: Any,
     ) -> None:
         self.estimator = estimator
-        self.top_k = top_k
-        self.pool = pool
-        self.metric = metric
         self.few_below = few_below
         self.many_above = many_above
-        self.pca_dim = pca_dim
-        self.hidden_dim = hidden_dim
-        self.gamma = gamma
-        self.rule = rule
-        self.init = init
-        self.shared = shared
-        self.projected_gradient = projected_gradient
         self.score_scale = score_scale
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.momentum = momentum
-        self.dampening = dampening
-        self.weight_decay = weight_decay
-        self.nesterov = nesterov
-        self.lr_schedule = lr_schedule
-        self.lr_step = lr_step
-        self.lr_factor = lr_factor
-        self.lr_milestones = lr_milestones
-        self.negative_ratio = negative_ratio
-        self.negative_sampling = negative_sampling
         self.validation_fraction = validation_fraction
-        self.select = select
-        self.min_all = min_all
         self.random_state = random_state
         self.verbose = verbose
+        check_known(options, _OPTIONS)
+        for name in _OPTIONS:
+            setattr(self, name, options.get(name, OPTIONS[name].default))
 
     def fit(
         self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None, **fit_params: Any
@@ -235,7 +197,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
                 class.
             FloatingPointError: when the head's training diverges; a smaller ``lr`` or ``score_scale`` may help.
         """
-        training = self._check_parameters()
+        self._check_parameters()
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
         estimator = self._estimator()
@@ -243,7 +205,8 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         validation = self._check_validation(samples.X, X_val, y_val, classes)
 
         counts = np.bincount(samples.labels[samples.weights > 0], minlength=len(classes))
-        few, base, pool, reason = self._split(counts)
+        split, reason = self._split(counts)
+        base = np.isin(np.arange(len(classes)), split.base.numpy())
         if self.validation_fraction is not None and not reason:
             held = held_out(samples, np.ones(len(classes), dtype=bool), float(self.validation_fraction), random)
             samples, validation = samples.part(~held), samples.part(held)
@@ -261,7 +224,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         if reason:
             return self._fall_back(classifier, reason)
 
-        top_k = self._available_neighbours(pool)
+        top_k = self._available_neighbours(split)
         rows = Rows.of(classifier, len(classes))
         features = features_of(self.estimator_, samples.X)
         rows.check(self.estimator_, samples.X, features)
@@ -271,20 +234,21 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             used = np.flatnonzero(samples.weights)
             features, samples = features[used], samples.part(samples.weights > 0)
         means = class_means(features, samples.labels, samples.weights, len(classes))
-        members = build_members(means, np.flatnonzero(few), np.flatnonzero(pool), top_k, metric=self.metric, seed=seed)
-        del means
         val_labels = None if validation is None else validation.labels
-        self._train(features, samples.labels, val_features, val_labels, rows, members, training | {"seed": seed})
+        options = self._options() | {"top_k": top_k, "seed": seed, "neighbor_seed": seed}
+        self._train(features, samples.labels, val_features, val_labels, rows, split, means, options)
         return self._compose(classifier)
 
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OPTIONS}
+
     def _train(
-        self, features: Any, labels: Array, val_features: Any, val_labels: Array | None, rows: Rows, members: Tensor,
-        training: dict[str, Any],
+        self, features: Any, labels: Array, val_features: Any, val_labels: Array | None, rows: Rows, split: ClassSplit,
+        means: Array, options: dict[str, Any],
     ) -> None:  # fmt: skip
         """Train a head on features, or on logits where features are sparse and more than the classes."""
         weight, bias, scale = rows.weight, rows.bias, self.score_scale_
-        scaled = torch.from_numpy(weight * scale)
-        z = submodule_inputs(reduce_classifiers(scaled, self.pca_dim), members)
+        scaled = inputs = torch.from_numpy(weight * scale)
         # A composed score is a mix of original ones, so a classifier whose features are its logits trains the same.
         from_logits = sparse.issparse(features) and weight.shape[1] > weight.shape[0]
         if from_logits:
@@ -295,19 +259,22 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
                 return np.asarray(x @ weight.T) * scale
             return x.toarray() if sparse.issparse(x) else x
 
-        names = ("hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient")
-        head_options = {name: getattr(self, name) for name in names}
-        head = AlphaNet(scaled, torch.from_numpy(bias * scale), members, z, seed=training["seed"], **head_options)
-        self.result_ = fit(
-            head,
+        builder = Builder(
+            make_linear(scaled, torch.from_numpy(bias * scale)),
             input_of(features),
             labels,
             val_features=input_of(val_features),
             val_labels=val_labels,
-            many_above=self.many_above,
-            progress=bool(self.verbose),
-            **training,
+            split=split,
+            means=means,
+            inputs=inputs,
         )
+        of_head, of_training = read_options(options)
+        head = builder.head(of_head, of_training.seed)
+        data = builder.data(head, of_training)
+        # Without the samples that are held out there may be fewer many classes.
+        run = Run(head, of_training, data, split_of(head, data, self.many_above))
+        self.result_ = train(run, progress=bool(self.verbose))
         # The coefficients are those of the unscaled classifier too.
         head.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
         head.bias = nn.Parameter(torch.from_numpy(bias), requires_grad=False)
@@ -346,25 +313,14 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.score_scale_ = 1.0 if self.score_scale == "auto" else float(self.score_scale)
         return self
 
-    def _check_parameters(self) -> dict[str, Any]:
-        """Check all parameters before any work is done; return those of the training."""
-        check_integer(self.top_k, "top_k", minimum=1)
+    def _check_parameters(self) -> None:
+        """Check all parameters before any work is done."""
+        read_options(self._options())
         split_classes([1], few_below=self.few_below, many_above=self.many_above)
-        for name in ("pca_dim", "hidden_dim"):
-            if getattr(self, name) is not None:
-                check_integer(getattr(self, name), name, minimum=1)
-        check_gamma(self.gamma)
-        ops.rule_number(self.rule)
-        for name, choices in (("pool", POOLS), ("metric", METRICS), ("init", INITS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.score_scale != "auto":
             _check_number(self.score_scale, "score_scale", "'auto' or a finite number above 0", np.inf)
         if self.validation_fraction is not None:
             _check_number(self.validation_fraction, "validation_fraction", "None or a number between 0 and 1", 1)
-        training = {name: getattr(self, name) for name in _TRAINING_PARAMETERS}
-        TrainingOptions(**training)
-        return training
 
     def _check_samples(
         self, estimator: Any, X: Any, y: Any, sample_weight: Any, fit_params: dict[str, Any]
@@ -408,29 +364,27 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             raise ValueError(f"X_val must have shape [m, {', '.join(map(str, shapes[0][1:]))}] as X, got {list(shapes[1])}")
         return Samples(X_val, y_val, np.searchsorted(classes, y_val), np.ones(len(y_val)), {})
 
-    def _split(self, counts: Array) -> tuple[Array, Array, Array, str]:
-        """Which classes are few, base, and neighbours to choose from; and why there is nothing to repair, if so."""
-        base = counts >= self.few_below
-        few = ~base & (counts > 0)
-        pool = {"base": base, "many": base & (counts > self.many_above), "all": counts > 0}[self.pool]
+    def _split(self, counts: Array) -> tuple[ClassSplit, str]:
+        """Which classes are few, medium and many; and why there is nothing to repair, if so."""
+        split = split_classes(counts, few_below=self.few_below, many_above=self.many_above)
         reason = ""
         if len(counts) < 2:
             reason = "y has one class only"
-        elif not few.any():
+        elif len(split.few) == 0:
             reason = f"no class is few, with less than few_below={self.few_below} training samples"
-        elif not base.any():
+        elif len(split.base) == 0:
             reason = f"no class is a base class, with at least few_below={self.few_below} training samples"
-        elif not pool.any():
+        elif len(pool_classes(split, self.pool)) == 0:
             reason = f"no class has more than many_above={self.many_above} training samples, and pool='many'"
-        return few, base, pool, reason
+        return split, reason
 
-    def _available_neighbours(self, pool: Array) -> int:
+    def _available_neighbours(self, split: ClassSplit) -> int:
         """``top_k``, or the neighbours there are, with a warning."""
-        available = int(pool.sum()) - (self.pool == "all")
+        available = pool_size(split, self.pool)
         if self.top_k > available:
             text = f"top_k={self.top_k} is more than the classes that neighbours can be chosen from: all {available} are taken"
             warnings.warn(text, AlphaNetWarning, stacklevel=3)
-        if len(pool) == 2 and self.rule != "l1":
+        if split.num_classes == 2 and self.rule != "l1":
             text = (
                 f"of two classes, both rows are multiples of one vector: rule={self.rule!r} does no more than scale the scores"
             )

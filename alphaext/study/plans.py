@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..training.options import TrainingOptions
-from ..training.presets import PLAIN, PRESETS
+from ..training.options import OPTIONS, TrainingOptions
+from ..training.presets import PRESETS
 from ..utils.checks import check_choice, check_gamma, check_integer, check_number
 
 __all__ = ["EXPERIMENTS", "FORMS", "POLICIES", "Configuration", "StudyOptions", "Trial", "choose", "plan"]
@@ -194,8 +194,10 @@ class Configuration:
 CONFIGURATION = tuple(entry.name for entry in fields(Configuration))
 """The columns of results that :class:`Configuration` fills."""
 
+_PLAIN = {name: entry.default for name, entry in OPTIONS.items()}
+
 FORMS: dict[str, dict[str, Any]] = {"plain": {}} | {
-    form: {name: preset[name] for name in CONFIGURATION if name in preset and name != "gamma" and preset[name] != PLAIN[name]}
+    form: {name: preset[name] for name in CONFIGURATION if name != "gamma" and preset.get(name) != _PLAIN.get(name)}
     for form, preset in PRESETS.items()
 }
 """Alpha Net by preset: what differs from the plain form, but gamma, which experiments say.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..classes import ClassSplit
 from ..features.store import Features
 from ..head.alphanet import AlphaNet
+from ..head.neighbors import pool_size
 from ..metrics.evaluation import expected_calibration_error, split_metrics
 from ..metrics.predictions import predict
 from ..training import cached_logits
@@ -258,8 +259,7 @@ class Trainings:
 
     def _why_impossible(self, configuration: Configuration) -> str:
         """Why there are not neighbours enough, or nothing; one such configuration must not stop a study."""
-        pools = {"many": len(self.split.many), "base": len(self.split.base), "all": self.split.num_classes - 1}
-        available = pools[configuration.pool]
+        available = pool_size(self.split, configuration.pool)
         if configuration.top_k <= available:
             return ""
         return f"not trained: top_k={configuration.top_k}, but there are {available} classes in the pool {configuration.pool!r}"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .engine import TrainingDiverged
     from .history import plot_history
     from .many import SweepRun, fit_many
-    from .options import TrainingOptions
+    from .options import HeadOptions, TrainingOptions
     from .presets import PRESETS, preset_options
     from .result import FitResult
     from .single import fit
@@ -20,6 +20,7 @@ else:
 __all__ = [
     "PRESETS",
     "FitResult",
+    "HeadOptions",
     "SweepRun",
     "TrainingDiverged",
     "TrainingOptions",

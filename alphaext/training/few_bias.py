@@ -124,9 +124,10 @@ class _Gaps:
 
     def __init__(self, validation: Validation, weight: Tensor, bias: Tensor | None) -> None:
         split = validation.split
-        part_of_class = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
-        part_of_class[split.medium], part_of_class[split.many] = 1, 2
-        few, base = split.few.to(weight.device), split.base.to(weight.device)
+        # Few, medium, many, and classes without training samples, which compete as base classes do.
+        part_of_class = torch.full((len(weight),), 3, dtype=torch.int64, device="cpu")
+        part_of_class[split.few], part_of_class[split.medium], part_of_class[split.many] = 0, 1, 2
+        few, base = split.few.to(weight.device), part_of_class.nonzero()[:, 0].to(weight.device)
         gaps, parts, few_first, matters = [], [], [], []
         self.largest = 0.0  # logit, which rounding is measured by
         for products, labels in validation.products(weight):
@@ -146,10 +147,10 @@ class _Gaps:
         here = torch.cat(matters)
         part_of_gap, first = torch.cat(parts)[here].numpy(), torch.cat(few_first)[here].numpy()
         self._gaps = gap[here].numpy()
-        self._samples = torch.bincount(part_of_class[validation.samples.labels], minlength=3).tolist()
+        self._samples = torch.bincount(part_of_class[validation.samples.labels], minlength=4).tolist()
         # Of each part, sorted gaps: of samples that are the few class's where the offset equals the gap, and of the others.
         self._of_part = [
-            [np.sort(self._gaps[(part_of_gap == number) & (first == own)]) for own in (True, False)] for number in range(3)
+            [np.sort(self._gaps[(part_of_gap == number) & (first == own)]) for own in (True, False)] for number in range(4)
         ]
 
     def offsets(self, rounding: float) -> npt.NDArray[np.float64]:
@@ -174,7 +175,7 @@ class _Gaps:
             # How many of the part's samples are answered with their best few class.
             few = np.searchsorted(few_first, offsets, side="right") + np.searchsorted(base_first, offsets, side="left")
             right.append(few if number == 0 else len(few_first) + len(base_first) - few)
-        hits, samples = np.stack([*right, sum(right)]), np.array([*self._samples, sum(self._samples)])
+        hits, samples = np.stack([*right[:3], sum(right)]), np.array([*self._samples[:3], sum(self._samples)])
         with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that is meant
             fractions = (hits / samples[:, None].astype(np.float64)).T.tolist()
         return [dict(zip(("few", "medium", "many", "all"), row, strict=True)) for row in fractions]

@@ -11,31 +11,24 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from torch import Tensor, nn
+from torch import nn
 
-from ..classes import ClassSplit, class_counts, class_means, split_classes
+from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
-from ..head.choices import METRICS, POOLS
-from ..head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from ..utils.checks import check_integer
-from ..utils.linear import linear_parameters
 from ..utils.progress import progress_bar
-from ..utils.tensors import TensorLike, as_tensor
-from .cached_logits import Samples, check_samples
-from .engine import TrainingData
-from .native_engine import NativeEngine, SharedLogits, why_not_native
+from ..utils.tensors import TensorLike
+from .builder import Builder
+from .native_engine import NativeEngine, SharedLogits
 from .native_group import EngineGroup, group_key
-from .options import TrainingOptions
+from .options import HeadOptions, TrainingOptions, read_options
 from .result import FitResult
-from .single import Run, check_selection, sampled, with_drawn
-
-_HEAD_OPTIONS = ("coefficients", "hidden_dim", "gamma", "rule", "init", "shared", "projected_gradient", "seed")
-_NEIGHBOR_OPTIONS = {"top_k": 5, "pool": "base", "metric": "euclidean", "neighbor_seed": 0, "pca_dim": 500, "residual": 0}
+from .single import Run
 
 
 @dataclass
@@ -80,10 +73,8 @@ def fit_many(
         linear: the trained classifier, such as ``nn.Linear``; see :meth:`AlphaNet.from_linear`.
         features: ``[n, D]``, the training features; class counts, class means and samples come from them.
         labels: ``[n]`` integers.
-        configs: one mapping a head, with any options of :meth:`AlphaNet.from_linear` (``top_k``, ``pool``, ``pca_dim``,
-            ``metric``, ``neighbor_seed``, ``gamma``, ``rule``, ``init``, ``shared``, ``projected_gradient``, ``hidden_dim``)
-            and of :func:`alphaext.fit` (``lr``, ``epochs``, ``negative_ratio``, ...). ``seed`` is that of the weights and of
-            the samples.
+        configs: one mapping a head, with any options of :class:`alphaext.training.HeadOptions` and
+            :class:`alphaext.training.TrainingOptions` (docs/options.md). ``seed`` is that of the weights and of the samples.
         val_features: ``[m, D]``, with ``val_labels``.
         val_labels: ``[m]`` integers.
         few_below: a class with fewer training samples is few; 20 in the paper.
@@ -109,22 +100,27 @@ def fit_many(
     """
     directory = _check_directory(checkpoint)
     workers = _cores() if jobs is None else check_integer(jobs, "jobs", minimum=1)
-    builder = _Builder(linear, features, labels, few_below, many_above, means, split)
-    validation = None
-    if (val_features is None) != (val_labels is None):
-        raise ValueError("val_features and val_labels must be given together")
-    if val_features is not None and val_labels is not None:
-        validation = check_samples(builder.weight, val_features, val_labels, "val_features", "val_labels")
+    builder = Builder(
+        linear,
+        features,
+        labels,
+        val_features=val_features,
+        val_labels=val_labels,
+        few_below=few_below,
+        many_above=many_above,
+        split=split,
+        means=means,
+    )
     trainings: list[_Training] = []
     for number, config in enumerate(configs):
         try:
-            head, options = builder.make(config)
-            check_selection(options, validation, head.few_classes)
-            data = builder.sampled(head, options, validation)
+            of_head, options = read_options(config)
+            head = builder.head(of_head, options.seed)
+            data = builder.data(head, options)
         except (ValueError, TypeError) as error:
             raise type(error)(f"configs[{number}]: {error}") from error
-        path = _path(directory, head, options, config, {training.path for training in trainings})
-        trainings.append(_Training(dict(config), Run(head, options, data, many_above, split), path))
+        path = _path(directory, head, of_head, options, {training.path for training in trainings})
+        trainings.append(_Training(dict(config), Run(head, options, data, builder.split), path))
     if not trainings:
         return []
     groups: dict[object, list[_Training]] = {}
@@ -257,123 +253,16 @@ def _train_group(trainings: list[_Training], errors: dict[int, str], advance: An
             run.finish()
 
 
-class _Builder:
-    """Makes heads of one classifier that share its weights and what is computed from features."""
-
-    def __init__(
-        self,
-        linear: nn.Module,
-        features: TensorLike,
-        labels: TensorLike,
-        few_below: int,
-        many_above: int,
-        means: TensorLike | None,
-        split: ClassSplit | None,
-    ) -> None:
-        self.weight, self.bias = linear_parameters(linear)
-        self.samples: Samples = check_samples(self.weight, features, labels, "features", "labels")
-        counts = class_counts(self.samples.labels, len(self.weight))
-        if split is not None and split.num_classes != len(self.weight):
-            raise ValueError(f"split must be of the classifier's {len(self.weight)} classes, got one of {split.num_classes}")
-        self.split: ClassSplit = split or split_classes(counts, few_below=few_below, many_above=many_above)
-        if len(self.split.few) == 0:
-            raise ValueError(
-                f"labels has no few class: the smallest has {int(counts.min())} samples, few are those below {few_below}"
-            )
-        self._means = means
-        self._members: dict[tuple[str, int, str, int], Tensor] = {}
-        self._reduced: dict[int | None, Tensor] = {}
-        self._directions: tuple[Tensor, Tensor] | None = None
-        self._drawn: dict[tuple[object, ...], Samples] = {}
-        self._first: AlphaNet | None = None
-
-    def make(self, config: Mapping[str, Any]) -> tuple[AlphaNet, TrainingOptions]:
-        training = {f.name for f in fields(TrainingOptions)}
-        known = training.union(_HEAD_OPTIONS, _NEIGHBOR_OPTIONS)
-        unknown = sorted(set(config) - known)
-        if unknown:
-            raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
-        neighbor = {name: config.get(name, default) for name, default in _NEIGHBOR_OPTIONS.items()}
-        members = self._members_of(*(neighbor[name] for name in ("pool", "top_k", "metric", "neighbor_seed")))
-        options = {"seed": 0} | {name: config[name] for name in _HEAD_OPTIONS if name in config}
-        members = members.to(self.weight.device)
-        z = None
-        if options.get("coefficients") != "direct":
-            z = submodule_inputs(self._reduced_to(neighbor["pca_dim"]), members)
-        options |= self._directions_of(neighbor["residual"])
-        head = AlphaNet(self.weight, self.bias, members, z, first_layer="factored", **options)
-        # One copy of the frozen classifier's numbers for all heads, but a parameter each, which can go its own way.
-        if self._first is None:
-            self._first = head
-        for name in ("weight", "bias"):
-            if getattr(head, name) is not None:
-                setattr(head, name, nn.Parameter(getattr(self._first, name).detach(), requires_grad=False))
-        reason = why_not_native(head, None)
-        if reason:
-            raise ValueError(f"the native engine cannot train this: {reason}")
-        return head, TrainingOptions(**{name: value for name, value in config.items() if name in training})
-
-    def _members_of(self, pool: str, top_k: int, metric: str, seed: int) -> Tensor:
-        if pool not in POOLS:
-            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-        seed = check_integer(seed, "neighbor_seed", minimum=0)
-        key = (pool, top_k, metric, seed)
-        if key not in self._members:
-            candidates = pool_classes(self.split, pool)
-            self._members[key] = build_members(self.means(), self.split.few, candidates, top_k, metric=metric, seed=seed).cpu()
-        return self._members[key]
-
-    def sampled(self, head: AlphaNet, options: TrainingOptions, validation: Samples | None) -> TrainingData:
-        """The data of a training; what is drawn with equal options is drawn once."""
-        samples = self.samples
-        if options.augment is not None:
-            key = (options.augment_samples, options.augment_neighbors, options.seed)
-            if key not in self._drawn:
-                self._drawn[key] = with_drawn(samples, head, options, self.means())
-            samples = self._drawn[key]
-        return sampled(samples, validation, head, options, len(self.samples.labels))
-
-    def means(self) -> Tensor:
-        if self._means is None:
-            self._means = class_means(self.samples.real(), self.samples.labels, len(self.weight))
-        return as_tensor(self._means, "means")
-
-    def _directions_of(self, count: int) -> dict[str, Tensor | None]:
-        count = check_integer(count, "residual", minimum=0)
-        if count == 0:
-            return {}
-        if self._directions is None or len(self._directions[0]) < count + 1:
-            self._directions = residual_directions(self.weight, self.means(), count)
-        directions, bias = (part[: count + 1] for part in self._directions)
-        if self.bias is None:
-            return {"directions": directions[1:], "direction_bias": None}
-        return {"directions": directions, "direction_bias": bias}
-
-    def _reduced_to(self, pca_dim: int | None) -> Tensor:
-        if pca_dim not in self._reduced:
-            self._reduced[pca_dim] = reduce_classifiers(self.weight, pca_dim)
-        return self._reduced[pca_dim]
-
-
 def _path(
-    directory: Path | None, head: AlphaNet, options: TrainingOptions, config: Mapping[str, Any], taken: set[Path | None]
+    directory: Path | None, head: AlphaNet, of_head: HeadOptions, options: TrainingOptions, taken: set[Path | None]
 ) -> Path | None:
     """The checkpoint of a configuration: the same however it is written, another for each that is given twice."""
     if directory is None:
         return None
-    chosen = {name: config.get(name, default) for name, default in _NEIGHBOR_OPTIONS.items()}
-    # Left out where they change nothing: names stay what they were before there was another metric.
-    seed = int(chosen.pop("neighbor_seed"))
-    if chosen["metric"] == "random":
-        chosen["neighbor_seed"] = seed
-    if not chosen["residual"]:
-        del chosen["residual"]
-    if chosen["metric"] == "euclidean":
-        del chosen["metric"]
-    chosen |= {"init": config.get("init"), "seed of the head": head.seed, "head": repr(head)}
-    text = json.dumps(chosen | options.told(), sort_keys=True, default=str)
+    chosen = asdict(of_head) | asdict(options) | {"head": repr(head)}
+    if of_head.metric != "random":
+        del chosen["neighbor_seed"]  # it changes nothing
+    text = json.dumps(chosen, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     paths = (directory / f"{name}{'' if number == 0 else f'-{number}'}.pt" for number in itertools.count())
     return next(path for path in paths if path not in taken)

@@ -1,103 +1,232 @@
-"""The options of a training, checked, and what follows from them: learning rates, SGD's decay."""
+"""The table of options: of a head and its neighbours, and of its training. All else that has an option takes it from here.
+
+Signatures, flags, configuration keys, presets and ``docs/options.md`` follow the fields below. What an option means and which
+values it takes is said here alone.
+"""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
-from ..utils.checks import check_choice, check_integer, check_number
+from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS, RULES
+from ..utils.checks import check_choice, check_gamma, check_integer, check_number
 
-SELECTIONS = ("best_all", "best_few", "last")
-SCHEDULES = ("constant", "step", "multistep", "cosine")
-NEGATIVE_SAMPLINGS = ("uniform", "class_balanced")
-AUGMENTATIONS = ("neighbors",)
-_LATER = {"samples_per_class", "augment", "augment_samples", "augment_neighbors", "prior_correction", "regularize", "few_bias"}
+__all__ = ["HeadOptions", "TrainingOptions", "read_options", "selection_score", "takes_options"]
+
+_SAME: Any = object()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_TableType = TypeVar("_TableType", bound="_Table")
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train; :func:`alphaext.fit` says what each option means. The defaults are the paper's."""
+def _option(
+    default: Any,
+    help: str,
+    *,
+    few: Any = _SAME,
+    paper: Any = _SAME,
+    choices: Sequence[str] | None = None,
+    several: bool = False,
+    **bounds: float,
+) -> Any:
+    """An option: its value in the plain form and in the presets, what it is, and which values are allowed.
 
-    epochs: int = 80
-    batch_size: int = 64
-    lr: float = 0.1
-    momentum: float = 0.9
-    dampening: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
-    lr_schedule: str = "step"
-    lr_step: int = 20
-    lr_factor: float = 0.1
-    lr_milestones: Sequence[int] = ()
-    negative_ratio: float = 1.0
-    negative_sampling: str = "uniform"
-    samples_per_class: int | None = None
-    augment: str | None = None
-    augment_samples: int = 200
-    augment_neighbors: int = 5
-    prior_correction: bool = False
-    regularize: float = 0.0
-    few_bias: bool = False
-    select: str | None = None
-    min_all: float | None = None
-    seed: int = 0
+    ``bounds`` are those of :func:`check_integer` and :func:`check_number`. ``several``: ``alphaext fit`` tries several values.
+    """
+    presets = {"few": default if few is _SAME else few, "paper": default if paper is _SAME else paper}
+    return field(default=default, metadata={"help": help, "presets": presets, "choices": choices, "several": several, **bounds})
+
+
+class _Table:
+    """Options, each checked by what its field says of it."""
 
     def __post_init__(self) -> None:
         # Kept as Python's own numbers: checkpoints hold them, and NumPy's would make those unreadable without unpickling.
-        bounds = {"epochs": (0, 2**31), "batch_size": (1, 2**40), "seed": (0, 2**63 - 1), "lr_step": (1, 2**31)}
-        for name, (minimum, maximum) in bounds.items():
-            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum, maximum=maximum))
-        for name in ("lr", "lr_factor"):
-            object.__setattr__(self, name, check_number(getattr(self, name), name, above=0))
-        for name in ("momentum", "dampening", "weight_decay", "negative_ratio", "regularize"):
-            object.__setattr__(self, name, check_number(getattr(self, name), name, minimum=0))
-        if self.negative_ratio > 1e6:
-            raise ValueError(f"negative_ratio must be at most 1e6, got {self.negative_ratio!r}")
-        for name in ("nesterov", "prior_correction", "few_bias"):
-            object.__setattr__(self, name, bool(getattr(self, name)))
+        for entry in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
+
+    @classmethod
+    def of(cls: type[_TableType], options: Mapping[str, Any]) -> _TableType:
+        """The options by name; of those that are not given, the plain form's.
+
+        Raises:
+            TypeError: an option that there is not.
+        """
+        known = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
+        check_known(options, known)
+        return cls(**options)
+
+
+def _checked(entry: Field[Any], value: Any) -> Any:
+    name, kind, given = entry.name, str(entry.type).removesuffix(" | None"), entry.metadata
+    bounds = {bound: given[bound] for bound in ("minimum", "maximum", "above") if bound in given}
+    if value is None and kind != entry.type:
+        return None
+    if given["choices"] is not None:
+        check_choice(value, name, given["choices"])
+        return value
+    if name == "gamma":
+        return check_gamma(value)
+    checks: dict[str, Callable[[], Any]] = {
+        "bool": lambda: bool(value),
+        "int": lambda: check_integer(value, name, **bounds),
+        "float": lambda: check_number(value, name, **bounds),
+    }
+    return checks[kind]() if kind in checks else value
+
+
+def check_known(options: Mapping[str, Any], known: Collection[str]) -> None:
+    """Check that there are such options."""
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+
+
+@dataclass(frozen=True)
+class HeadOptions(_Table):
+    """What a head is and which neighbours its classes have; :meth:`alphaext.AlphaNet.from_linear` says what each option means.
+
+    The defaults are the plain form's: the paper's, but from the original classifier on, and with a gradient that lets a clamped
+    coefficient return.
+
+    Raises:
+        TypeError, ValueError: a value out of range; the message names the option.
+
+    Example:
+        >>> HeadOptions(top_k=3).pool
+        'base'
+    """
+
+    gamma: float = _option(1.0, "the own coefficient's bound, up to 1; of several, validation chooses", paper=0.7, several=True)
+    coefficients: str = _option("mlp", "a sub-module's outputs, or learned directly", few="direct", choices=COEFFICIENTS)
+    top_k: int = _option(5, "neighbours of each few class; of several, validation chooses", few=60, several=True, minimum=1)
+    pool: str = _option("base", "classes that neighbours are chosen from", choices=POOLS)
+    metric: str = _option("euclidean", "what makes a neighbour near", choices=METRICS)
+    neighbor_seed: int = _option(0, "of random neighbours", minimum=0)
+    pca_dim: int | None = _option(
+        500, "width to which classifiers are reduced for the sub-modules; the paper: 500, Places-LT 300", minimum=1
+    )
+    hidden_dim: int | None = _option(None, "hidden units of a sub-module; without, as wide as a reduced classifier", minimum=1)
+    rule: str = _option("clamp", "how outputs become coefficients; of several, validation chooses", choices=RULES, several=True)
+    init: str = _option("identity", "start at the original classifier, or PyTorch's start", paper="default", choices=INITS)
+    shared: bool = _option(False, "one sub-module for all few classes")
+    projected_gradient: bool = _option(True, "let a clamped coefficient return; the paper does not", paper=False)
+    residual: int = _option(
+        0, "directions along which a few row may move besides, under direct coefficients", few=256, minimum=0
+    )
+
+
+SELECTIONS = ("best_all", "best_few", "last")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(_Table):
+    """How to train. The defaults are the paper's.
+
+    Attributes:
+        epochs: 80 in the paper.
+        batch_size: 64 in the paper. A last, smaller batch is kept.
+        lr: learning rate, 0.1 in the paper.
+        momentum: 0.9 in the paper.
+        dampening: of the momentum; none in the paper.
+        weight_decay: L2 penalty; none in the paper.
+        nesterov: Nesterov momentum.
+        lr_schedule: ``"step"``, times ``lr_factor`` every ``lr_step`` epochs (default, as in the paper); ``"multistep"``, at
+            each of ``lr_milestones``; ``"cosine"``, down to 0 after ``epochs``; ``"constant"``. Of any optimiser.
+        lr_step: 20 in the paper.
+        lr_factor: 0.1 in the paper.
+        lr_milestones: for ``"multistep"``, after how many epochs.
+        negative_ratio: base samples for each few sample; 1 in the paper, 0 in its appendix E.
+        negative_sampling: ``"uniform"`` over base images, or ``"class_balanced"``: as many from each base class.
+        samples_per_class: so many samples of every class, few and base, in each epoch, instead of all few ones and
+            ``negative_ratio`` times as many base ones; None, as in the paper, for the latter. With replacement where a class
+            has fewer.
+        augment: ``"neighbors"``: few classes are trained on drawn samples instead of their own, each the class's mean moved
+            the way a sample of a near base class lies around its own mean (:mod:`alphaext.training.augmentation`); with
+            ``samples_per_class``.
+        augment_samples: drawn samples that there are of each few class.
+        augment_neighbors: nearest base classes whose samples are borrowed.
+        prior_correction: train with the log of how often an epoch has each class added to its score, so that the scores
+            themselves do not take up how often classes are drawn (which ``samples_per_class`` makes equal anyway).
+        regularize: half of this times the squared distance of the outputs (coefficients before ``rule``, and amounts of the
+            residual) from those of the original classifier is added to the loss of a step; not to the ``loss`` in the history.
+        few_bias: after training, add to all few scores the constant that is best on validation samples by ``select`` (under
+            ``"last"``, by ``"best_all"``). It is in the head and its ``fold()``, and in ``metrics_after``.
+        select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data);
+            ``"best_few"``, the best few accuracy among those whose accuracy over all is not below ``min_all``;
+            ``"last"`` (default without, and with ``few_bias``, which epochs are measured without). Epoch 0, before training,
+            takes part; of equal epochs the first wins.
+        min_all: for ``"best_few"``, a fraction of 1; None takes the original classifier's own.
+        seed: of the samples drawn and their order; in :func:`alphaext.fit_many` also of the weights.
+
+    Raises:
+        TypeError, ValueError: a value out of range, or values that disagree; the message names the options.
+
+    Example:
+        >>> TrainingOptions(lr=0.2).lr_multiplier(epoch=21)
+        0.1
+    """
+
+    epochs: int = _option(80, "of training", few=50, minimum=0, maximum=2**31)
+    batch_size: int = _option(64, "samples a step", few=256, minimum=1, maximum=2**40)
+    lr: float = _option(0.1, "learning rate", few=0.05, above=0)
+    momentum: float = _option(0.9, "of SGD", minimum=0)
+    dampening: float = _option(0.0, "of the momentum", minimum=0)
+    weight_decay: float = _option(0.0, "L2 penalty toward 0", minimum=0)
+    regularize: float = _option(0.0, "L2 penalty toward the original classifier", few=0.03, minimum=0, maximum=1e6)
+    nesterov: bool = _option(False, "Nesterov momentum")
+    lr_schedule: str = _option(
+        "step", "how the learning rate falls", few="cosine", choices=("constant", "step", "multistep", "cosine")
+    )
+    lr_step: int = _option(20, "epochs between falls, under step", minimum=1, maximum=2**31)
+    lr_factor: float = _option(0.1, "what a fall multiplies by", above=0)
+    lr_milestones: Sequence[int] = _option((), "epochs of the falls, under multistep")
+    negative_ratio: float = _option(1.0, "base samples for each few sample", minimum=0, maximum=1e6)
+    negative_sampling: str = _option("uniform", "how base samples are drawn", choices=("uniform", "class_balanced"))
+    samples_per_class: int | None = _option(
+        None, "of every class in an epoch, instead of the two above", few=8, minimum=1, maximum=10**6
+    )
+    augment: str | None = _option(
+        None, "train few classes on samples drawn from near base classes", few="neighbors", choices=("neighbors",)
+    )
+    augment_samples: int = _option(200, "drawn samples of each few class", minimum=1, maximum=10**6)
+    augment_neighbors: int = _option(5, "base classes whose samples are borrowed", few=10, minimum=1, maximum=10**6)
+    prior_correction: bool = _option(False, "train with the log of how often classes are drawn added")
+    few_bias: bool = _option(False, "add the constant to the few scores that validation features choose", few=True)
+    select: str | None = _option(
+        None,
+        "which epoch, and which gamma; without, best_all where there are validation features, else last",
+        choices=SELECTIONS,
+    )
+    min_all: float | None = _option(
+        None, "under best_few: the least accuracy over all; without, the classifier's own", minimum=0
+    )
+    seed: int = _option(0, "of everything random", minimum=0, maximum=2**63 - 1)
+
+    def __post_init__(self) -> None:
+        min_all = check_min_all(self.min_all, self.select)
+        super().__post_init__()
+        object.__setattr__(self, "min_all", min_all)
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError(
                 f"nesterov needs a momentum above 0 and no dampening, got momentum={self.momentum:g} and "
                 f"dampening={self.dampening:g}"
             )
-        check_choice(self.lr_schedule, "lr_schedule", SCHEDULES)
-        check_choice(self.negative_sampling, "negative_sampling", NEGATIVE_SAMPLINGS)
-        self._check_samples()
-        self._check_milestones()
-        self._check_last_lr()
-        if self.select is not None:
-            check_choice(self.select, "select", SELECTIONS)
-        if self.min_all is not None:
-            message = f"min_all must be a fraction in [0, 1], with select='best_few'; got {self.min_all!r} with {self.select!r}"
-            if isinstance(self.min_all, bool) or not isinstance(self.min_all, (int, float)):
-                raise TypeError(message)
-            if self.select != "best_few" or not 0 <= self.min_all <= 1:
-                raise ValueError(message)
-            object.__setattr__(self, "min_all", float(self.min_all))
-
-    def _check_samples(self) -> None:
-        if self.regularize > 1e6:
-            raise ValueError(f"regularize must be at most 1e6, got {self.regularize!r}")
-        for name in ("augment_samples", "augment_neighbors"):
-            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=1, maximum=10**6))
-        if self.augment is not None:
-            check_choice(self.augment, "augment", AUGMENTATIONS)
-        if self.samples_per_class is None:
-            if self.augment is not None:
-                raise ValueError(
-                    f"augment={self.augment!r} needs samples_per_class: an epoch cannot have all samples that could be drawn"
-                )
-            return
-        each = check_integer(self.samples_per_class, "samples_per_class", minimum=1, maximum=10**6)
-        object.__setattr__(self, "samples_per_class", each)
-        if self.negative_ratio != 1 or self.negative_sampling != "uniform":
+        if self.samples_per_class is None and self.augment is not None:
+            raise ValueError(
+                f"augment={self.augment!r} needs samples_per_class: an epoch cannot have all samples that could be drawn"
+            )
+        if self.samples_per_class is not None and (self.negative_ratio != 1 or self.negative_sampling != "uniform"):
             raise ValueError(
                 "samples_per_class already says how many samples an epoch has of every class; got negative_ratio="
                 f"{self.negative_ratio:g} and negative_sampling={self.negative_sampling!r} as well"
             )
+        self._check_milestones()
+        self._check_last_lr()
 
     def _check_last_lr(self) -> None:
         try:
@@ -130,14 +259,62 @@ class TrainingOptions:
             return 0.5 * (1 + math.cos(math.pi * done / max(self.epochs, 1)))
         return 1.0
 
-    def fingerprint(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be equal for one training to go on from another's checkpoint."""
-        return {name: value for name, value in self.told().items() if name != "epochs" or self.lr_schedule == "cosine"}
+        return {name: value for name, value in asdict(self).items() if name != "epochs" or self.lr_schedule == "cosine"}
 
-    def told(self) -> dict[str, Any]:
-        """All options, but for those that came later and are not used: checkpoints from before stay of use."""
-        unused = {f.name for f in fields(self) if f.name in _LATER and getattr(self, f.name) == f.default}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unused}
+
+OPTIONS: dict[str, Field[Any]] = {entry.name: entry for table in (HeadOptions, TrainingOptions) for entry in fields(table)}
+"""The whole table, by name."""
+
+
+def read_options(config: Mapping[str, Any]) -> tuple[HeadOptions, TrainingOptions]:
+    """The options of a head and of its training, from one mapping of both.
+
+    Raises:
+        TypeError, ValueError: an option that there is not, or a value out of range; the message names it.
+
+    Example:
+        >>> head, training = read_options({"top_k": 3, "epochs": 10})
+        >>> head.top_k, training.epochs
+        (3, 10)
+    """
+    check_known(config, OPTIONS)
+    head = {entry.name for entry in fields(HeadOptions)}
+    return (
+        HeadOptions(**{name: value for name, value in config.items() if name in head}),
+        TrainingOptions(**{name: value for name, value in config.items() if name not in head}),
+    )
+
+
+def takes_options(names: Collection[str]) -> Callable[[_Function], _Function]:
+    """A decorator: the function's ``**options`` are those of the table with these names; its signature shows them."""
+
+    def decorate(function: _Function) -> _Function:
+        own = inspect.signature(function)
+        kept = [each for each in own.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=OPTIONS[name].default, annotation=OPTIONS[name].type
+            )
+            for name in names
+        ]
+        function.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def check_min_all(min_all: object, select: str | None) -> float | None:
+    """``min_all`` as a number, checked together with the policy that it goes with."""
+    if min_all is None:
+        return None
+    message = f"min_all must be a fraction in [0, 1], with select='best_few'; got {min_all!r} with {select!r}"
+    if isinstance(min_all, bool) or not isinstance(min_all, (int, float)):
+        raise TypeError(message)
+    if select != "best_few" or not 0 <= min_all <= 1:
+        raise ValueError(message)
+    return float(min_all)
 
 
 def selection_score(select: str, metrics: dict[str, float], min_all: float | None) -> float:

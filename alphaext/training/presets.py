@@ -7,60 +7,14 @@ from types import MappingProxyType
 from typing import Any
 
 from ..utils.checks import check_choice
+from .options import OPTIONS
 
 __all__ = ["PRESETS", "preset_options"]
 
-PLAIN: dict[str, Any] = {
-    "coefficients": "mlp",
-    "top_k": 5,
-    "pool": "base",
-    "metric": "euclidean",
-    "pca_dim": 500,
-    "gamma": 1.0,
-    "rule": "clamp",
-    "init": "identity",
-    "shared": False,
-    "projected_gradient": True,
-    "residual": 0,
-    "epochs": 80,
-    "batch_size": 64,
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-    "nesterov": False,
-    "lr_schedule": "step",
-    "lr_step": 20,
-    "lr_factor": 0.1,
-    "negative_ratio": 1.0,
-    "negative_sampling": "uniform",
-    "samples_per_class": None,
-    "augment": None,
-    "augment_samples": 200,
-    "augment_neighbors": 5,
-    "prior_correction": False,
-    "regularize": 0.0,
-    "few_bias": False,
-}
-_PAPER = {"gamma": 0.7, "init": "default", "projected_gradient": False}
-_FEW = {
-    "coefficients": "direct",
-    "top_k": 60,
-    "residual": 256,
-    "regularize": 0.03,
-    "samples_per_class": 8,
-    "augment": "neighbors",
-    "augment_neighbors": 10,
-    "few_bias": True,
-    "epochs": 50,
-    "batch_size": 256,
-    "lr": 0.05,
-    "lr_schedule": "cosine",
-}
-
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "few": MappingProxyType(PLAIN | _FEW),
-        "paper": MappingProxyType(PLAIN | _PAPER),
+        preset: MappingProxyType({name: entry.metadata["presets"][preset] for name, entry in OPTIONS.items() if name != "seed"})
+        for preset in ("few", "paper")
     }
 )
 """Options by preset.

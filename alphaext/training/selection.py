@@ -20,7 +20,7 @@ from ..utils.files import without_nan
 from ..utils.tensors import TensorLike, check_finite
 from . import cached_logits
 from .cached_logits import check_samples
-from .options import selection_score
+from .options import check_min_all, selection_score
 
 __all__ = [
     "BaselineResult",
@@ -127,13 +127,7 @@ class Policy:
             select = "last" if validation is None else "best_all"
         elif select not in choices:
             raise ValueError(f"select must be one of {', '.join(choices)}, got {select!r}")
-        if min_all is not None:
-            message = f"min_all must be a fraction in [0, 1], with select='best_few'; got {min_all!r} with {select!r}"
-            if isinstance(min_all, bool) or not isinstance(min_all, (int, float)):
-                raise TypeError(message)
-            if select != "best_few" or not 0 <= min_all <= 1:
-                raise ValueError(message)
-            min_all = float(min_all)
+        min_all = check_min_all(min_all, select)
         if select != "last" and validation is None:
             raise ValueError(f"select={select!r} needs val_features and val_labels")
         if select == "best_few" and validation is not None:
@@ -246,4 +240,4 @@ def check_split(split: ClassSplit, num_classes: int) -> ClassSplit:
         raise TypeError(f"split must be a ClassSplit, got {type(split).__name__}; split_classes makes one from counts")
     if split.num_classes != num_classes:
         raise ValueError(f"split must be of the classifier's {num_classes} classes, got one of {split.num_classes}")
-    return ClassSplit(few=split.few.cpu(), medium=split.medium.cpu(), many=split.many.cpu())
+    return split.cpu()

@@ -7,9 +7,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,18 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
-from ..classes import ClassSplit, class_means
+from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
 from ..metrics.accuracy import SplitMetrics
 from ..utils.checks import check_integer
 from ..utils.progress import progress_bar
 from ..utils.tensors import TensorLike
-from .augmentation import draw_features
-from .autograd_engine import AutogradEngine
-from .cached_logits import Samples, check_samples
+from .builder import make_engine, training_data
 from .engine import ENGINES, Engine, TrainingData, TrainingDiverged, hits_of
 from .few_bias import choose_few_bias
-from .native_engine import NativeEngine, SharedLogits, why_not_native
-from .options import TrainingOptions, selection_score
+from .native_engine import SharedLogits, why_not_native
+from .options import TrainingOptions, selection_score, takes_options
 from .result import FitResult
-from .sampling import EpochSampler
 from .sgd import DecayOfStart, Sgd
 
 # The native engine's epochs are short: writing a checkpoint after each would take longer than they do.
@@ -51,6 +48,7 @@ _CHECKPOINT: dict[str, type | tuple[type, ...]] = {
 }
 
 
+@takes_options([entry.name for entry in fields(TrainingOptions)])
 def fit(
     head: AlphaNet,
     features: TensorLike,
@@ -58,34 +56,12 @@ def fit(
     *,
     val_features: TensorLike | None = None,
     val_labels: TensorLike | None = None,
-    epochs: int = 80,
-    batch_size: int = 64,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    lr_schedule: str = "step",
-    lr_step: int = 20,
-    lr_factor: float = 0.1,
-    lr_milestones: Sequence[int] = (),
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     engine: str = "auto",
-    negative_ratio: float = 1.0,
-    negative_sampling: str = "uniform",
-    samples_per_class: int | None = None,
-    augment: str | None = None,
-    augment_samples: int = 200,
-    augment_neighbors: int = 5,
-    prior_correction: bool = False,
-    regularize: float = 0.0,
-    few_bias: bool = False,
-    select: str | None = None,
-    min_all: float | None = None,
     many_above: int = 100,
-    seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
+    **options: Any,
 ) -> FitResult:
     """Train ``head`` on all samples of its few classes and as many base samples, drawn anew each epoch.
 
@@ -98,50 +74,18 @@ def fit(
         labels: ``[n]`` integers.
         val_features: ``[m, D]``, to select the epoch by; with ``val_labels``.
         val_labels: ``[m]`` integers.
-        epochs: 80 in the paper.
-        batch_size: 64 in the paper. A last, smaller batch is kept.
-        lr: learning rate, 0.1 in the paper.
-        momentum: 0.9 in the paper.
-        dampening: of the momentum; none in the paper.
-        weight_decay: L2 penalty; none in the paper.
-        nesterov: Nesterov momentum.
-        lr_schedule: ``"step"``, times ``lr_factor`` every ``lr_step`` epochs (default, as in the paper); ``"multistep"``, at
-            each of ``lr_milestones``; ``"cosine"``, down to 0 after ``epochs``; ``"constant"``. Of any optimiser.
-        lr_step: 20 in the paper.
-        lr_factor: 0.1 in the paper.
-        lr_milestones: for ``"multistep"``, after how many epochs.
         optimizer: makes any torch optimiser out of the list of parameters, instead of SGD with the options above. A head with
             ``first_layer="factored"`` is exact for SGD only and refuses others, but for direct coefficients, which have none.
         engine: ``"native"``, whole epochs in compiled code, on one thread: for SGD and a frozen classifier, where it is exact
             to rounding. ``"autograd"``, torch's. ``"auto"``, the default: native wherever it is exact; the result says which.
-        negative_ratio: base samples for each few sample; 1 in the paper, 0 in its appendix E.
-        negative_sampling: ``"uniform"`` over base images, or ``"class_balanced"``: as many from each base class.
-        samples_per_class: so many samples of every class, few and base, in each epoch, instead of all few ones and
-            ``negative_ratio`` times as many base ones; None, as in the paper, for the latter. With replacement where a class
-            has fewer.
-        augment: ``"neighbors"``: few classes are trained on drawn samples instead of their own, each the class's mean moved
-            the way a sample of a near base class lies around its own mean (:mod:`alphaext.training.augmentation`); with
-            ``samples_per_class``.
-        augment_samples: drawn samples that there are of each few class.
-        augment_neighbors: nearest base classes whose samples are borrowed.
-        prior_correction: train with the log of how often an epoch has each class added to its score, so that the scores
-            themselves do not take up how often classes are drawn (which ``samples_per_class`` makes equal anyway).
-        regularize: half of this times the squared distance of the outputs (coefficients before ``rule``, and amounts of the
-            residual) from those of the original classifier is added to the loss of a step; not to the ``loss`` told.
-        few_bias: after training, add to all few scores the constant that is best on validation samples by ``select`` (under
-            ``"last"``, by ``"best_all"``). It is in the head and its ``fold()``, and in ``metrics_after``.
-        select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data);
-            ``"best_few"``, the best few accuracy among those whose accuracy over all is not below ``min_all``;
-            ``"last"`` (default without, and with ``few_bias``, which epochs are measured without). Epoch 0, before training,
-            takes part; of equal epochs the first wins.
-        min_all: for ``"best_few"``, a fraction of 1; None takes the original classifier's own.
         many_above: in the metrics, a base class with more training samples is many; 100 in the paper.
-        seed: of the samples drawn and their order.
         checkpoint: a file that is rewritten after each epoch (by the native engine at most every half second, and at the
             end), whole or not at all. If it exists, training goes on from it, to the same bits as without the interruption; a
             checkpoint of another head, data set or configuration is an error. A head made without ``seed`` draws one: give it
             one to go on in another process.
         progress: show a progress bar; None shows it where standard error is a terminal.
+        options: how to train, ``epochs`` to ``seed``: :class:`alphaext.training.TrainingOptions` says what each one means. The
+            defaults are the paper's.
 
     Returns:
         A :class:`FitResult`.
@@ -159,35 +103,10 @@ def fit(
         >>> result.selected_epoch, result.engine
         (2, 'native')
     """
-    started = time.monotonic()
     _check_head(head)
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    settings = TrainingOptions(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        lr_schedule=lr_schedule,
-        lr_step=lr_step,
-        lr_factor=lr_factor,
-        lr_milestones=lr_milestones,
-        negative_ratio=negative_ratio,
-        negative_sampling=negative_sampling,
-        samples_per_class=samples_per_class,
-        augment=augment,
-        augment_samples=augment_samples,
-        augment_neighbors=augment_neighbors,
-        prior_correction=prior_correction,
-        regularize=regularize,
-        few_bias=few_bias,
-        select=select,
-        min_all=min_all,
-        seed=seed,
-    )
+    settings = TrainingOptions.of(options)
     path = None if checkpoint is None else _check_path(checkpoint)
     data = training_data(head, features, labels, val_features, val_labels, settings)
 
@@ -199,11 +118,26 @@ def fit(
     if engine == "native" and reason:
         raise ValueError(f"engine='native' cannot train this exactly: {reason}; use engine='autograd'")
     native = engine != "autograd" and not reason
-    run = Run(head, settings, data, check_integer(many_above, "many_above", minimum=0))
-    run.prepare(path, made, native=native)
-    with _progress_bar(progress, settings.epochs, len(run.history) - 1) as report:
-        run.train(path, report)
-    return run.result("" if native or engine == "autograd" else reason or "", time.monotonic() - started)
+    split = split_of(head, data, check_integer(many_above, "many_above", minimum=0))
+    reason = "" if engine == "autograd" else reason
+    return train(Run(head, settings, data, split), path, made, native=native, reason=reason, progress=progress)
+
+
+def train(
+    run: Run,
+    checkpoint: Path | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    native: bool = True,
+    reason: str | None = None,
+    progress: bool | None = None,
+) -> FitResult:
+    """Carry out a training from first to last; ``reason`` is why it is not the native engine that does."""
+    started = time.monotonic()
+    run.prepare(checkpoint, optimizer, native=native)
+    with _progress_bar(progress, run.options.epochs, len(run.history) - 1) as report:
+        run.train(checkpoint, report)
+    return run.result(reason or "", time.monotonic() - started)
 
 
 class Run:
@@ -214,18 +148,16 @@ class Run:
         head: AlphaNet,
         options: TrainingOptions,
         data: TrainingData,
-        many_above: int = 100,
-        split: ClassSplit | None = None,
+        split: ClassSplit,
     ) -> None:
-        self.head, self.options, self.data = head, options, data
+        self.head, self.options, self.data, self.split = head, options, data, split
         # Without the constant that is yet to come, an epoch's accuracy does not say which is best with it.
         self.select = options.select or ("last" if data.validation is None or options.few_bias else "best_all")
         self.min_all = options.min_all
         self.metrics: SplitMetrics | None = None
         if data.validation is not None:
             counts = torch.bincount(data.validation.labels, minlength=head.out_features)
-            self.split = split or _split_of(head, data.samples.labels[: data.num_real], many_above)
-            self.metrics = SplitMetrics(self.split, counts)
+            self.metrics = SplitMetrics(split, counts)
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float] | None = None
         self.selected_epoch = 0
@@ -255,7 +187,7 @@ class Run:
             sgd = Sgd.of(optimizer) or sgd
         state = None
         self._identity = {
-            **options.fingerprint(),
+            **options.identity(),
             "select": self.select,
             "engine": "native" if native else "autograd",
             "optimizer": repr(sgd) if native else repr(optimizer),
@@ -265,12 +197,8 @@ class Run:
         if path is not None:
             self._identity["head, classifier and data"] = _fingerprint(head, data)
             state = self._load(path) if path.exists() else None
-        if native:
-            first = 1 if state is None else len(state["history"])
-            self.engine = NativeEngine(head, options, sgd, data, first, logits)
-        else:
-            assert optimizer is not None
-            self.engine = AutogradEngine(head, options, data, optimizer)
+        first = 1 if state is None else len(state["history"])
+        self.engine = make_engine(head, options, data, sgd, None if native else optimizer, first, logits)
         if optimizer is not None and head.first_layer == "factored":
             sgd = Sgd.of_parameter(optimizer, head.preactivation) or replace(sgd, weight_decay=0.0)
         self.decay = DecayOfStart(sgd)
@@ -428,73 +356,6 @@ class Run:
         self.selected_decay, self.selected = state["selected_decay"], state["selected"]
 
 
-def check_selection(options: TrainingOptions, validation: Samples | None, few_classes: Tensor) -> None:
-    """Check that a policy which needs validation data has some."""
-    if options.select not in (None, "last") and validation is None:
-        raise ValueError(f"select={options.select!r} needs val_features and val_labels")
-    if options.few_bias and validation is None:
-        raise ValueError("few_bias is chosen on validation samples: it needs val_features and val_labels")
-    if options.select != "best_few" or validation is None:
-        return
-    if not bool(torch.isin(validation.labels, few_classes.cpu()).any()):
-        raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
-
-
-def training_data(
-    head: AlphaNet,
-    features: TensorLike,
-    labels: TensorLike,
-    val_features: TensorLike | None,
-    val_labels: TensorLike | None,
-    options: TrainingOptions,
-) -> TrainingData:
-    """The data of a training, checked."""
-    if (val_features is None) != (val_labels is None):
-        raise ValueError("val_features and val_labels must be given together")
-    samples = check_samples(head.weight, features, labels, "features", "labels")
-    validation = None
-    if val_features is not None and val_labels is not None:
-        validation = check_samples(head.weight, val_features, val_labels, "val_features", "val_labels")
-    check_selection(options, validation, head.few_classes)
-    return sampled(with_drawn(samples, head, options), validation, head, options, len(samples.labels))
-
-
-def with_drawn(samples: Samples, head: AlphaNet, options: TrainingOptions, means: Tensor | None = None) -> Samples:
-    """The samples, and behind them those that ``augment`` asks for; ``means`` ``[N, D]`` of the classes, if at hand."""
-    if options.augment is None:
-        return samples
-    if means is None:
-        means = _means_of(samples, head.out_features)
-    features, labels = draw_features(
-        samples.real(),
-        samples.labels,
-        means,
-        head.few_classes,
-        options.augment_samples,
-        options.seed,
-        options.augment_neighbors,
-    )
-    return Samples(features, labels, samples.name)
-
-
-def sampled(
-    samples: Samples, validation: Samples | None, head: AlphaNet, options: TrainingOptions, num_real: int
-) -> TrainingData:
-    """The data of a training; of ``samples`` the first ``num_real`` are real, and all others drawn."""
-    drawn_from = num_real if options.augment is not None else None
-    sampler = EpochSampler(samples.labels, head.few_classes, head.out_features, options, drawn_from or 0)
-    return TrainingData(samples, sampler, validation, drawn_from)
-
-
-def _means_of(samples: Samples, num_classes: int) -> Tensor:
-    """The class means ``[N, D]``, 0 for classes without samples, which nothing is drawn from."""
-    present, labels = samples.labels.unique(return_inverse=True)
-    found = class_means(samples.real(), labels, len(present))
-    means = found.new_zeros(num_classes, found.shape[1])
-    means[present.to(found.device)] = found
-    return means
-
-
 def _check_head(head: object) -> None:
     if not isinstance(head, AlphaNet):
         raise TypeError(f"head must be an AlphaNet, got {type(head).__name__}")
@@ -523,13 +384,12 @@ def _fingerprint(head: AlphaNet, data: TrainingData) -> str:
     return digest.hexdigest()[:16]
 
 
-def _split_of(head: AlphaNet, labels: Tensor, many_above: int) -> ClassSplit:
-    counts = torch.bincount(labels, minlength=head.out_features)
+def split_of(head: AlphaNet, data: TrainingData, many_above: int) -> ClassSplit:
+    """The split that a head's few classes and its training samples make."""
+    counts = torch.bincount(data.samples.labels[: data.num_real], minlength=head.out_features)
     few = torch.zeros(head.out_features, dtype=torch.bool, device="cpu")
     few[head.few_classes.cpu()] = True
-    many = (counts > many_above) & ~few
-    ids = torch.arange(head.out_features, device="cpu")
-    return ClassSplit(few=ids[few], medium=ids[~few & ~many], many=ids[many])
+    return ClassSplit.of_masks(few, (counts > many_above) & ~few, counts == 0)
 
 
 def _check_optimizer(head: AlphaNet, optimizer: torch.optim.Optimizer) -> None:

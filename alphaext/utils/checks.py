@@ -59,14 +59,18 @@ def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_number(value: object, name: str, *, above: float | None = None, minimum: float | None = None) -> float:
-    """Return ``value`` as a ``float`` after checking that it is a finite number (not a bool) above or at least a bound."""
+def check_number(
+    value: object, name: str, *, above: float | None = None, minimum: float | None = None, maximum: float | None = None
+) -> float:
+    """Return ``value`` as a ``float`` after checking that it is a finite number (not a bool) within the bounds."""
     allowed = f"finite and above {above}" if above is not None else f"finite and at least {minimum}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, {allowed}, got {value!r}")
     bad = not math.isfinite(value) or (above is not None and value <= above) or (minimum is not None and value < minimum)
     if bad:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if maximum is not None and float(value) > maximum:
+        raise ValueError(f"{name} must be at most {f'{maximum:g}'.replace('e+0', 'e')}, got {value!r}")
     return float(value)
 
 

@@ -108,7 +108,7 @@ def test_other_samples_and_bad_arguments_are_refused():
     ("place", "value", "message"),
     [
         (("header", 0), "class", "line 1: its columns must be true_class"),
-        ((1, 2), "rare", "line 2: true_split must be one of few, medium, many, got 'rare'"),
+        ((1, 2), "rare", "line 2: true_split must be one of few, medium, many, empty, got 'rare'"),
         ((1, 6), "-3", "line 2: before must be an integer and at least 0, got '-3'"),
         ((2, 0), "x", "line 3: true_class must be an integer"),
     ],

@@ -30,6 +30,7 @@ from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import alphaext.sklearn.classifier
+from alphaext.classes import ClassSplit
 from alphaext.sklearn.classifier import AlphaNetClassifier, AlphaNetWarning
 from alphaext.sklearn.estimators import Rows, best_scale, class_means
 
@@ -42,10 +43,10 @@ class LastClassFew(AlphaNetClassifier):
     """Takes the last class for few whatever the counts, so that each of scikit-learn's small problems trains a head."""
 
     def _split(self, counts):
-        few = np.zeros(len(counts), dtype=bool)
-        few[np.flatnonzero(counts)[1:][-1:]] = True
-        base = (counts > 0) & ~few
-        return few, base, base, "" if few.any() else "one class only"
+        few = np.flatnonzero(counts)[1:][-1:]
+        base = np.setdiff1d(np.flatnonzero(counts), few)
+        split = ClassSplit(few=few, medium=base, many=[], empty=np.flatnonzero(counts == 0))
+        return split, "" if len(few) else "one class only"
 
 
 def long_tailed_digits(seed: int = 0):

@@ -566,7 +566,7 @@ def broken_classes(folder: Path) -> None:
         (lambda folder: (folder / ROWS).write_text("a,b\n1,2\n"), ValueError, "its columns differ"),
         (lambda folder: (folder / ROWS).write_bytes(b"\xff\xff"), ValueError, "results.csv' is not a study's results"),
         (lambda folder: (folder / CLASSES).write_text("a,b\n"), ValueError, "classes.csv' is not a table of classes: line 1"),
-        (broken_classes, ValueError, "line 2: split must be one of few, medium, many, got 'rare'"),
+        (broken_classes, ValueError, "line 2: split must be one of few, medium, many, empty, got 'rare'"),
         (lambda folder: (folder / CONFUSIONS).write_text("a,b\n"), ValueError, "confusions.csv' is not a table of confusions"),
     ],
 )

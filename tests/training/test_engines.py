@@ -637,7 +637,7 @@ def test_bad_options_name_argument_and_value(message):
 
 def test_milestones_may_be_a_list():
     options = [TrainingOptions(lr_schedule="multistep", lr_milestones=milestones) for milestones in ([2, 5], (2, 5))]
-    assert options[0] == options[1] and options[0].fingerprint() == options[1].fingerprint()
+    assert options[0] == options[1] and options[0].identity() == options[1].identity()
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alphaext import AlphaNet, fit, fit_many, reference
+from alphaext.training.builder import training_data
 from alphaext.training.few_bias import choose_few_bias
 from alphaext.training.options import TrainingOptions
 from alphaext.training.sampling import EpochSampler
-from alphaext.training.single import training_data
 
 SHORT = dict(epochs=3, batch_size=16, lr=0.05, progress=False)
 
