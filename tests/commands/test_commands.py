@@ -107,7 +107,7 @@ def test_a_checkpoint_is_repaired_from_end_to_end(digits, capsys):
     run(digits, "evaluate", *everything, "--json", "--output", digits / "evaluation")
     result = json.loads(capsys.readouterr().out)
     assert list(result["metrics"]) == [path.name for path in everything] and result["samples"] == 200
-    assert result["classes"] == {"few": 3, "medium": 4, "many": 3}
+    assert result["classes"] == {"few": 3, "medium": 4, "many": 3, "empty": 0}
     # Twice chance already says that the images, labels and weights of all these steps belong together.
     assert all(metrics["all"] > 0.2 for metrics in result["metrics"].values())
     table = (digits / "evaluation" / "alpha-crt.csv").read_text().splitlines()
