@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         keep_freed_memory()
     if config.getoption("--small"):
-        from providers import make_small
+        from head.providers import make_small
 
         make_small()
 
