@@ -297,12 +297,3 @@ def compiled_peers(device: str, small: bool) -> Iterator[Part]:
         yield from parts(device, sizes=TINY, dtypes=["float32"], modes=["forward"], providers=names, seconds=60.0)
     else:
         yield from parts(device, providers=names, seconds=60.0)
-
-
-def own_failures(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What did not run of this package itself; a peer that fails is a note in the table."""
-    return [
-        f"{row['provider']}, {row['size']}, {row['dtype']}, {row['mode']}: {row['error']}"
-        for row in rows
-        if "error" in row and row["provider"].startswith("alphaext")
-    ]

@@ -15,7 +15,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 if not (BENCH / "gpu.py").is_file():
     pytest.skip("the tests of the benchmarks need the source tree", allow_module_level=True)
 
-from gpu_proof import core, heads, large, limits, probe, profiled, report, smoke, timing, trainings  # noqa: E402
+from gpu_proof import core, heads, large, limits, probe, profiled, report, smoke, stages, timing, trainings  # noqa: E402
 from gpu_proof.parts import faults_of, results_of, run_parts  # noqa: E402
 from head.providers import SIZES  # noqa: E402
 
@@ -103,7 +103,7 @@ def test_the_benchmark_runs_on_a_cpu(dtype):
     assert list(made) == [f"heads: tiny, {dtype}, {mode}" for mode in heads.MODES] + [f"scores: tiny, {dtype}"]
     for mode in heads.MODES:
         rows = made[f"heads: tiny, {dtype}, {mode}"]
-        assert [row["provider"] for row in rows] == UNCOMPILED and heads.own_failures(rows) == []
+        assert [row["provider"] for row in rows] == UNCOMPILED
         for row in rows:
             assert "error" not in row and row["graph"] is None and row["several"] is None
             assert row["eager"]["median_ms"] > 0 and math.isfinite(row["bytes"])
@@ -187,6 +187,11 @@ def test_a_peer_that_cannot_be_captured_keeps_its_eager_figure(fake_cuda, monkey
     assert entry["error"] == "RuntimeError: cannot be captured"
 
 
+def failure_of(rows) -> str | None:
+    """What the stage with these rows makes of them."""
+    return stages.failing_rows(stages.Outcome(result={"parts": parts_of({"heads: tiny": rows})})).failed
+
+
 def test_a_provider_that_fails_leaves_the_others_their_figures(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("planted")
@@ -197,10 +202,10 @@ def test_a_provider_that_fails_leaves_the_others_their_figures(monkeypatch):
     (rows,) = found(heads.parts("cpu", providers=providers, **options)).values()
     failed = [row for row in rows if "error" in row]
     assert [row["provider"] for row in failed] == ["batched baddbmm"] and failed[0]["error"] == "RuntimeError: planted"
-    assert len(rows) == 3 and heads.own_failures(rows) == []
+    assert len(rows) == 3 and failure_of(rows) is None
     monkeypatch.setattr(heads, "make_step", broken)
     (rows,) = found(heads.parts("cpu", providers=["alphaext factored"], **options)).values()
-    assert len(heads.own_failures(rows)) == 1
+    assert str(failure_of(rows)).startswith("1 rows of the package failed, the first: alphaext factored")
 
 
 def test_the_core_runs_on_a_cpu():
