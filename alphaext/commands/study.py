@@ -58,7 +58,7 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     forms: tuple[str, ...] = option(
         _DEFAULTS.forms,
         choices=tuple(FORMS),
-        help="of Alpha Net, of gamma, top-k, pool, sharing, negatives and data-size; compare has all",
+        help="of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size; of the first compare shows the classes",
     )
     sharing_lr: float = option(_DEFAULTS.sharing_lr, help="learning rate of a shared sub-module, of sharing")
     retraining_epochs: int = option(_DEFAULTS.retraining_epochs, help="of cRT and LWS in compare; 0 leaves them out")

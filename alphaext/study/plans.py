@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from ..training.options import OPTIONS, TrainingOptions
+from ..training.options import OPTIONS, HeadOptions, TrainingOptions, read_options
 from ..training.presets import PRESETS
-from ..utils.checks import check_choice, check_gamma, check_integer, check_number
+from ..utils.checks import check_choice, check_integer, check_number
 
 __all__ = ["EXPERIMENTS", "FORMS", "POLICIES", "Configuration", "StudyOptions", "Trial", "choose", "plan"]
 
@@ -72,9 +73,10 @@ class StudyOptions:
         top_ks: of top-k; 2, 5 and 10 in the paper.
         few_samples: of data-size: training samples that each few class keeps at most.
         negative_ratios: of negatives; 0 and 1 in the paper.
-        forms: out of :data:`FORMS`: the forms of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size. compare
-            and beyond have their own. Preset few has its own top_k, epochs, batch_size and lr, and no part in sharing and
-            negatives, whose options it does not have.
+        forms: out of :data:`FORMS`: the forms of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size; default
+            preset few. The other experiments have their own. Preset few has its own top_k, epochs, batch_size and lr. It has
+            neither sub-modules nor negative samples: sharing and negatives train the plain form in its place. The classes and
+            confusions that compare shows are those of the first form.
         sharing_lr: learning rate of the one sub-module that all classes share, which each class's gradient moves: many more
             than one of its own has, so that it diverges at theirs.
         retraining_epochs: of cRT and LWS, rivals in compare; 0 leaves them out.
@@ -104,7 +106,7 @@ class StudyOptions:
     top_ks: Sequence[int] = (2, 5, 10)
     few_samples: Sequence[int] = (1, 2, 5, 10)
     negative_ratios: Sequence[float] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    forms: Sequence[str] = ("plain",)
+    forms: Sequence[str] = ("few",)
     sharing_lr: float = 0.01
     retraining_epochs: int = 10
     retraining_lrs: Sequence[float] = (0.1, 0.4)
@@ -117,35 +119,35 @@ class StudyOptions:
     max_drop: float | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            "experiments": lambda value: _chosen_of(value, "experiments", tuple(EXPERIMENTS)),
-            "forms": lambda value: _chosen_of(value, "forms", tuple(FORMS)),
-            "gammas": _named(check_gamma, "gammas"),
-            "fixed_gammas": _named(check_gamma, "fixed_gammas"),
-            "top_ks": lambda value: check_integer(value, "top_ks", minimum=1),
-            "few_samples": lambda value: check_integer(value, "few_samples", minimum=1),
-            "negative_ratios": lambda value: check_number(value, "negative_ratios", minimum=0),
-            "retraining_lrs": lambda value: check_number(value, "retraining_lrs", above=0),
+        checks: dict[str, Callable[[Any], Any]] = {
+            "experiments": partial(check_choice, name="experiments", choices=tuple(EXPERIMENTS)),
+            "forms": partial(check_choice, name="forms", choices=tuple(FORMS)),
+            "gammas": partial(check_number, name="gammas", above=0, maximum=1),
+            "fixed_gammas": partial(check_number, name="fixed_gammas", above=0, maximum=1),
+            "top_ks": partial(check_integer, name="top_ks", minimum=1),
+            "few_samples": partial(check_integer, name="few_samples", minimum=1),
+            "negative_ratios": partial(check_number, name="negative_ratios", minimum=0),
+            "retraining_lrs": partial(check_number, name="retraining_lrs", above=0),
         }
+        checked: dict[str, Any] = {}
         for name, check in checks.items():
             values = getattr(self, name)
             if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
                 raise TypeError(f"{name} must be a list, got {values!r}")
-            checked = tuple(dict.fromkeys(check(value) for value in values))
-            if not checked:
+            checked[name] = tuple(dict.fromkeys(check(value) for value in values))
+            if not checked[name]:
                 raise ValueError(f"{name} must be given at least one value, got none")
-            object.__setattr__(self, name, checked)
         # In one order, whatever order they are asked for in.
-        object.__setattr__(self, "experiments", tuple(name for name in EXPERIMENTS if name in self.experiments))
-        for name, minimum in (("seeds", 1), ("first_seed", 0), ("top_k", 1), ("retraining_epochs", 0)):
-            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum))
-        if self.pca_dim is not None:
-            object.__setattr__(self, "pca_dim", check_integer(self.pca_dim, "pca_dim", minimum=1))
-        checked_training = TrainingOptions(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
-        for name in ("epochs", "batch_size", "lr"):
-            object.__setattr__(self, name, getattr(checked_training, name))
-        object.__setattr__(self, "sharing_lr", check_number(self.sharing_lr, "sharing_lr", above=0))
-        object.__setattr__(self, "max_drop", check_policy(self.policy, self.max_drop))
+        checked["experiments"] = tuple(name for name in EXPERIMENTS if name in checked["experiments"])
+        for name, minimum in (("seeds", 1), ("first_seed", 0), ("retraining_epochs", 0)):
+            checked[name] = check_integer(getattr(self, name), name, minimum=minimum)
+        names = ("top_k", "pca_dim", "epochs", "batch_size", "lr")
+        head, training = read_options({name: getattr(self, name) for name in names})
+        checked |= {name: getattr(head if hasattr(head, name) else training, name) for name in names}
+        checked["sharing_lr"] = check_number(self.sharing_lr, "sharing_lr", above=0)
+        checked["max_drop"] = check_policy(self.policy, self.max_drop)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def identity(self) -> dict[str, Any]:
         """The options that must be equal for results to stand in one table; the others only say which results there are."""
@@ -156,43 +158,38 @@ class StudyOptions:
         return list(range(self.first_seed, self.first_seed + self.seeds))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Configuration:
-    """What differs between the trainings of a study, under the names of :func:`alphaext.fit_many`.
+CONFIGURATION = (
+    *("gamma", "top_k", "pool", "metric", "shared", "rule", "init", "projected_gradient", "negative_ratio", "coefficients"),
+    *("residual", "regularize", "samples_per_class", "augment", "augment_neighbors", "prior_correction", "few_bias"),
+    *("few_samples", "epochs", "batch_size", "lr", "lr_schedule"),
+)
+"""The columns of results that say what was trained: options of :func:`alphaext.fit_many`, and ``few_samples``."""
 
-    ``few_samples`` is how many training samples each few class keeps at most; None for all.
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is trained. Trainings of a study differ in nothing but the options of :data:`CONFIGURATION`.
+
+    Attributes:
+        head: the head's options.
+        training: its training's.
+        few_samples: how many training samples each few class keeps at most; None for all.
     """
 
-    gamma: float
-    top_k: int
-    pool: str = "base"
-    metric: str = "euclidean"
-    shared: bool = False
-    rule: str = "clamp"
-    init: str = "identity"
-    projected_gradient: bool = True
-    negative_ratio: float = 1.0
-    coefficients: str = "mlp"
-    residual: int = 0
-    regularize: float = 0.0
-    samples_per_class: int | None = None
-    augment: str | None = None
-    augment_neighbors: int = 5
-    prior_correction: bool = False
-    few_bias: bool = False
+    head: HeadOptions
+    training: TrainingOptions
     few_samples: int | None = None
-    epochs: int
-    batch_size: int
-    lr: float
-    lr_schedule: str = "step"
+
+    @classmethod
+    def of(cls, *, few_samples: int | None = None, **options: Any) -> Configuration:
+        """A configuration of options by name; of those that are not given, the plain form's."""
+        return cls(*read_options(options), few_samples)
 
     def cells(self) -> dict[str, Any]:
         """The columns of results that say which configuration it was."""
-        return {name: getattr(self, name) for name in CONFIGURATION}
+        values = {**vars(self.head), **vars(self.training), "few_samples": self.few_samples}
+        return {name: values[name] for name in CONFIGURATION}
 
-
-CONFIGURATION = tuple(entry.name for entry in fields(Configuration))
-"""The columns of results that :class:`Configuration` fills."""
 
 _PLAIN = {name: entry.default for name, entry in OPTIONS.items()}
 
@@ -200,9 +197,9 @@ FORMS: dict[str, dict[str, Any]] = {"plain": {}} | {
     form: {name: preset[name] for name in CONFIGURATION if name != "gamma" and preset.get(name) != _PLAIN.get(name)}
     for form, preset in PRESETS.items()
 }
-"""Alpha Net by preset: what differs from the plain form, but gamma, which experiments say.
+"""What the plain form and each preset differ in from the plain form, without gamma, which experiments set.
 
-The plain form, which experiments vary by default, is the paper's from the original classifier on (docs/defaults.md).
+The plain form is the paper's, but starts at the original classifier (docs/defaults.md).
 """
 
 
@@ -224,12 +221,12 @@ class Trial:
         return self.configuration, self.seed
 
 
-def plan(options: StudyOptions, pool_size: int | None = None) -> list[Trial]:
+def plan(options: StudyOptions, most_neighbors: Mapping[str, int] | None = None) -> list[Trial]:
     """Return what the experiments asked for consist of, in the order of the results.
 
     Args:
         options: the study's.
-        pool_size: base classes that there are: preset few takes at most so many neighbours.
+        most_neighbors: how many neighbours preset few takes at most from each pool; without, as many as it asks for.
 
     Returns:
         All trials. Those of "compare" stand under "candidates"; the rivals, which are not trained, are not among them.
@@ -239,74 +236,43 @@ def plan(options: StudyOptions, pool_size: int | None = None) -> list[Trial]:
         >>> [trial.configuration.top_k for trial in trials]
         [2, 5, 10]
     """
-    plans = {
-        "gamma": _gamma,
-        "top-k": _top_k,
-        "pool": _pool,
-        "sharing": _sharing,
-        "negatives": _negatives,
-        "rule": _rule,
-        "start": _start,
-        "controls": _controls,
-        "data-size": _data_size,
-        "beyond": _beyond,
-        "compare": _compare,
-    }
     trials = []
     for experiment in options.experiments:
         name = CANDIDATES if experiment == "compare" else experiment
-        for (method, configuration), seed in itertools.product(plans[experiment](options), options.seed_values()):
+        for (method, configuration), seed in itertools.product(_PLANS[experiment](options), options.seed_values()):
             trials.append(Trial(name, method, configuration, None if method == FROZEN else seed))
-    if pool_size is not None:
-        trials = [_within(trial, pool_size) for trial in trials]
+    if most_neighbors is not None:
+        trials = [_within(trial, most_neighbors) for trial in trials]
     return list(dict.fromkeys(trials))
 
 
-def _within(trial: Trial, pool_size: int) -> Trial:
+def _within(trial: Trial, most_neighbors: Mapping[str, int]) -> Trial:
     own = trial.configuration
     of_few = trial.method.startswith((METHODS["few"], "Alpha Net, more neighbours"))
-    if not of_few or own.top_k != FORMS["few"]["top_k"]:
+    if not of_few or own.head.top_k != FORMS["few"]["top_k"]:
         return trial
-    return replace(trial, configuration=replace(own, top_k=min(own.top_k, pool_size)))
+    top_k = min(own.head.top_k, most_neighbors[own.head.pool])
+    return replace(trial, configuration=Configuration.of(**own.cells() | {"top_k": top_k}))
 
 
 def _base(options: StudyOptions, gamma: float, form: str = "plain", **changes: Any) -> Configuration:
     common = {name: getattr(options, name) for name in ("top_k", "epochs", "batch_size", "lr")}
-    return replace(Configuration(gamma=gamma, **(common | FORMS[form])), **changes)
+    return Configuration.of(**common | FORMS[form] | {"gamma": gamma} | changes)
 
 
-_Plan = Iterator[tuple[str, Configuration]]
+_Plan = Iterable[tuple[str, Configuration]]
 
 
 def _each(options: StudyOptions, gammas: Sequence[float], changes: Sequence[Mapping[str, Any]]) -> _Plan:
-    """All changes at all gammas in all forms, but those that a form has no room for."""
-    for form, change, gamma in itertools.product(options.forms, changes, gammas):
-        if form != "few" or not _NOT_OF_FEW.intersection(change):
-            yield METHODS[form], _base(options, gamma, form, **change)
+    """All changes at all gammas in all forms. The plain form stands for preset few where that lacks the option."""
+    lacking = any(_NOT_OF_FEW.intersection(change) for change in changes)
+    forms = dict.fromkeys("plain" if form == "few" and lacking else form for form in options.forms)
+    for form, change, gamma in itertools.product(forms, changes, gammas):
+        yield METHODS[form], _base(options, gamma, form, **change)
 
 
-def _gamma(options: StudyOptions) -> _Plan:
-    return _each(options, options.gammas, [{}])
-
-
-def _top_k(options: StudyOptions) -> _Plan:
-    return _each(options, options.fixed_gammas, [{"top_k": top_k} for top_k in options.top_ks])
-
-
-def _pool(options: StudyOptions) -> _Plan:
-    return _each(options, options.gammas, [{"pool": pool} for pool in ("many", "base", "all")])
-
-
-def _sharing(options: StudyOptions) -> _Plan:
-    return _each(options, options.gammas, [{"shared": False}, {"shared": True, "lr": options.sharing_lr}])
-
-
-def _negatives(options: StudyOptions) -> _Plan:
-    return _each(options, [_NEGATIVES_GAMMA], [{"negative_ratio": ratio} for ratio in options.negative_ratios])
-
-
-def _data_size(options: StudyOptions) -> _Plan:
-    return _each(options, options.fixed_gammas, [{"few_samples": most} for most in (*options.few_samples, None)])
+def _one_option(name: str, values: Iterable[Any]) -> list[dict[str, Any]]:
+    return [{name: value} for value in values]
 
 
 def _rule(options: StudyOptions) -> _Plan:
@@ -325,13 +291,9 @@ def _start(options: StudyOptions) -> _Plan:
 
 
 def _controls(options: StudyOptions) -> _Plan:
-    for metric, method in (
-        ("euclidean", METHODS["plain"]),
-        ("random", "Alpha Net, random neighbours"),
-        ("cosine", "Alpha Net, cosine neighbours"),
-    ):
-        for gamma in options.fixed_gammas:
-            yield method, _base(options, gamma, metric=metric)
+    for metric, gamma in itertools.product(("euclidean", "random", "cosine"), options.fixed_gammas):
+        method = METHODS["plain"] if metric == "euclidean" else f"Alpha Net, {metric} neighbours"
+        yield method, _base(options, gamma, metric=metric)
     for gamma in options.gammas:
         yield FROZEN, _base(options, gamma, epochs=0)
 
@@ -346,7 +308,6 @@ def _compare(options: StudyOptions) -> _Plan:
 def _beyond(options: StudyOptions) -> _Plan:
     """Each means alone, on the plain form with gamma 1; all together; and all but one, or with another in its place."""
     few = FORMS["few"]
-    yield METHODS["plain"], _base(options, 1.0)
     alone: dict[str, dict[str, Any]] = {
         "one constant": {"few_bias": True},
         "direct coefficients": {"coefficients": "direct"},
@@ -358,9 +319,6 @@ def _beyond(options: StudyOptions) -> _Plan:
         "prior correction": {"prior_correction": True},
         "drawn samples": {name: few[name] for name in ("samples_per_class", "augment", "augment_neighbors")},
     }
-    for name, changes in alone.items():
-        yield f"Alpha Net, {name}", _base(options, 1.0, **changes)
-    yield METHODS["few"], _base(options, 1.0, "few")
     left_out: dict[str, dict[str, Any]] = {
         "without the constant": {"few_bias": False},
         "without residual": {"residual": 0},
@@ -375,9 +333,28 @@ def _beyond(options: StudyOptions) -> _Plan:
         "fewer neighbours": {"top_k": options.top_k},
         "random neighbours": {"metric": "random"},
     }
-    for name, changes in left_out.items():
-        yield f"{METHODS['few']}, {name}", _base(options, 1.0, "few", **changes)
-    yield METHODS[ROWS], _base(options, 1.0, "few", top_k=1)
+    return [
+        (METHODS["plain"], _base(options, 1.0)),
+        *((f"Alpha Net, {name}", _base(options, 1.0, **changes)) for name, changes in alone.items()),
+        (METHODS["few"], _base(options, 1.0, "few")),
+        *((f"{METHODS['few']}, {name}", _base(options, 1.0, "few", **changes)) for name, changes in left_out.items()),
+        (METHODS[ROWS], _base(options, 1.0, "few", top_k=1)),
+    ]
+
+
+_PLANS: dict[str, Callable[[StudyOptions], _Plan]] = {
+    "gamma": lambda options: _each(options, options.gammas, [{}]),
+    "top-k": lambda options: _each(options, options.fixed_gammas, _one_option("top_k", options.top_ks)),
+    "pool": lambda options: _each(options, options.gammas, _one_option("pool", ("many", "base", "all"))),
+    "sharing": lambda options: _each(options, options.gammas, [{"shared": False}, {"shared": True, "lr": options.sharing_lr}]),
+    "negatives": lambda options: _each(options, [_NEGATIVES_GAMMA], _one_option("negative_ratio", options.negative_ratios)),
+    "rule": _rule,
+    "start": _start,
+    "controls": _controls,
+    "data-size": lambda options: _each(options, options.fixed_gammas, _one_option("few_samples", (*options.few_samples, None))),
+    "beyond": _beyond,
+    "compare": _compare,
+}
 
 
 def choose(
@@ -472,18 +449,3 @@ def check_policy(policy: str | None, max_drop: float | None) -> float | None:
     if policy != "best_few":
         raise ValueError(f"max_drop goes with policy 'best_few', got {max_drop!r} with {policy!r}")
     return check_number(max_drop, "max_drop", minimum=0)
-
-
-def _chosen_of(value: object, name: str, choices: tuple[str, ...]) -> str:
-    check_choice(value, name, choices)
-    return str(value)
-
-
-def _named(check: Any, name: str) -> Any:
-    def checked(value: object) -> float:
-        try:
-            return float(check(value))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
-
-    return checked

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,22 @@ import numpy as np
 from torch import nn
 
 from ..baselines.nearest_mean import ncm
-from ..baselines.post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from ..baselines.registry import run_baseline
-from ..features.store import Features
 from ..metrics.class_table import class_table, write_class_table
 from ..metrics.confusions import confusion_changes, write_confusions
 from ..metrics.predictions import predict
 from ..training.few_bias import choose_few_bias, few_bias
 from ..training.selection import BaselineResult
 from .plans import CANDIDATES, METHODS, RETRAINED, Trial, choose
-from .rows import FRONT, Row, row_key, without_nan
+from .rows import FRONT, Row, chosen_columns, row_key, without_nan
 from .trials import Problem, Trainings
 
 __all__ = ["compare_rivals"]
 
 _FRONT_POINTS = 21
+_CANDIDATES_OF = {"tau": "taus", "logit-adjustment": "taus", "few-bias": "offsets"}
+"""The rivals that one number makes, and the option that lists what it is chosen from."""
+
 _NCM: dict[str, dict[str, Any]] = {
     "cosine": {},
     "euclidean": {"metric": "euclidean"},
@@ -59,26 +62,35 @@ class _Comparison:
 
     def run(self, classes: Path, confusions: Path) -> list[dict[str, Any]]:
         # What an earlier run chose is chosen again, not measured again.
-        problem = self.problem
+        problem, options = self.problem, self.options
         problem.file.remove("compare")
         problem.file.add({**problem.original, "experiment": "compare"})
-        with problem.measuring(len(_NCM) + 3 + _FRONT_POINTS) as advance:
-            self._choose("ncm", [self._ncm(variant, advance) for variant in _NCM], None)
-            for method, choose_it in self._rivals():
-                self._add_rival(method, choose_it)
+        train = problem.parts["train"]
+        with problem.measuring(len(_NCM) + len(_CANDIDATES_OF) + _FRONT_POINTS) as advance:
+            means = []
+            for metric, how in _NCM.items():
+                make_means = partial(ncm, train.features, train.labels, train.num_classes, **how)
+                means.append(self._candidate("ncm", make_means, advance, metric=metric))
+            self._choose("ncm", means, None)
+            for method in _CANDIDATES_OF:
+                self._add_rival(method)
                 advance()
             self._add_front(advance)
-        for method in RETRAINED if self.options.retraining_epochs else ():
-            for seed in self.options.seed_values():
-                self._choose(method, self._retrained(method, seed), seed)
-        for form in METHODS:
-            for seed in self.options.seed_values():
-                trials = self.trainings.candidates(form, seed)
-                chosen = self._choose(METHODS[form], [problem.found(self.trainings.row(trial)) for trial in trials], seed)
-                if chosen is not None and form == "plain" and seed == self.options.first_seed:
-                    self._write_classes(trials[chosen], classes, confusions)
+        for method, seed in itertools.product(RETRAINED if options.retraining_epochs else (), options.seed_values()):
+            with problem.measuring(len(options.retraining_lrs)) as advance:
+                found = []
+                for lr in sorted(options.retraining_lrs):
+                    own = {"lr": lr, "epochs": options.retraining_epochs, "seed": seed}
+                    make = partial(self._baseline, method, progress=False, **own)
+                    found.append(self._candidate(method, make, advance, **own))
+            self._choose(method, found, seed)
+        for form, seed in itertools.product(METHODS, options.seed_values()):
+            trials = self.trainings.candidates(form, seed)
+            chosen = self._choose(METHODS[form], [problem.found(self.trainings.row(trial)) for trial in trials], seed)
+            if chosen is not None and (form, seed) == (options.forms[0], options.first_seed):
+                self._write_classes(trials[chosen], classes, confusions)
         for row in self.earlier.values():
-            if row["seed"] not in (None, *self.options.seed_values()):
+            if row["seed"] not in (None, *options.seed_values()):
                 problem.file.add(row)
         return self.choices
 
@@ -90,12 +102,11 @@ class _Comparison:
             add(self.problem.row("compare", method, seed=seed, **policy, error=errors))
             return None
         chosen = choose(rows, self.options.policy, self.options.max_drop, original=self.problem.original)
-        number = next(number for number, row in enumerate(rows) if row is chosen)
         add({**chosen, "experiment": "compare", **policy})
-        names = ("gamma", "metric") if method in METHODS.values() else ("lr",) if method in RETRAINED else ("metric",)
+        names = [name for name in chosen_columns(method) if chosen[name] is not None]
         table = [{name: row[name] for name in (*names, "val_few", "val_all", "error")} for row in rows]
         self._note(method, seed, {name: chosen[name] for name in names}, table, len(rows))
-        return number
+        return next(number for number, row in enumerate(rows) if row is chosen)
 
     def _note(
         self, method: str, seed: int | None, chosen: dict[str, Any], table: Sequence[Mapping[str, Any]], candidates: int
@@ -104,100 +115,59 @@ class _Comparison:
         of = {"chosen": chosen, "candidates": candidates, "table": list(table)}
         self.choices.append({"method": method, "seed": seed, **policy, **of})
 
-    def _ncm(self, variant: str, advance: Callable[[], None]) -> Row:
-        """The row of a nearest class mean classifier, or of why there is none of these features."""
-        row = self.problem.found(self.problem.row(CANDIDATES, "ncm", metric=variant))
-        if row["val_all"] is None:
-            started, train = time.monotonic(), self.problem.parts["train"]
+    def _candidate(
+        self, method: str, make: Callable[[], nn.Linear | BaselineResult], advance: Callable[[], None], **values: Any
+    ) -> Row:
+        """The row of a rival with these values, or of why there is none; measured unless the results have it."""
+        row = self.problem.found(self.problem.row(CANDIDATES, method, **values))
+        if row["val_all"] is None and row["error"] is None:
+            started = time.monotonic()
             try:
-                made = ncm(train.features, train.labels, train.num_classes, **_NCM[variant])
-            except ValueError as error:
+                made = make()
+            except (ValueError, FloatingPointError) as error:
                 row = row | {"error": str(error)}
             else:
                 seconds = time.monotonic() - started
-                row = row | {"seconds": seconds} | self.problem.measured(made.to(self.problem.linear.weight.device))
+                linear, epoch = (made.linear, made.chosen["epoch"]) if isinstance(made, BaselineResult) else (made, None)
+                measured = self.problem.measured(linear.to(self.problem.linear.weight.device))
+                row = row | {"seconds": seconds, "epoch": epoch} | measured
             self.problem.file.add(row)
         advance()
         return row
 
-    def _retrained(self, method: str, seed: int) -> list[Row]:
-        """The rows of cRT or LWS, one for each learning rate, the smallest first."""
-        problem, options = self.problem, self.options
-        train, val = problem.parts["train"], problem.parts["val"]
-        found = []
-        with problem.measuring(len(options.retraining_lrs)) as advance:
-            for lr in sorted(options.retraining_lrs):
-                row = problem.row(CANDIDATES, method, seed=seed, lr=lr, epochs=options.retraining_epochs)
-                row = problem.found(row)
-                if row["val_all"] is None and row["error"] is None:
-                    row = row | self._retrain(method, seed, lr, train, val)
-                    problem.file.add(row)
-                found.append(row)
-                advance()
-        return found
+    def _baseline(self, method: str, **options: Any) -> BaselineResult:
+        """A rival that starts from the original classifier, with what its options leave open chosen on validation samples."""
+        problem, train, val = self.problem, self.problem.parts["train"], self.problem.parts["val"]
+        data: dict[str, Any] = {
+            "linear": problem.linear,
+            "val_features": val.features,
+            "val_labels": val.labels,
+            "split": problem.split,
+        }
+        return run_baseline(method, train.features, train.labels, **data, **problem.selection(), **options)
 
-    def _retrain(self, method: str, seed: int, lr: float, train: Features, val: Features) -> dict[str, Any]:
-        started, problem = time.monotonic(), self.problem
-        try:
-            made = run_baseline(
-                method,
-                train.features,
-                train.labels,
-                linear=problem.linear,
-                val_features=val.features,
-                val_labels=val.labels,
-                split=problem.split,
-                seed=seed,
-                lr=lr,
-                epochs=self.options.retraining_epochs,
-                progress=False,
-                **problem.selection(),
-            )
-        except (ValueError, FloatingPointError) as error:
-            return {"error": str(error)}
-        seconds = time.monotonic() - started
-        epoch = made.chosen.get("epoch")
-        return {"seconds": seconds, "epoch": epoch, **problem.measured(made.linear)}
-
-    def _rivals(self) -> Iterator[tuple[str, Callable[[], BaselineResult]]]:
-        problem = self.problem
-        val, linear = problem.parts["val"], problem.linear
-        counts = problem.parts["train"].class_counts()
-        samples: dict[str, Any] = {"val_features": val.features, "val_labels": val.labels, "split": problem.split}
-        options = samples | problem.selection()
-        yield "tau", lambda: choose_tau(linear, **options)
-        yield "logit-adjustment", lambda: choose_logit_adjustment(linear, counts, **options)
-        yield "few-bias", lambda: choose_few_bias(linear, **options)
-
-    def _add_rival(self, method: str, choose_it: Callable[[], BaselineResult]) -> None:
+    def _add_rival(self, method: str) -> None:
         """Add a rival with the one number that validation chooses for it."""
         started, problem = time.monotonic(), self.problem
         row = problem.row("compare", method, policy=self.options.policy, chosen_on="val")
         try:
-            found = choose_it()
+            found = self._baseline(method)
         except ValueError as error:  # a classifier that has a row of zeros, for example
             problem.file.add(row | {"error": str(error)})
             return
-        (name, value), *_ = found.chosen.items()
+        ((name, value),) = found.chosen.items()
+        linear = found.linear
         table = [{name: entry[name], "val_few": entry["few"], "val_all": entry["all"]} for entry in found.table]
         if self.options.policy == "knee":
             value = choose(sorted(table, key=lambda entry: abs(entry[name])), "knee")[name]
+            linear = self._baseline(method, **{_CANDIDATES_OF[method]: [value]}).linear
         row = row | {name: value}
         known = self.earlier.get(row_key(row))
         if known is None or known["val_all"] is None:
-            known = row | {"seconds": time.monotonic() - started} | problem.measured(self._rival(method, value))
+            known = row | {"seconds": time.monotonic() - started} | problem.measured(linear)
         problem.file.add(known)
-        self._note(
-            method, None, {name: value}, [without_nan(entry) for entry in table], found.settings.get("candidates", len(table))
-        )
-
-    def _rival(self, method: str, value: float) -> nn.Linear:
-        linear = self.problem.linear
-        if method == "tau":
-            return tau_normalized(linear, value)
-        if method == "logit-adjustment":
-            return logit_adjusted(linear, self.problem.parts["train"].class_counts(), value)
-        return few_bias(linear, self.problem.split.few, value)
+        candidates = found.settings.get("candidates", len(table))
+        self._note(method, None, {name: value}, [without_nan(entry) for entry in table], candidates)
 
     def _add_front(self, advance: Callable[[], None]) -> None:
         """Add what few and all come to with each constant on the few logits; where the constants lie, validation says."""
@@ -220,15 +190,7 @@ class _Comparison:
         problem, head = self.problem, self.trainings.head(trial)
         train, test = problem.parts["train"], problem.parts["test"]
         before, after = (predict(each, test.features, test.labels, progress=False) for each in (problem.linear, head.fold()))
-        rows = class_table(
-            before,
-            after,
-            problem.split,
-            train.class_counts(),
-            class_names=train.class_names,
-            head=head,
-            class_means=problem.class_means(),
-        )
+        means, counts, names = problem.class_means, train.class_counts(), train.class_names
+        rows = class_table(before, after, problem.split, counts, class_names=names, head=head, class_means=means)
         write_class_table(rows, classes, overwrite=True)
-        changes = confusion_changes(before, after, problem.split, class_names=train.class_names)
-        write_confusions(changes, confusions, overwrite=True)
+        write_confusions(confusion_changes(before, after, problem.split, class_names=names), confusions, overwrite=True)

@@ -6,15 +6,30 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..metrics.accuracy import SPLITS_AND_ALL
+from ..training.options import OPTIONS
 from ..utils.files import PathLike
 from ..utils.records import number, read_csv, write_csv
 from .plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, METHODS, RETRAINED
 
-__all__ = ["COLUMNS", "FRONT", "MEASURES", "ORIGINAL", "ResultsFile", "Row", "make_row", "read_rows", "summarize", "write_rows"]
+__all__ = [
+    "COLUMNS",
+    "FRONT",
+    "MEASURES",
+    "ORIGINAL",
+    "Group",
+    "ResultsFile",
+    "Row",
+    "group_rows",
+    "make_row",
+    "read_rows",
+    "summarize",
+    "write_rows",
+]
 
 Row = dict[str, Any]
 
@@ -28,30 +43,28 @@ MEASURES = (
 )
 """The columns of each of validation and test samples, after ``val_`` and ``test_``: fractions of 1."""
 
-COLUMNS = (
-    *("experiment", "method", "classifier", "seed"),
-    *CONFIGURATION,
-    *("tau", "offset", "policy", "chosen_on"),
-    *("epoch", "clamped", "seconds", "parameter_bytes", "dense_parameter_bytes", "error"),
-    *(f"{part}_{metric}" for part in ("val", "test") for metric in MEASURES),
-)
+_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("experiment", "method", "classifier"), str),
+    "seed": int,
+    **{name: _TYPES[str(OPTIONS[name].type).removesuffix(" | None")] if name in OPTIONS else int for name in CONFIGURATION},
+    **dict.fromkeys(("tau", "offset"), float),
+    **dict.fromkeys(("policy", "chosen_on"), str),
+    **dict.fromkeys(("epoch", "clamped"), int),
+    "seconds": float,
+    **dict.fromkeys(("parameter_bytes", "dense_parameter_bytes"), int),
+    "error": str,
+    **{f"{part}_{metric}": float for part in ("val", "test") for metric in MEASURES},
+}
+COLUMNS = tuple(_KINDS)
 """The columns of the results."""
 
-_TEXT = (
-    *("experiment", "method", "classifier", "pool", "metric", "rule", "init", "coefficients", "augment", "lr_schedule"),
-    *("policy", "chosen_on", "error"),
-)
-_INTEGER = (
-    *("seed", "top_k", "residual", "samples_per_class", "augment_neighbors", "few_samples", "epochs", "batch_size"),
-    *("epoch", "clamped", "parameter_bytes", "dense_parameter_bytes"),
-)
-_TRUTH = ("shared", "projected_gradient", "prior_correction", "few_bias")
+SETTINGS = (*CONFIGURATION, "tau", "offset")
+"""The columns that say what a row is a result of: what is trained, and what is chosen, which may differ between seeds."""
 
 # What tells rows of one experiment apart: no two rows have all of these in common.
-_KEY = ("experiment", "method", "seed", *CONFIGURATION, "tau", "offset")
-# What is chosen, and may differ from seed to seed.
-_CHOSEN = (*CONFIGURATION, "tau", "offset")
-# Said by the method, but where they are what an experiment is about.
+_KEY = ("experiment", "method", "seed", *SETTINGS)
+# The method's name says these, unless an experiment is about them.
 _SAID_BY_METHOD = (
     *("init", "projected_gradient", "epochs", "batch_size", "lr", "lr_schedule", "coefficients", "residual", "regularize"),
     *("samples_per_class", "augment", "augment_neighbors", "prior_correction", "few_bias"),
@@ -92,7 +105,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: PathLike) -> None:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     rows = [make_row(experiment="gamma", gamma=0.1, shared=False, top_k=5)]
+        ...     rows = [make_row(experiment="gamma", method="Alpha Net", gamma=0.1, shared=False, top_k=5)]
         ...     write_rows(rows, f"{folder}/results.csv")
         ...     read_rows(f"{folder}/results.csv") == rows
         True
@@ -122,15 +135,21 @@ def _check_header(header: list[str]) -> None:
 
 
 def _value(name: str, cell: str) -> Any:
-    if cell == "":
-        return None
-    if name in _TEXT:
-        return cell
-    if name in _TRUTH:
-        if cell not in ("true", "false"):
-            raise ValueError(f"{name} must be true or false, got {cell!r}")
+    kind = _KINDS[name]
+    if cell == "" and name in ("experiment", "method"):
+        raise ValueError(f"{name} is empty")
+    if cell == "" or kind is str:
+        return cell or None
+    if kind is bool and cell not in ("true", "false"):
+        raise ValueError(f"{name} must be true or false, got {cell!r}")
+    if kind is bool:
         return cell == "true"
-    return number(name, cell, int if name in _INTEGER else float)
+    value = number(name, cell, kind)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if name.startswith(("val_", "test_")) and not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    return value
 
 
 class ResultsFile:
@@ -178,6 +197,72 @@ class ResultsFile:
         self.rows = kept
 
 
+@dataclass(frozen=True)
+class Group:
+    """The rows of a method and configuration, one a seed.
+
+    Attributes:
+        method: as the rows have it.
+        configuration: what tells it from others of its experiment.
+        rows: its rows.
+    """
+
+    method: str
+    configuration: Mapping[str, Any]
+    rows: tuple[Mapping[str, Any], ...]
+
+    def values(self, metric: str) -> list[float]:
+        """A metric of each seed that has it."""
+        return [row[metric] for row in self.rows if row[metric] is not None]
+
+    def mean(self, metric: str) -> float | None:
+        """The mean over seeds; None if no seed has it."""
+        values = self.values(metric)
+        return statistics.fmean(values) if values else None
+
+    def spread(self, metric: str) -> float | None:
+        """The standard deviation over seeds (of the sample); None of one seed."""
+        values = self.values(metric)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def gain(self, metric: str, original: Mapping[str, Any] | None) -> float | None:
+        """By how much the mean lies above the original classifier."""
+        mean = self.mean(metric)
+        return None if mean is None or original is None or original[metric] is None else mean - original[metric]
+
+    @property
+    def failed(self) -> int:
+        """How many seeds have no results."""
+        return sum(row["error"] is not None for row in self.rows)
+
+
+def group_rows(rows: Iterable[Mapping[str, Any]], by: Sequence[str] | None = None) -> list[Group]:
+    """The rows of each method and configuration, in the order in which they come.
+
+    Args:
+        rows: of one experiment.
+        by: the columns of the configuration; default those that vary among ``rows``.
+
+    Example:
+        >>> rows = [make_row(method="Alpha Net", seed=s, gamma=g, test_few=g / 2 + s / 8) for g in (0.5, 1.0) for s in (0, 1)]
+        >>> [(group.configuration, group.mean("test_few")) for group in group_rows(rows)]
+        [({'gamma': 0.5}, 0.3125), ({'gamma': 1.0}, 0.5625)]
+    """
+    rows = list(rows)
+    names = varied(rows) if by is None else by
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], *(row[name] for name in names)), []).append(row)
+    return [
+        Group(method, dict(zip(names, values, strict=True)), tuple(members)) for (method, *values), members in groups.items()
+    ]
+
+
+def varied(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of configuration in which rows differ."""
+    return [name for name in SETTINGS if len({row[name] for row in rows}) > 1]
+
+
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what the results come to over seeds: for each method and configuration the test accuracies of few and all.
 
@@ -201,54 +286,32 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for experiment in ROW_EXPERIMENTS:
         own = [row for row in rows if row["experiment"] == experiment]
-        said = () if experiment == "start" else _SAID_BY_METHOD
-        if experiment == "beyond":
-            said = (*said, "top_k", "metric")
-        varied = [name for name in _CHOSEN if name not in said and len({row[name] for row in own}) > 1]
-        groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-        for row in own:
-            group = (row["method"], *(() if experiment == "compare" else (row[name] for name in varied)))
-            groups.setdefault(group, []).append(row)
-        for (method, *_), members in groups.items():
-            found.append(_summary(experiment, method, members, varied, original))
+        said = set(() if experiment == "start" else _SAID_BY_METHOD)
+        said |= {"top_k", "metric"} if experiment == "beyond" else set()
+        names = [name for name in varied(own) if name not in said]
+        for group in group_rows(own, () if experiment == "compare" else names):
+            # Of the rivals' rows and of Alpha Nets what validation chose for them, not what they were all trained with.
+            shown = [name for name in names if experiment != "compare" or name in chosen_columns(group.method)]
+            entry = {
+                "experiment": experiment,
+                "method": group.method,
+                "configuration": {name: _one_or_all(group.values(name)) for name in shown if group.values(name)},
+                "seeds": len(group.rows),
+                "errors": group.failed,
+            }
+            for name in ("few", "all"):
+                metric = f"test_{name}"
+                entry[name], entry[f"{name}_std"] = group.mean(metric), group.spread(metric)
+                entry[f"{name}_gain"] = group.gain(metric, original)
+            found.append(entry)
     return found
 
 
-def _summary(
-    experiment: str,
-    method: str,
-    rows: Sequence[Mapping[str, Any]],
-    varied: Sequence[str],
-    original: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    # Of the rivals' rows and of Alpha Nets what validation chose for them, not what they were all trained with.
-    shown = [name for name in varied if experiment != "compare" or name in _chosen_of(method)]
-    configuration = {
-        name: _one_or_all([row[name] for row in rows]) for name in shown if any(row[name] is not None for row in rows)
-    }
-    result: dict[str, Any] = {
-        "experiment": experiment,
-        "method": method,
-        "configuration": configuration,
-        "seeds": len(rows),
-        "errors": sum(row["error"] is not None for row in rows),
-    }
-    for name in ("few", "all"):
-        values = [row[f"test_{name}"] for row in rows if row[f"test_{name}"] is not None]
-        before = None if original is None else original[f"test_{name}"]
-        mean = statistics.fmean(values) if values else None
-        result[name] = mean
-        result[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        result[f"{name}_gain"] = None if mean is None or before is None else mean - before
-    return result
-
-
-def _chosen_of(method: str) -> tuple[str, ...]:
+def chosen_columns(method: str) -> tuple[str, ...]:
+    """The columns that hold what validation chose for a method of "compare"."""
     if method in METHODS.values():
         return ("gamma",)
-    if method in RETRAINED:
-        return ("lr",)
-    return ("metric", "tau", "offset")
+    return ("lr",) if method in RETRAINED else ("metric", "tau", "offset")
 
 
 def _one_or_all(values: Sequence[Any]) -> Any:

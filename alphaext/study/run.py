@@ -124,9 +124,12 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder, "a study"):
         if earlier is None:
-            for name in (RESULTS, ROWS, CLASSES, CONFUSIONS):
-                (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        # Classes and confusions are of the first form's head; others are made anew.
+        same_form = earlier is not None and earlier["options"]["forms"][:1] == list(settings.forms[:1])
+        outdated = () if same_form else (CLASSES, CONFUSIONS)
+        for name in (RESULTS, ROWS, CLASSES, CONFUSIONS) if earlier is None else outdated:
+            (folder / name).unlink(missing_ok=True)
         file = ResultsFile(folder / ROWS)
         name = classifier_name or "classifier"
         problem = Problem(settings, make_linear(weight, bias), parts, split, name, file, progress)

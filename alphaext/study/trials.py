@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 from ..classes import ClassSplit
 from ..features.store import Features
 from ..head.alphanet import AlphaNet
+from ..head.choices import POOLS
 from ..head.neighbors import pool_size
 from ..metrics.evaluation import expected_calibration_error, split_metrics
 from ..metrics.predictions import predict
 from ..training import cached_logits
 from ..training.many import SweepRun, fit_many
+from ..training.options import HeadOptions
 from ..training.result import FitResult
 from ..utils.checks import check_integer
 from ..utils.progress import progress_bar
@@ -38,7 +42,7 @@ _OF_A_TRAINING = (
     *(f"{part}_{metric}" for part in ("val", "test") for metric in MEASURES),
 )
 
-_Training = tuple[Configuration, int | None]
+Training = tuple[Configuration, int | None]
 
 
 def cut_few_samples(labels: Tensor, few: Tensor, most: int, seed: int, *, passes: int = 1) -> Tensor:
@@ -99,7 +103,6 @@ class Problem:
     ) -> None:
         self.options, self.linear, self.parts, self.split = options, linear, parts, split
         self.name, self.file, self.progress = name, file, progress
-        self._means: Tensor | None = None
         for row in file.rows.values():
             row["classifier"] = name
         self.original = self.found(self.row(ORIGINAL, ORIGINAL))
@@ -137,11 +140,10 @@ class Problem:
             task = bar.add_task("", total=total)
             yield lambda: bar.advance(task)
 
+    @cached_property
     def class_means(self) -> Tensor:
         """The mean feature of each class over all training samples."""
-        if self._means is None:
-            self._means = self.parts["train"].class_means()
-        return self._means
+        return self.parts["train"].class_means()
 
     def selection(self) -> dict[str, Any]:
         """The policy for what chooses among many candidates by itself; "knee" compares only those that are left."""
@@ -162,20 +164,19 @@ class Trainings:
     def __init__(self, problem: Problem, folder: Path, jobs: int | None) -> None:
         self.problem, self.options, self.split = problem, problem.options, problem.split
         self.folder, self.jobs = folder, jobs
-        self.trials = plan(problem.options, len(problem.split.base))
-        self._heads: dict[_Training, AlphaNet] = {}
+        most = {pool: min(len(self.split.base), pool_size(self.split, pool)) for pool in POOLS}
+        self.trials = plan(problem.options, most)
+        self._heads: dict[Training, AlphaNet] = {}
         # One of them may be the chosen one, whose classes are shown.
-        self._kept = {trial.training for trial in self.candidates("plain", self.options.first_seed)}
+        self._kept = {trial.training for trial in self.candidates(self.options.forms[0], self.options.first_seed)}
 
     def run(self) -> None:
         """Train and measure all trials that the results do not have yet."""
         known = self._known()
-        waiting: dict[_Training, list[Trial]] = {}
+        known |= {t.training: {"error": error} for t in self.trials if (error := self._why_impossible(t.configuration))}
+        waiting: dict[Training, list[Trial]] = {}
         for trial in self.trials:
-            error = self._why_impossible(trial.configuration)
-            if error:
-                self._add(trial, {"error": error})
-            elif trial.training in known:
+            if trial.training in known:
                 self._add(trial, known[trial.training])
             else:
                 waiting.setdefault(trial.training, []).append(trial)
@@ -199,7 +200,7 @@ class Trainings:
         found = [
             trial for trial in self.trials if (trial.experiment, trial.method, trial.seed) == (CANDIDATES, METHODS[form], seed)
         ]
-        return sorted(found, key=lambda trial: -trial.configuration.gamma)
+        return sorted(found, key=lambda trial: -trial.configuration.head.gamma)
 
     def row(self, trial: Trial, values: Mapping[str, Any] | None = None) -> Row:
         """The row of a trial."""
@@ -212,19 +213,17 @@ class Trainings:
             self._heads[trial.training] = _trained(self.train([trial.training])[trial.training])[0]
         return self._heads[trial.training]
 
-    def train(self, trainings: Sequence[_Training]) -> dict[_Training, SweepRun]:
+    def train(self, trainings: Sequence[Training]) -> dict[Training, SweepRun]:
         """Train configurations that see the same samples."""
         configuration, seed = trainings[0]
         data, val = self.problem.parts["train"], self.problem.parts["val"]
-        features, labels = as_tensor(data.features, "features"), data.labels
-        name, means = "all", None
-        if configuration.few_samples is None:
-            means = self.problem.class_means()
-        else:
+        features, labels, few_samples = as_tensor(data.features, "features"), data.labels, configuration.few_samples
+        name = "all"
+        if few_samples is not None:
             own_seed = self._seed_of(seed)
-            rows = cut_few_samples(labels, self.split.few, configuration.few_samples, own_seed, passes=data.passes)
+            rows = cut_few_samples(labels, self.split.few, few_samples, own_seed, passes=data.passes)
             features, labels = features.index_select(0, rows), labels.index_select(0, rows)
-            name = f"few-{configuration.few_samples}-seed-{own_seed}"
+            name = f"few-{few_samples}-seed-{own_seed}"
         checkpoints = self.folder / CHECKPOINTS / name
         checkpoints.mkdir(parents=True, exist_ok=True)
         runs = fit_many(
@@ -235,22 +234,18 @@ class Trainings:
             val_features=val.features,
             val_labels=val.labels,
             split=self.split,
-            means=means,
+            means=self.problem.class_means if few_samples is None else None,
             jobs=self.jobs,
             checkpoint=checkpoints,
             progress=self.problem.progress,
         )
         return dict(zip(trainings, runs, strict=True))
 
-    def _known(self) -> dict[_Training, dict[str, Any]]:
+    def _known(self) -> dict[Training, dict[str, Any]]:
         """What the results say of trainings, whichever experiment asked for them."""
-        return {
-            (Configuration(**{name: row[name] for name in CONFIGURATION}), row["seed"]): {
-                name: row[name] for name in _OF_A_TRAINING
-            }
-            for row in self.problem.file.rows.values()
-            if row["top_k"] is not None
-        }
+        rows = [row for row in self.problem.file.rows.values() if row["top_k"] is not None]
+        trainings = [(Configuration.of(**{name: row[name] for name in CONFIGURATION}), row["seed"]) for row in rows]
+        return {training: {name: row[name] for name in _OF_A_TRAINING} for training, row in zip(trainings, rows, strict=True)}
 
     def _add(self, trial: Trial, values: Mapping[str, Any]) -> None:
         row = self.row(trial, values)
@@ -259,55 +254,53 @@ class Trainings:
 
     def _why_impossible(self, configuration: Configuration) -> str:
         """Why there are not neighbours enough, or nothing; one such configuration must not stop a study."""
-        available = pool_size(self.split, configuration.pool)
-        if configuration.top_k <= available:
+        head = configuration.head
+        available = pool_size(self.split, head.pool)
+        if head.top_k <= available:
             return ""
-        return f"not trained: top_k={configuration.top_k}, but there are {available} classes in the pool {configuration.pool!r}"
+        return f"not trained: top_k={head.top_k}, but there are {available} classes in the pool {head.pool!r}"
 
-    def _calls(self, trainings: Sequence[_Training]) -> Iterator[list[_Training]]:
+    def _calls(self, trainings: Sequence[Training]) -> Iterator[list[Training]]:
         """The trainings of each call of :func:`alphaext.fit_many`: as many as see the same samples and fit into memory."""
         weight = self.problem.linear.weight
         columns = 2 * len(weight)  # under l1 a class's logits are kept with and without bias
         together = len(self.problem.parts["train"]) * columns * weight.element_size() <= cached_logits.CACHE_BYTES
-        groups: dict[tuple[Any, ...], list[_Training]] = {}
+        groups: dict[tuple[Any, ...], list[Training]] = {}
         for configuration, seed in trainings:
-            cut = () if configuration.few_samples is None else (configuration.few_samples, seed)
-            neighbors = () if together else (configuration.pool, configuration.metric, configuration.rule == "l1")
+            head, few_samples = configuration.head, configuration.few_samples
+            cut = () if few_samples is None else (few_samples, seed)
+            neighbors = () if together else (head.pool, head.metric, head.rule == "l1")
             groups.setdefault((cut, neighbors), []).append((configuration, seed))
         for group in groups.values():
-            call: list[_Training] = []
-            held = 0
-            for training in group:
-                size = self._head_bytes(training[0])
-                if call and held + size > _MOST_HEAD_BYTES:
-                    yield call
-                    call, held = [], 0
-                call.append(training)
-                held += size
-            yield call
+            ends = np.cumsum([self._head_bytes(configuration.head) for configuration, _ in group])
+            start = 0
+            while start < len(group):
+                held = ends[start - 1] if start else 0
+                stop = max(start + 1, int(np.searchsorted(ends, held + _MOST_HEAD_BYTES, side="right")))
+                yield group[start:stop]
+                start = stop
 
-    def _head_bytes(self, configuration: Configuration) -> int:
-        weight, members = self.problem.linear.weight, configuration.top_k + 1
-        if configuration.coefficients == "direct":
-            return len(self.split.few) * 3 * (members + configuration.residual) * weight.element_size()
+    def _head_bytes(self, head: HeadOptions) -> int:
+        weight, members = self.problem.linear.weight, head.top_k + 1
         reduced = min(self.options.pca_dim or weight.shape[1], *weight.shape)
         # The fixed input; then both layers' parameters, their momentum, and the best epoch's.
         numbers = members * reduced + 3 * (members + 1) * reduced
+        if head.coefficients == "direct":
+            numbers = 3 * (members + head.residual)
         return len(self.split.few) * numbers * weight.element_size()
 
     def _seed_of(self, seed: int | None) -> int:
         return self.options.first_seed if seed is None else seed
 
     def _options_of(self, configuration: Configuration, seed: int | None) -> dict[str, Any]:
-        options = configuration.cells()
-        del options["few_samples"]
-        options |= {"seed": self._seed_of(seed), "neighbor_seed": self._seed_of(seed)}
-        options |= {"pca_dim": self.options.pca_dim}
+        own = {"seed": self._seed_of(seed), "neighbor_seed": self._seed_of(seed), "pca_dim": self.options.pca_dim}
+        options = {name: value for name, value in configuration.cells().items() if name != "few_samples"} | own
         selection = self.problem.selection()
         # Epochs are measured without the constant that is yet to come: fit then takes the last.
-        return options if configuration.few_bias and selection["select"] == "best_all" else options | selection
+        last = configuration.training.few_bias and selection["select"] == "best_all"
+        return options if last else options | selection
 
-    def _result_of(self, training: _Training, run: SweepRun) -> dict[str, Any]:
+    def _result_of(self, training: Training, run: SweepRun) -> dict[str, Any]:
         if run.error.startswith("training diverged"):
             return {"error": run.error}
         head, result = _trained(run)
@@ -333,6 +326,7 @@ def _trained(run: SweepRun) -> tuple[AlphaNet, FitResult]:
 def _dense_bytes(head: AlphaNet) -> int:
     """What the sub-modules' two layers hold as the paper has them, weights and biases (a factored head holds less)."""
     networks, members, hidden = head.w2.shape
+    numbers = networks * ((head.z.shape[1] + 1) * hidden + members * (hidden + 1))
     if head.coefficients == "direct":
-        return (head.b2.numel() + (0 if head.residual is None else head.residual.numel())) * head.w2.element_size()
-    return int(networks * ((head.z.shape[1] + 1) * hidden + members * (hidden + 1)) * head.w2.element_size())
+        numbers = head.b2.numel() + (0 if head.residual is None else head.residual.numel())
+    return int(numbers * head.w2.element_size())

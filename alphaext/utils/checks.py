@@ -53,10 +53,11 @@ def check_gamma(gamma: object) -> float:
     return number
 
 
-def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
-    """Check that ``value`` is one of ``choices``."""
+def check_choice(value: str, name: str, choices: Sequence[str]) -> str:
+    """Return ``value`` after checking that it is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
 
 
 def check_number(

@@ -24,12 +24,12 @@ from alphaext import AlphaNet, ClassSplit, fit
 from alphaext.features import write_features
 from alphaext.metrics.class_table import read_class_table, write_class_table
 from alphaext.study.plans import EXPERIMENTS, StudyOptions
-from alphaext.study.report.content import markdown_text
-from alphaext.study.report.data import group_rows, read_studies, read_study
+from alphaext.study.report.data import read_studies, read_study
 from alphaext.study.report.figures import rank_correlation
 from alphaext.study.report.front import Front, Height, better_rivals, chosen_heights, read_front, verdict
+from alphaext.study.report.page import markdown_text
 from alphaext.study.report.write import write_report
-from alphaext.study.rows import COLUMNS, make_row, read_rows, write_rows
+from alphaext.study.rows import COLUMNS, group_rows, make_row, read_rows, write_rows
 from alphaext.study.run import CLASSES, CONFUSIONS, RESULTS, ROWS, run_study
 from alphaext.training.history import history_html, plot_history
 from alphaext.utils.figures import clean_text
@@ -282,7 +282,7 @@ def test_the_tables_of_experiments_have_the_numbers_of_the_rows(report, study, e
     rows = [row for row in read_rows(study / ROWS) if row["experiment"] == experiment]
     original = next(row for row in read_rows(study / ROWS) if row["experiment"] == "original")
     values = {row[column] for row in rows}
-    table = Page(page_of(report)).table("method", *(["gamma"] if experiment == "pool" else []), column)
+    table = Page(page_of(report)).table("method", *(["gamma", "top_k"] if experiment == "pool" else []), column)
     for value in values:
         own = [row for row in rows if row[column] == value and (experiment != "pool" or row["gamma"] == 1.0)]
         lines = [line for line in table if line[column] == show(value) and (experiment != "pool" or line["gamma"] == "1")]
@@ -559,10 +559,10 @@ def broken_classes(folder: Path) -> None:
         (broken_info("identity", None), ValueError, "'identity'"),
         (broken_info("attribution", 3), ValueError, "'attribution' must be text, got 3"),
         (broken_info("choices", [3]), ValueError, "'choices' must be objects"),
-        (broken_cell("test_few", "1.5"), ValueError, "row 2: test_few must be between 0 and 1, got 1.5"),
-        (broken_cell("seconds", "inf"), ValueError, "row 2: seconds must be finite"),
+        (broken_cell("test_few", "1.5"), ValueError, "line 3: test_few must be between 0 and 1, got 1.5"),
+        (broken_cell("seconds", "inf"), ValueError, "line 3: seconds must be finite"),
         (broken_cell("gamma", "x"), ValueError, "line 3: gamma must be a number, got 'x'"),
-        (broken_cell("method", ""), ValueError, "row 2: method is empty"),
+        (broken_cell("method", ""), ValueError, "line 3: method is empty"),
         (lambda folder: (folder / ROWS).write_text("a,b\n1,2\n"), ValueError, "its columns differ"),
         (lambda folder: (folder / ROWS).write_bytes(b"\xff\xff"), ValueError, "results.csv' is not a study's results"),
         (lambda folder: (folder / CLASSES).write_text("a,b\n"), ValueError, "classes.csv' is not a table of classes: line 1"),

@@ -22,7 +22,7 @@ from alphaext.commands.study import Study
 from alphaext.features import read_features, write_features
 from alphaext.metrics import predict, split_metrics
 from alphaext.study import trials as study_trials
-from alphaext.study.plans import EXPERIMENTS, POLICIES, Configuration, StudyOptions, choose, plan
+from alphaext.study.plans import CONFIGURATION, EXPERIMENTS, POLICIES, StudyOptions, choose, plan
 from alphaext.study.rows import COLUMNS, make_row, read_rows, row_key, summarize, write_rows
 from alphaext.study.run import CLASSES, RESULTS, ROWS, run_study
 from alphaext.study.trials import CHECKPOINTS, cut_few_samples
@@ -37,6 +37,7 @@ OPTIONS = StudyOptions(
     top_ks=[1, 2, 3],
     few_samples=[1, 5],
     negative_ratios=[0, 1, 4],
+    forms=["plain"],
     top_k=2,
     epochs=3,
     pca_dim=4,
@@ -204,7 +205,7 @@ def test_experiments_that_share_a_training_agree(study):
     found: dict = {}
     for row in read_rows(study[0] / ROWS):
         if row["top_k"] is not None:
-            key = (*(row[name] for name in Configuration.__dataclass_fields__), row["seed"])
+            key = (*(row[name] for name in CONFIGURATION), row["seed"])
             found.setdefault(key, set()).add((row["seconds"], row["val_all"], row["test_few"]))
     assert all(len(values) == 1 for values in found.values())
 
@@ -273,7 +274,7 @@ def test_interrupted_studies_end_with_the_same_rows(problem, some, tmp_path, mon
     trainings = {trial.training for trial in plan(SOME)}
     rivals = 1 + 3 + 3 + 2 + len(rows_of(some, "few-bias-front"))
     assert calls["measured"] - (where == "measured") == len(trainings) + rivals
-    assert calls["end_epoch"] - (where == "end_epoch") == sum(each.epochs for each, _ in trainings)
+    assert calls["end_epoch"] - (where == "end_epoch") == sum(each.training.epochs for each, _ in trainings)
     results = [json.loads((folder / RESULTS).read_text()) for folder in (some, tmp_path)]
     assert results[0]["summary"] == results[1]["summary"] and results[0]["choices"] == results[1]["choices"]
 
@@ -418,8 +419,8 @@ def test_small_memory_makes_more_calls_and_the_same_rows(study, problem, tmp_pat
     assert len(found) == len(expected)
     for row, other in zip(found, expected, strict=True):
         # The last bits of logits may depend on what else is computed with them.
-        assert {name: row[name] for name in (*Configuration.__dataclass_fields__, "seed")} == {
-            name: other[name] for name in (*Configuration.__dataclass_fields__, "seed")
+        assert {name: row[name] for name in (*CONFIGURATION, "seed")} == {
+            name: other[name] for name in (*CONFIGURATION, "seed")
         }
         for name in ("val_all", "test_few", "test_all_calibration_error"):
             assert row[name] == pytest.approx(other[name], abs=0.02)
@@ -441,16 +442,43 @@ def test_other_policies(problem, tmp_path, policy, max_drop):
     assert compared[0]["metric"] == choose(ncm, policy, max_drop, original=original)["metric"]
 
 
+POOLS_OF_FOUR = dict.fromkeys(("base", "many", "all"), 4)
+
+
 def test_preset_few_takes_part_where_it_can():
     options = replace(OPTIONS, experiments=["sharing", "negatives", "gamma", "top-k"], forms=["plain", "few"])
     methods = {}
-    for trial in plan(options, pool_size=4):
+    for trial in plan(options, POOLS_OF_FOUR):
         methods.setdefault(trial.experiment, set()).add(trial.method)
-        assert trial.configuration.top_k <= 4
+        assert trial.configuration.head.top_k <= 4
     both = {"Alpha Net", "Alpha Net, preset few"}
     assert methods == {"sharing": {"Alpha Net"}, "negatives": {"Alpha Net"}, "gamma": both, "top-k": both}
     # A user's own number is not corrected, but told to be impossible.
-    assert plan(replace(options, experiments=["gamma"], forms=["plain"], top_k=60), 4)[0].configuration.top_k == 60
+    own = replace(options, experiments=["gamma"], forms=["plain"], top_k=60)
+    assert plan(own, POOLS_OF_FOUR)[0].configuration.head.top_k == 60
+
+
+def test_preset_few_is_the_default():
+    options = StudyOptions(experiments=["gamma", "top-k", "pool", "sharing", "negatives", "data-size"], seeds=1)
+    trials = plan(options, {"base": 40, "many": 7, "all": 40})
+    assert all(trial.configuration.head.coefficients == "direct" for trial in trials if trial.experiment == "gamma")
+    # Preset few lacks what sharing and negatives vary: the plain form stands for it.
+    of_plain = {trial.experiment for trial in trials if trial.method == "Alpha Net"}
+    assert of_plain == {"sharing", "negatives"} and {trial.method for trial in trials} == {"Alpha Net", "Alpha Net, preset few"}
+    top_ks = {trial.configuration.head.pool: trial.configuration.head.top_k for trial in trials if trial.experiment == "pool"}
+    assert top_ks == {"base": 40, "many": 7, "all": 40}
+
+
+def test_classes_are_of_the_first_form(problem, tmp_path):
+    options = replace(OPTIONS, experiments=["compare"], seeds=1, forms=["few"])
+    run(problem, tmp_path, options)
+    few = (tmp_path / CLASSES).read_bytes()
+    run(problem, tmp_path, replace(options, forms=["plain", "few"]))
+    plain = (tmp_path / CLASSES).read_bytes()
+    assert plain != few
+    for folder, forms, expected in ((tmp_path, ["few"], few), (tmp_path / "other", ["plain"], plain)):
+        run(problem, folder, replace(options, forms=forms))
+        assert (folder / CLASSES).read_bytes() == expected
 
 
 # Choosing
@@ -518,11 +546,12 @@ def test_choose_errors(arguments, error, message):
 
 CELL = {
     "experiment": st.sampled_from(["gamma", "compare"]),
+    "method": st.sampled_from(["Alpha Net", "ncm"]),
     "classifier": st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
     "error": st.none() | st.sampled_from(['a "quoted", text', "two\nlines"]),
     "seed": st.none() | st.integers(0, 2**63),
     "shared": st.none() | st.booleans(),
-    "gamma": st.none() | st.floats(allow_nan=False),
+    "gamma": st.none() | st.floats(allow_nan=False, allow_infinity=False),
     "test_all": st.none() | st.floats(0, 1),
 }
 
@@ -540,7 +569,7 @@ def test_csv_errors(tmp_path):
     path.write_text("a,b\n")
     with pytest.raises(ValueError, match="is not a study's results: line 1: its columns differ in a, augment, "):
         read_rows(path)
-    write_rows([make_row(experiment="gamma", gamma=0.5)], path)
+    write_rows([make_row(experiment="gamma", method="Alpha Net", gamma=0.5)], path)
     path.write_text(path.read_text().replace("0.5", "half"))
     with pytest.raises(ValueError, match="line 2: gamma must be a number, got 'half'"):
         read_rows(path)
@@ -554,7 +583,7 @@ def test_no_two_rows_have_one_key(study):
 
 
 def test_plan_shares_trainings():
-    trials = plan(StudyOptions())
+    trials = plan(StudyOptions(forms=["plain"]))
     trainings = {trial.training for trial in trials}
     assert len(trainings) < 0.7 * len(trials)
     assert {trial.experiment for trial in trials} == {*EXPERIMENTS, "candidates"} - {"compare"}
@@ -566,7 +595,7 @@ def test_plan_shares_trainings():
         ("experiments", ["gama"], ValueError, "experiments must be one of gamma, top-k"),
         ("experiments", "gamma", TypeError, "experiments must be a list"),
         ("gammas", [], ValueError, "gammas must be given at least one value"),
-        ("gammas", [1.5], ValueError, "gammas: gamma must be in"),
+        ("gammas", [1.5], ValueError, "gammas must be at most 1, got 1.5"),
         ("seeds", 0, ValueError, "seeds must be"),
         ("few_samples", [0], ValueError, "few_samples must be"),
         ("policy", "best", ValueError, "policy must be one of"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,18 +12,20 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from ...metrics.accuracy import SPLITS
+from ...metrics.class_table import ClassRow
 from ...utils.figures import Picture, render, series_color, series_marker, shortened
 from ...utils.text import percent
 from ..plans import EXPERIMENTS
-from ..rows import Row
-from .content import DataTable, FigureBlock, TextBlock
-from .data import Group, StudyFiles, group_rows, setting_text, varied
+from ..rows import Group, Row, group_rows, varied
+from .content import Block, DataTable, FigureBlock, TextBlock
+from .data import StudyFiles, label, setting_text
 from .plots import Line, draw_bars, draw_gains, draw_lines, draw_scatter, draw_steps, in_percent, part_lines
 from .tables import accuracy_table, classes_table, sharing_table
 
 __all__ = ["class_blocks", "experiment_blocks", "rank_correlation"]
 
-Blocks = list[TextBlock | DataTable | FigureBlock]
+Blocks = list[Block]
 
 _MOST_GAINS = 40
 _SHOWN_CLASSES = 10
@@ -62,83 +65,87 @@ def _slug(text: object) -> str:
 
 def _gamma(study: StudyFiles, rows: list[Row], experiment: str) -> Blocks:
     """Figures 5 and 9 to 12: accuracies by gamma, and gains, top-1 and top-5."""
-    pictures, said = [], []
-    original = study.original
-    for number, (method, groups) in enumerate(_by_gamma(rows).items()):
-        gammas = [group.rows[0]["gamma"] for group in groups]
-        several = f", {shortened(method)}" if len(_by_gamma(rows)) > 1 else ""
-        for gain in (False, True):
-            for suffix, top in _TOPS:
-                lines = part_lines(groups, gammas, suffix, original, gain=gain)
-                what = f"{'gain' if gain else 'accuracy'} {top}"
-                label = "gain over the original, points" if gain else f"{top} accuracy, %"
-                pictures.append(
-                    _picture(
-                        study,
-                        f"{experiment}-{_slug(what)}-{number}",
-                        f"{what.capitalize()}{several}",
-                        f"{what} by gamma, {method}: {_ends(lines, 'gamma')}",
-                        partial(draw_lines, lines=lines, xlabel="gamma", ylabel=label),
-                    )
-                )
-        said.append(_best(groups, original, method))
+    pictures = []
+    methods = _by_gamma(rows)
+    for (number, (method, groups)), gain, (suffix, top) in itertools.product(enumerate(methods.items()), (False, True), _TOPS):
+        lines = part_lines(groups, [group.rows[0]["gamma"] for group in groups], suffix, study.original, gain=gain)
+        what = f"{'gain' if gain else 'accuracy'} {top}"
+        pictures.append(
+            _picture(
+                study,
+                f"{experiment}-{_slug(what)}-{number}",
+                f"{what.capitalize()}{_behind(method, methods)}",
+                f"{what} by gamma, {method}: {_ends(lines, 'gamma')}",
+                partial(
+                    draw_lines,
+                    lines=lines,
+                    xlabel="gamma",
+                    ylabel="gain over the original, points" if gain else f"{top} accuracy, %",
+                ),
+            )
+        )
+    said = " ".join(_best(groups, study.original, method) for method, groups in methods.items())
     table = accuracy_table(study, rows, "Accuracy by gamma, % of test samples")
-    caption = f"Dotted: the original classifier. {' '.join(said)} These are read off test samples; none is chosen by them."
+    caption = f"Dotted: the original classifier. {said} These are read off test samples; none is chosen by them."
     return [_block(study, "Accuracy by gamma (figures 5 and 9 to 12 of the paper)", caption, pictures, [table], pairs=True)]
+
+
+def _behind(name: str, several: Collection[Any]) -> str:
+    """What a title ends with where it is one of several."""
+    return f", {shortened(name)}" if len(several) > 1 else ""
 
 
 def _by_gamma(rows: Sequence[Row]) -> dict[str, list[Group]]:
     """The groups of each method, their gammas ascending; what else differs stands with the method."""
     found: dict[str, list[Group]] = {}
-    groups = group_rows(rows)
+    groups = sorted(group_rows(rows), key=lambda group: group.rows[0]["gamma"] or 0.0)
     for group, shown in zip(groups, _readable(groups, rows), strict=True):
         others = {name: value for name, value in shown.configuration.items() if name != "gamma"}
-        found.setdefault(Group(group.method, others, ()).label, []).append(group)
-    return {label: sorted(groups, key=lambda group: group.rows[0]["gamma"] or 0.0) for label, groups in found.items()}
+        found.setdefault(label(group.method, others), []).append(group)
+    return found
+
+
+def _highest(groups: Sequence[Group], metric: str) -> Group | None:
+    """The group with the highest mean; None if none has one."""
+    known = [group for group in groups if group.mean(metric) is not None]
+    return max(known, key=lambda group: group.mean(metric) or 0.0) if known else None
 
 
 def _best(groups: Sequence[Group], original: Row | None, method: str) -> str:
     parts = []
-    for part, words in (("few", "few accuracy"), ("all", "accuracy over all")):
-        metric = f"test_{part}"
-        known = [group for group in groups if group.mean(metric) is not None]
-        if known:
-            best = max(known, key=lambda group: group.mean(metric) or 0.0)
+    for metric, words in (("test_few", "few accuracy"), ("test_all", "accuracy over all")):
+        best = _highest(groups, metric)
+        if best is not None:
             before = "" if original is None or original[metric] is None else f" (original {percent(original[metric])}%)"
             parts.append(f"{words} is highest at gamma {best.rows[0]['gamma']:g}, {percent(best.mean(metric))}%{before}")
-    return f"{method}: {'; '.join(parts)}." if parts else f"{method}: no results."
+    return f"{method}: {'; '.join(parts) or 'no results'}."
 
 
 def _categories(study: StudyFiles, rows: list[Row], experiment: str, column: str, xlabel: str, figure: str) -> Blocks:
     """Accuracies of few, medium, many and all against what an experiment varies, for each method and gamma."""
-    values = list(dict.fromkeys(row[column] for row in rows))
-    values.sort(key=lambda value: math.inf if value is None else value)
-    ticks = ["all" if value is None else f"{value:g}" for value in values]
+    values = sorted({row[column] for row in rows}, key=lambda value: math.inf if value is None else value)
     pictures, said = [], []
     others = [name for name in varied(rows) if name != column]
-    for number, own in enumerate(group_rows(rows, others)):
+    lots = group_rows(rows, others)
+    for number, (own, readable) in enumerate(zip(lots, _readable(lots, rows, kept=("gamma",)), strict=True)):
         groups = {group.configuration[column]: group for group in group_rows(own.rows, (column,))}
-        constant = [
-            name for name in others if name != "gamma" and len({r[name] for r in rows if r["method"] == own.method}) == 1
-        ]
-        shown = Group(own.method, {name: value for name, value in own.configuration.items() if name not in constant}, ()).label
-        label = "" if len(group_rows(rows, others)) == 1 else f", {shortened(shown)}"
-        there = [value for value in values if value in groups]
-        places = [float(values.index(value)) for value in there]
+        shown = label(own.method, readable.configuration)
+        places = [float(place) for place, value in enumerate(values) if value in groups]
+        there = [groups[value] for value in values if value in groups]
         for suffix, top in _TOPS:
-            lines = part_lines([groups[value] for value in there], places, suffix, study.original)
+            lines = part_lines(there, places, suffix, study.original)
+            ticks = ["all" if value is None else f"{value:g}" for value in values]
             pictures.append(
                 _picture(
                     study,
                     f"{experiment}-{top}-{number}",
-                    f"{top.capitalize()}{label}",
+                    f"{top.capitalize()}{_behind(shown, lots)}",
                     f"{top} accuracy by {xlabel}, {shown}: {_ends(lines, xlabel)}",
                     partial(draw_lines, lines=lines, xlabel=xlabel, ylabel=f"{top} accuracy, %", ticks=ticks),
                 )
             )
-        first, last = groups[there[0]], groups[there[-1]]
         changes = ", ".join(
-            f"{part} from {percent(first.mean(f'test_{part}'))}% to {percent(last.mean(f'test_{part}'))}%"
+            f"{part} from {percent(there[0].mean(f'test_{part}'))}% to {percent(there[-1].mean(f'test_{part}'))}%"
             for part in ("few", "all")
         )
         said.append(f"{shown}: {changes}.")
@@ -151,46 +158,26 @@ def _categories(study: StudyFiles, rows: list[Row], experiment: str, column: str
 def _series(study: StudyFiles, rows: list[Row], experiment: str, column: str, title: str) -> Blocks:
     """Few accuracy by gamma, a line for each value of a column; over all beside it."""
     pictures, said = [], []
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    for number, method in enumerate(methods):
-        own = [row for row in rows if row["method"] == method]
-        values = list(dict.fromkeys(row[column] for row in own))
+    methods = group_rows(rows, ())
+    for number, of_method in enumerate(methods):
+        method = of_method.method
+        series = {
+            each.configuration[column]: sorted(group_rows(each.rows, ("gamma",)), key=lambda g: g.configuration["gamma"])
+            for each in group_rows(of_method.rows, (column,))
+        }
         for part, suffix, top in (("few", "", "top-1"), ("few", "_top5", "top-5"), ("all", "", "top-1")):
-            metric = f"test_{part}{suffix}"
-            lines = []
-            for place, value in enumerate(values):
-                groups = sorted(
-                    group_rows([row for row in own if row[column] == value], ("gamma",)),
-                    key=lambda group: group.configuration["gamma"],
-                )
-                if all(group.mean(metric) is None for group in groups):
-                    continue
-                before = None if study.original is None or place else study.original[metric]
-                lines.append(
-                    Line(
-                        setting_text(column, value),
-                        [group.configuration["gamma"] for group in groups],
-                        [in_percent(group.mean(metric)) for group in groups],
-                        [in_percent(group.spread(metric)) for group in groups],
-                        series_color(place),
-                        series_marker(place),
-                        in_percent(before),
-                        ("-", "--", "-.", ":")[place % 4],
+            lines = _lines_of_series(series, column, f"test_{part}{suffix}", study.original)
+            if lines:
+                pictures.append(
+                    _picture(
+                        study,
+                        f"{experiment}-{part}-{top}-{number}",
+                        f"{part.capitalize()}, {top}{_behind(method, methods)}",
+                        f"{part} {top} accuracy by gamma, {method}: {_ends(lines, 'gamma')}",
+                        partial(draw_lines, lines=lines, xlabel="gamma", ylabel=f"{part} {top} accuracy, %"),
                     )
                 )
-            if not lines:
-                continue
-            label = f", {shortened(method)}" if len(methods) > 1 else ""
-            pictures.append(
-                _picture(
-                    study,
-                    f"{experiment}-{part}-{top}-{number}",
-                    f"{part.capitalize()}, {top}{label}",
-                    f"{part} {top} accuracy by gamma, {method}: {_ends(lines, 'gamma')}",
-                    partial(draw_lines, lines=lines, xlabel="gamma", ylabel=f"{part} {top} accuracy, %"),
-                )
-            )
-        said.append(f"{method}: {_best_of_each(own, column)}.")
+        said.append(f"{method}: {_best_of_each(series, column)}.")
     tables = [accuracy_table(study, rows, f"{title}, % of test samples")]
     if column == "shared":
         tables.insert(0, sharing_table(study, rows))
@@ -198,18 +185,30 @@ def _series(study: StudyFiles, rows: list[Row], experiment: str, column: str, ti
     return [_block(study, title, caption, pictures, tables)]
 
 
-def _best_of_each(rows: Sequence[Row], column: str) -> str:
+def _lines_of_series(series: Mapping[Any, Sequence[Group]], column: str, metric: str, original: Row | None) -> list[Line]:
+    """A line for each value that has results; the first has the original classifier's accuracy as its dotted line."""
+    return [
+        Line(
+            setting_text(column, value),
+            [group.configuration["gamma"] for group in groups],
+            [in_percent(group.mean(metric)) for group in groups],
+            [in_percent(group.spread(metric)) for group in groups],
+            series_color(place),
+            series_marker(place),
+            None if original is None or place else in_percent(original[metric]),
+            ("-", "--", "-.", ":")[place % 4],
+        )
+        for place, (value, groups) in enumerate(series.items())
+        if _highest(groups, metric) is not None
+    ]
+
+
+def _best_of_each(series: Mapping[Any, Sequence[Group]], column: str) -> str:
     parts = []
-    for value in dict.fromkeys(row[column] for row in rows):
-        groups = group_rows([row for row in rows if row[column] == value], ("gamma",))
-        known = [group for group in groups if group.mean("test_few") is not None]
-        if known:
-            best = max(known, key=lambda group: group.mean("test_few") or 0.0)
-            parts.append(
-                f"{setting_text(column, value)} {percent(best.mean('test_few'))}%, gamma {best.configuration['gamma']:g}"
-            )
-        else:
-            parts.append(f"{setting_text(column, value)} has no results")
+    for value, groups in series.items():
+        best = _highest(groups, "test_few")
+        said = "has no results" if best is None else f"{percent(best.mean('test_few'))}%, gamma {best.configuration['gamma']:g}"
+        parts.append(f"{setting_text(column, value)} {said}")
     return "; ".join(parts)
 
 
@@ -222,12 +221,11 @@ def _gains(study: StudyFiles, rows: list[Row], experiment: str) -> Blocks:
     shown = _readable(groups, rows)
     if study.original is None or len(groups) > _MOST_GAINS:
         return [table]
-    best = max(groups, key=lambda group: group.gain("test_few", study.original) or -1.0)
-    label = shown[groups.index(best)].label
+    best, best_shown = max(zip(groups, shown, strict=True), key=lambda each: each[0].gain("test_few", study.original) or -1.0)
     gains = [percent(best.gain(f"test_{part}", study.original), sign=True) for part in ("few", "all")]
     caption = (
         f"Gain over the original classifier on test samples, top-1, means over seeds with standard deviations. Few gain most "
-        f"under {label}: {gains[0]} points, {gains[1]} over all."
+        f"under {label(best.method, best_shown.configuration)}: {gains[0]} points, {gains[1]} over all."
     )
     picture = _picture(
         study,
@@ -240,13 +238,13 @@ def _gains(study: StudyFiles, rows: list[Row], experiment: str) -> Blocks:
     return [_block(study, heading, caption, [picture], [table], pairs=True)]
 
 
-def _readable(groups: Sequence[Group], rows: Sequence[Row]) -> list[Group]:
-    """The same groups, their configuration without what the method's name says already."""
+def _readable(groups: Sequence[Group], rows: Sequence[Row], kept: Collection[str] = ()) -> list[Group]:
+    """The same groups; their configuration leaves out what the method's name says already, but for what is ``kept``."""
     found = []
     for group in groups:
-        own = [row for row in rows if row["method"] == group.method]
-        names = [name for name in group.configuration if len({row[name] for row in own}) > 1]
-        found.append(Group(group.method, {name: group.configuration[name] for name in names}, group.rows))
+        own = varied([row for row in rows if row["method"] == group.method])
+        shown = {name: value for name, value in group.configuration.items() if name in own or name in kept}
+        found.append(replace(group, configuration=shown))
     return found
 
 
@@ -254,65 +252,57 @@ def class_blocks(study: StudyFiles) -> Blocks:
     """Figures 3 and 4 and table 3 of the paper: what became of each class under the chosen Alpha Net of the first seed."""
     if not study.classes:
         return []
+    gain_of = {row.class_id: row.gain for row in study.classes if not math.isnan(row.gain)}
     few = [row for row in study.classes if row.split == "few"]
-    few = sorted(few, key=lambda row: (math.isnan(row.gain), -row.gain if not math.isnan(row.gain) else 0.0, row.class_id))
-    known = [row for row in few if not math.isnan(row.gain)]
-    blocks: Blocks = []
-    pictures: list[Picture] = []
-    said: list[str] = []
+    few.sort(key=lambda row: (-gain_of.get(row.class_id, -math.inf), row.class_id))
+    known = [row for row in few if row.class_id in gain_of]
+    # Each figure's name, title, what it says, and how it is drawn.
+    shown: list[tuple[str, str, str, Callable[[Any], None]]] = []
     if known:
         gains = [100 * row.gain for row in known]
         up, down = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
         mean = percent(float(np.mean(gains)) / 100, sign=True)
         text = f"Of {len(gains)} few classes {up} gain and {down} lose; the mean is {mean} points."
-        said.append(text)
-        pictures.append(_picture(study, "class-gains", "Gain of each few class", text, lambda axes: draw_bars(axes, gains)))
-        measured = [row for row in known if row.distance is not None]
-        if measured:
-            x, y = [row.distance or 0.0 for row in measured], [100 * row.gain for row in measured]
-            text = _correlation_text(rank_correlation(x, y), len(measured))
-            said.append(text)
-            pictures.append(
-                _picture(study, "gain-by-distance", "Gain by distance", text, lambda axes: draw_scatter(axes, x, y))
-            )
+        shown.append(("class-gains", "Gain of each few class", text, partial(draw_bars, gains=gains)))
+    measured = [(row.distance, 100 * row.gain) for row in known if row.distance is not None]
+    if measured:
+        x, y = zip(*measured, strict=True)
+        text = _correlation_text(rank_correlation(x, y), len(measured))
+        shown.append(("gain-by-distance", "Gain by distance", text, partial(draw_scatter, x=x, y=y)))
     by_split = {
-        part: [100 * row.gain for row in study.classes if row.split == part and not math.isnan(row.gain)]
-        for part in ("few", "medium", "many")
+        part: [100 * row.gain for row in study.classes if row.split == part and row.class_id in gain_of] for part in SPLITS
     }
     by_split = {part: values for part, values in by_split.items() if values}
     if by_split:
         means = ", ".join(f"{part} {percent(float(np.mean(values)) / 100, sign=True)}" for part, values in by_split.items())
         text = f"Mean gains over classes, in points: {means}."
-        said.append(text)
         edges = _edges([gain for values in by_split.values() for gain in values])
-        pictures.append(
-            _picture(
-                study, "gain-histogram", "How many classes gain what", text, lambda axes: draw_steps(axes, by_split, edges)
-            )
-        )
-    table = classes_table(few, f"All {len(few)} few classes, by their gain", closed=True)
-    others = [row for row in study.classes if row.split != "few" and row.gain < 0]
-    paid = sorted(others, key=lambda row: (row.gain, row.class_id))[:_SHOWN_CLASSES]
-    if pictures:
-        caption = "Under the Alpha Net that validation samples chose, first seed. " + " ".join(said) + ""
-        blocks.append(_block(study, "Class by class (figures 3 and 4 of the paper)", caption, pictures, [table] if few else []))
+        draw = partial(draw_steps, gains=by_split, edges=edges)
+        shown.append(("gain-histogram", "How many classes gain what", text, draw))
+    blocks: Blocks = []
+    if shown:
+        texts = " ".join(text for _, _, text, _ in shown)
+        caption = f"Under the Alpha Net that validation samples chose, first seed. {texts}"
+        tables = [classes_table(few, f"All {len(few)} few classes, by their gain", closed=True)] if few else []
+        pictures = [_picture(study, name, title, text, draw) for name, title, text, draw in shown]
+        blocks.append(_block(study, "Class by class (figures 3 and 4 of the paper)", caption, pictures, tables))
     if any(row.neighbors for row in few):
         title = "What the few classes that gain most are composed of (table 3 of the paper)"
+        table = classes_table(few[:_SHOWN_CLASSES], title)
         note = "NN1 is the nearest neighbour; each column has its coefficient and its name. Distance: to NN1's mean feature."
-        blocks.append(replace(classes_table(few[:_SHOWN_CLASSES], title), note=note))
-    if paid:
-        blocks.append(_paid_table(paid, len(others)))
+        blocks.append(replace(table, note=f"{note} {table.note}".strip()))
+    losers = [row for row in study.classes if row.split != "few" and row.gain < 0]
+    if losers:
+        losers.sort(key=lambda row: (row.gain, row.class_id))
+        blocks.append(_losers_table(losers[:_SHOWN_CLASSES], len(losers)))
     return blocks
 
 
-def _paid_table(paid: Sequence[Any], number: int) -> DataTable:
-    table = classes_table(paid, f"Medium and many classes that lose most, of {number} that lose")
-    return DataTable(
-        table.title,
-        ("class", "split", *table.header[1:5]),
-        tuple((cells[0], row.split, *cells[1:5]) for cells, row in zip(table.rows, paid, strict=True)),
-        words=(0, 1),
-    )
+def _losers_table(losers: Sequence[ClassRow], number: int) -> DataTable:
+    table = classes_table(losers, f"Medium and many classes that lose most, of {number} that lose")
+    header = ("class", "split", *table.header[1:5])
+    rows = tuple((cells[0], row.split, *cells[1:5]) for cells, row in zip(table.rows, losers, strict=True))
+    return DataTable(table.title, header, rows, words=(0, 1))
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -330,11 +320,10 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
 def _correlation_text(rho: float | None, classes: int) -> str:
     if rho is None:
         return "There is no rank correlation between gain and distance to tell."
+    said = "the closer the neighbour, the larger the gain" if rho < 0 else "the farther the neighbour, the larger the gain"
     # Twice the standard deviation that Spearman's coefficient has where there is none.
     if abs(rho) < 2 / math.sqrt(classes - 1):
         said = "no more than chance would make"
-    else:
-        said = "the closer the neighbour, the larger the gain" if rho < 0 else "the farther the neighbour, the larger the gain"
     return f"Gain and distance to the closest neighbour: Spearman's rank correlation {rho:+.2f} over {classes} classes, {said}."
 
 

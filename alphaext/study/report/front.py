@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ...utils.text import percent
 from ..plans import CANDIDATES
-from ..rows import FRONT, Row
-from .data import COMPARE, SETTINGS, Group, StudyFiles, group_rows, varied
+from ..rows import FRONT, SETTINGS, Group, Row, group_rows
+from .data import COMPARE, StudyFiles, label
 
-__all__ = ["Front", "Height", "alpha_series", "better_rivals", "chosen_heights", "height_of", "read_front", "rivals", "verdict"]
+__all__ = [
+    "Front",
+    "Height",
+    "alpha_series",
+    "better_rivals",
+    "chosen_heights",
+    "height_of",
+    "is_measured",
+    "mean_row",
+    "read_front",
+    "rivals",
+    "verdict",
+]
 
 FEW, ALL = "test_few", "test_all"
 # Less is not told from nothing: a twentieth of a point.
@@ -82,14 +95,12 @@ def read_front(study: StudyFiles) -> Front | None:
     The original classifier (constant 0) and the chosen constant lie on it as well.
     """
     measured = study.of(FRONT)
-    if not measured:
-        return None
     more = [row for row in study.of(COMPARE) if row["offset"] is not None] + [row for row in [study.original] if row]
     best: dict[float, float] = {}
     for row in [*measured, *more]:
         if row[FEW] is not None and row[ALL] is not None:
             best[row[FEW]] = max(row[ALL], best.get(row[FEW], 0.0))
-    if len(best) < 2:
+    if not measured or len(best) < 2:
         return None
     few = sorted(best)
     offsets = {row["offset"] or 0.0 for row in [*measured, *more]}
@@ -103,14 +114,13 @@ def alpha_series(study: StudyFiles) -> list[list[Group]]:
     """
     rows: dict[tuple[object, ...], Row] = {}
     for row in study.of(CANDIDATES, "gamma"):
-        if row["top_k"] is not None and row[FEW] is not None and row[ALL] is not None:
+        if row["top_k"] is not None and is_measured(row):
             rows.setdefault((row["method"], row["seed"], *(row[name] for name in SETTINGS)), row)
-    names = varied(list(rows.values()))
-    series: dict[tuple[object, ...], list[Group]] = {}
-    for group in group_rows(rows.values(), names):
-        others = tuple(value for name, value in group.configuration.items() if name != "gamma")
-        series.setdefault((group.method, others), []).append(group)
-    return [sorted(groups, key=lambda group: group.rows[0]["gamma"] or 0.0) for groups in series.values()]
+    series: dict[str, list[Group]] = {}
+    for group in sorted(group_rows(rows.values()), key=lambda group: group.rows[0]["gamma"] or 0.0):
+        others = {name: value for name, value in group.configuration.items() if name != "gamma"}
+        series.setdefault(label(group.method, others), []).append(group)
+    return list(series.values())
 
 
 def chosen(study: StudyFiles) -> list[Group]:
@@ -120,21 +130,27 @@ def chosen(study: StudyFiles) -> list[Group]:
 
 def rivals(study: StudyFiles) -> list[Group]:
     """The other methods of "compare"; of a study without it, the original classifier alone."""
-    found = group_rows([row for row in study.of(COMPARE) if row["top_k"] is None and row["error"] is None], by=())
-    if not found and study.original is not None:
-        found = group_rows([study.original], by=())
-    return [group for group in found if group.mean(FEW) is not None and group.mean(ALL) is not None]
+    rows = [row for row in study.of(COMPARE) if row["top_k"] is None and row["error"] is None]
+    if not rows and study.original is not None:
+        rows = [study.original]
+    return [group for group in group_rows(rows, by=()) if is_measured(mean_row(group))]
+
+
+def is_measured(row: Mapping[str, Any]) -> bool:
+    """Whether a row has both few accuracy and accuracy over all."""
+    return row[FEW] is not None and row[ALL] is not None
+
+
+def mean_row(group: Group) -> dict[str, float | None]:
+    """Both accuracies of a group, means over its seeds."""
+    return {name: group.mean(name) for name in (FEW, ALL)}
 
 
 def height_of(group: Group, front: Front) -> Height:
     """How far the rows of a group lie above the front."""
-    heights: list[float | None] = []
-    for row in group.rows:
-        if row[FEW] is None or row[ALL] is None:
-            continue
-        below = front.all_at(row[FEW])
-        heights.append(None if below is None else row[ALL] - below)
-    return Height(group, tuple(heights))
+    rows = [row for row in group.rows if is_measured(row)]
+    below = [front.all_at(row[FEW]) for row in rows]
+    return Height(group, tuple(None if own is None else row[ALL] - own for row, own in zip(rows, below, strict=True)))
 
 
 def chosen_heights(study: StudyFiles, front: Front) -> list[Height]:
@@ -145,16 +161,19 @@ def chosen_heights(study: StudyFiles, front: Front) -> list[Height]:
 def better_rivals(group: Group, others: Sequence[Group]) -> list[str]:
     """A sentence about the rivals that have more of both few accuracy and accuracy over all; none where there are none."""
     few, total = group.mean(FEW), group.mean(ALL)
-    if few is None or total is None:
-        return []
-    better = [other for other in others if (other.mean(FEW) or 0.0) > few and (other.mean(ALL) or 0.0) > total]
+    better = [
+        f"{other.method} ({_accuracies(other)})"
+        for other in others
+        if few is not None and (other.mean(FEW) or 0.0) > few and total is not None and (other.mean(ALL) or 0.0) > total
+    ]
     if not better:
         return []
-    shown = [
-        f"{other.method} (few {percent(other.mean(FEW))}%, all {percent(other.mean(ALL))}%)" for other in better[:_MOST_NAMED]
-    ]
-    named = ", ".join(shown) + (f" and {len(better) - len(shown)} more" if len(better) > len(shown) else "")
-    return [f"Better in both few ({percent(few)}%) and all ({percent(total)}%): {named}."]
+    more = f" and {len(better) - _MOST_NAMED} more" if len(better) > _MOST_NAMED else ""
+    return [f"Better in both few ({percent(few)}%) and all ({percent(total)}%): {', '.join(better[:_MOST_NAMED])}{more}."]
+
+
+def _accuracies(group: Group) -> str:
+    return f"few {percent(group.mean(FEW))}%, all {percent(group.mean(ALL))}%"
 
 
 def verdict(height: Height, name: str, samples: int | None, original: Row | None = None, front: Front | None = None) -> str:
@@ -168,33 +187,37 @@ def verdict(height: Height, name: str, samples: int | None, original: Row | None
         front: to say how far it goes where the method lies beyond it.
     """
     known, mean = height.known, height.mean
+    few, total = height.group.mean(FEW), height.group.mean(ALL)
     if mean is None:
-        few, total = height.group.mean(FEW), height.group.mean(ALL)
-        if front is not None and few is not None and total is not None and few > front.few[-1] and total > front.total[-1]:
-            return f"{name} lies above the front's end: {_beyond(height.group, front)}"
-        return f"{name} cannot be compared with the front: {_beyond(height.group, front)}"
-    seeds = len(height.heights)
-    rows = [row for row in height.group.rows if row[FEW] is not None and row[ALL] is not None]
+        beyond = front is not None and few is not None and few > front.few[-1]
+        above = beyond and front is not None and total is not None and total > front.total[-1]
+        where = "lies above the front's end" if above else "cannot be compared with the front"
+        return f"{name} {where}: {_beyond(height.group, front)}"
+    rows = [row for row in height.group.rows if is_measured(row)]
     if original is not None and all((row[FEW], row[ALL]) == (original[FEW], original[ALL]) for row in rows):
         return f"{name} changes nothing: validation samples chose what leaves few accuracy and accuracy over all as they were."
-    points = percent(abs(mean))
+    seeds, points = len(height.heights), percent(abs(mean))
     spread = f" ±{percent(height.spread)}" if height.spread is not None else ""
     images = f", {abs(mean) * samples:.0f} of {samples:,} test samples" if samples else ""
     of = f"over {seeds} seeds" if seeds > 1 else "one seed"
     left_out = seeds - len(known)
     more = f" {left_out} of {seeds} seeds lie beyond the front's ends and are not counted." if left_out else ""
     if abs(mean) < _NOTHING or (min(known) < 0 < max(known)):
-        where = f"on the front: {_signed(mean)}{spread} points over all at equal few accuracy ({of})"
-        return f"{name} lies {where}, no better and no worse than one constant on the few logits.{more}"
-    if mean > 0:
-        return (
-            f"{name} lies above the front: {points}{spread} points more over all at equal few accuracy than one constant on "
-            f"the few logits ({of}{images}).{more}"
+        said = (
+            f"on the front: {percent(mean, sign=True)}{spread} points over all at equal few accuracy ({of}), no better and no "
+            "worse than one constant on the few logits"
         )
-    return (
-        f"{name} lies below the front: one constant on the few logits does better, by {points}{spread} points over all at "
-        f"equal few accuracy ({of}{images}).{more}"
-    )
+    elif mean > 0:
+        said = (
+            f"above the front: {points}{spread} points more over all at equal few accuracy than one constant on the few "
+            f"logits ({of}{images})"
+        )
+    else:
+        said = (
+            f"below the front: one constant on the few logits does better, by {points}{spread} points over all at equal few "
+            f"accuracy ({of}{images})"
+        )
+    return f"{name} lies {said}.{more}"
 
 
 def _beyond(group: Group, front: Front | None) -> str:
@@ -202,13 +225,8 @@ def _beyond(group: Group, front: Front | None) -> str:
     few, total = group.mean(FEW), group.mean(ALL)
     if front is None or few is None or total is None:
         return "its few accuracy lies beyond the front's ends."
-    place = -1 if few > front.few[-1] else 0
-    reached = "no constant that was measured has its few accuracy"
-    end = (
-        f"the {'largest' if place else 'smallest'} is {percent(front.few[place])}% with {percent(front.total[place])}% over all"
+    which, place = ("largest", -1) if few > front.few[-1] else ("smallest", 0)
+    return (
+        f"no constant that was measured has its few accuracy, {percent(few)}% with {percent(total)}% over all; the {which} is "
+        f"{percent(front.few[place])}% with {percent(front.total[place])}% over all."
     )
-    return f"{reached}, {percent(few)}% with {percent(total)}% over all; {end}."
-
-
-def _signed(value: float) -> str:
-    return percent(value, sign=True)

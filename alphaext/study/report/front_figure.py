@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...utils.figures import INK, MUTED, Picture, render, series_color, series_marker
-from ..rows import ORIGINAL
+from ..rows import ORIGINAL, Group
 from .content import FigureBlock, TextBlock
-from .data import Group, StudyFiles
+from .data import StudyFiles
 from .front import (
     ALL,
     FEW,
@@ -19,6 +21,8 @@ from .front import (
     chosen,
     chosen_heights,
     height_of,
+    is_measured,
+    mean_row,
     read_front,
     rivals,
     verdict,
@@ -36,15 +40,14 @@ def front_blocks(studies: Sequence[StudyFiles]) -> list[TextBlock | FigureBlock]
     pictures: list[Picture] = []
     found: list[tuple[StudyFiles, list[Height]]] = []
     texts: list[TextBlock] = []
-    for study in studies:
+    fronts = [read_front(study) for study in studies]
+    for study, front in zip(studies, fronts, strict=True):
         name = f" ({study.name})" if len(studies) > 1 else ""
-        front = read_front(study)
         if front is not None:
             heights = chosen_heights(study, front)
             found.append((study, heights))
             for height in heights:
-                name_of = f"{height.group.method}{name}"
-                said = verdict(height, name_of, study.part("samples", "test"), study.original, front)
+                said = verdict(height, f"{height.group.method}{name}", study.part("samples", "test"), study.original, front)
                 better = better_rivals(height.group, [*rivals(study), *chosen(study)])
                 texts.append(TextBlock(" ".join([said, *better]), "finding"))
         elif not any(row[FEW] is not None for row in study.rows):
@@ -55,13 +58,12 @@ def front_blocks(studies: Sequence[StudyFiles]) -> list[TextBlock | FigureBlock]
     if not pictures:
         return list(texts)
     table = front_table(found)
-    attributions = list(dict.fromkeys(study.attribution for study in studies if study.attribution))
     block = FigureBlock(
         "Few accuracy against accuracy over all",
-        _caption([front for study in studies if (front := read_front(study)) is not None]),
+        _caption([front for front in fronts if front is not None]),
         tuple(pictures),
         () if table is None else (table,),
-        "; ".join(attributions) or None,
+        "; ".join(dict.fromkeys(study.attribution for study in studies if study.attribution)) or None,
         pairs=True,
     )
     return [block, *texts]
@@ -84,119 +86,92 @@ def _caption(fronts: Iterable[Front]) -> str:
 
 def _pictures(study: StudyFiles, front: Front | None, name: str) -> list[Picture]:
     series, others = alpha_series(study), rivals(study)
-    of_compare = [group for group in chosen(study) if group.mean(FEW) is not None and group.mean(ALL) is not None]
+    of_compare = [group for group in chosen(study) if is_measured(mean_row(group))]
     if not series and not of_compare:
         return []
     places = method_places([group.method for group in [*(s[0] for s in series), *of_compare, *others]])
+    accuracies = _Panel(places, lambda group: (group.mean(ALL) or 0.0, group.spread(ALL)))
 
-    def accuracies(axes: Any) -> None:
-        shown = [_point(group, places) for group in [*(g for s in series for g in s), *of_compare, *others]]
+    def draw_accuracies(axes: Any) -> None:
+        shown = [accuracies.point(group) for group in [*itertools.chain(*series), *of_compare, *others]]
         if front is not None:
             few, total = [100 * value for value in front.few], [100 * value for value in front.total]
             axes.plot(few, total, color=series_color(FRONT_PLACE), linewidth=2.0, zorder=1, label="constant on few logits")
-        _draw(axes, series, of_compare, others, places, lambda group: 100 * (group.mean(ALL) or 0.0), lambda g: g.spread(ALL))
-        _limits(axes, shown)
-        axes.set_xlabel("few accuracy, %")
-        axes.set_ylabel("accuracy over all, %")
+        accuracies.draw(axes, series, [*of_compare, *others], "accuracy over all, %")
+        _limits(axes.set_xlim, [(point.x, point.x_spread) for point in shown])
+        _limits(axes.set_ylim, [(point.y, point.y_spread) for point in shown])
 
-    title = f"Accuracy{name}"
-    pictures = [
-        render(
-            f"trade-off-front--{study.key}",
-            accuracies,
-            alt=f"Few accuracy against accuracy over all{name}; {_described([*of_compare, *others])}",
-            title=title,
-            attribution=study.attribution,
-            size=_SIZE,
-        )
-    ]
+    def picture(kind: str, draw: Callable[[Any], None], alt: str, title: str) -> Picture:
+        name_of = f"{kind}--{study.key}"
+        return render(name_of, draw, alt=alt, title=title, attribution=study.attribution, size=_SIZE)
+
+    described = "; ".join(f"{group.method}: {_described(group)}" for group in [*of_compare, *others])
+    alt = f"Few accuracy against accuracy over all{name}; {described}"
+    pictures = [picture("trade-off-front", draw_accuracies, alt, f"Accuracy{name}")]
     if front is None:
         return pictures
+    # Means of those that can be told, by which groups are kept; the original and the constant lie on the line itself.
+    heights = {id(group): height_of(group, front) for group in [*itertools.chain(*series), *of_compare, *others]}
+    panel = _Panel(places, lambda group: (heights[id(group)].mean or 0.0, heights[id(group)].spread))
+    apart = [group for group in others if group.method not in (ORIGINAL, "few-bias")]
 
-    def heights(axes: Any) -> None:
+    def told(groups: Sequence[Group]) -> list[Group]:
+        return [group for group in groups if heights[id(group)].mean is not None]
+
+    def draw_heights(axes: Any) -> None:
         axes.axhline(0, color=series_color(FRONT_PLACE), linewidth=2.0, zorder=1)
-
-        def measured(groups: Sequence[Group]) -> list[Group]:
-            return [group for group in groups if height_of(group, front).mean is not None]
-
-        # The original and the constant lie on the line itself.
-        apart = measured([group for group in others if group.method not in (ORIGINAL, "few-bias")])
-        _draw(
-            axes,
-            [own for groups in series if (own := measured(groups))],
-            measured(of_compare),
-            apart,
-            places,
-            lambda group: 100 * (height_of(group, front).mean or 0.0),
-            lambda group: height_of(group, front).spread,
-        )
+        lines = [own for own in map(told, series) if own]
+        panel.draw(axes, lines, told([*of_compare, *apart]), "above the front, points over all")
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, -0.3), max(high, 0.3))
-        axes.set_xlabel("few accuracy, %")
-        axes.set_ylabel("above the front, points over all")
         axes.annotate("the front", (0, 0), (3, 3), ("axes fraction", "data"), "offset points", fontsize=8, color=MUTED)
 
-    known = [(group, height_of(group, front).mean) for group in of_compare]
-    heights_text = "; ".join(f"{group.method} {100 * mean:+.1f}" for group, mean in known if mean is not None)
-    pictures.append(
-        render(
-            f"above-the-front--{study.key}",
-            heights,
-            alt=f"Points of accuracy over all above the front at equal few accuracy{name}; {heights_text or 'none is known'}",
-            title=f"Height above the front{name}",
-            attribution=study.attribution,
-            size=_SIZE,
-        )
-    )
-    return pictures
+    texts = [f"{group.method} {100 * (heights[id(group)].mean or 0.0):+.1f}" for group in told(of_compare)]
+    alt = f"Points of accuracy over all above the front at equal few accuracy{name}; {'; '.join(texts) or 'none is known'}"
+    return [*pictures, picture("above-the-front", draw_heights, alt, f"Height above the front{name}")]
 
 
-def _draw(
-    axes: Any,
-    series: Sequence[Sequence[Group]],
-    of_compare: Sequence[Group],
-    others: Sequence[Group],
-    places: dict[str, int],
-    y: Any,
-    spread: Any,
-) -> None:
-    for groups in series:
-        points = [_point(group, places, y(group), spread(group)) for group in groups]
-        draw_points(axes, points, connected=True)
-        ends = [groups[0], groups[-1]] if len(groups) > 1 else []
-        for group, point in zip(ends, [points[0], points[-1]], strict=False):
-            gamma = group.rows[0]["gamma"]
-            if gamma is not None:
-                axes.annotate(
-                    f"{gamma:g}", (point.x, point.y), (4, -9), textcoords="offset points", fontsize=7.5, color=point.color
-                )
-    for group in [*of_compare, *others]:
-        point = _point(group, places, y(group), spread(group), group.method)
-        draw_points(axes, [point], large=True)
+@dataclass(frozen=True)
+class _Panel:
+    """One of the figure's panels.
+
+    Attributes:
+        places: of methods, among colours and markers.
+        height: what a group's points are drawn at, and its spread over seeds, fractions of 1.
+    """
+
+    places: Mapping[str, int]
+    height: Callable[[Group], tuple[float, float | None]]
+
+    def point(self, group: Group, label: str = "") -> Point:
+        place = self.places.get(group.method)
+        color, marker = (INK, ORIGINAL_MARKER) if place is None else (series_color(place), series_marker(place))
+        height, spread = self.height(group)
+        few, few_spread = 100 * (group.mean(FEW) or 0.0), 100 * (group.spread(FEW) or 0.0)
+        return Point(label, few, 100 * height, few_spread, 100 * (spread or 0.0), color, marker)
+
+    def draw(self, axes: Any, series: Sequence[Sequence[Group]], large: Sequence[Group], ylabel: str) -> None:
+        """Draw series of small points, the ends of each with its gamma, and large points with the names of their methods."""
+        for groups in series:
+            points = [self.point(group) for group in groups]
+            draw_points(axes, points, connected=True)
+            ends = [0, -1] if len(groups) > 1 else []
+            for gamma, point in ((groups[end].rows[0]["gamma"], points[end]) for end in ends):
+                if gamma is not None:
+                    place, look = (point.x, point.y), {"fontsize": 7.5, "color": point.color}
+                    axes.annotate(f"{gamma:g}", place, (4, -9), textcoords="offset points", **look)
+        for group in large:
+            draw_points(axes, [self.point(group, group.method)], large=True)
+        axes.set_xlabel("few accuracy, %")
+        axes.set_ylabel(ylabel)
 
 
-def _point(group: Group, places: dict[str, int], y: float | None = None, spread: float | None = None, label: str = "") -> Point:
-    if group.method == ORIGINAL:
-        color, marker = INK, ORIGINAL_MARKER
-    else:
-        color, marker = series_color(places[group.method]), series_marker(places[group.method])
-    height = 100 * (group.mean(ALL) or 0.0) if y is None else y
-    return Point(
-        label, 100 * (group.mean(FEW) or 0.0), height, 100 * (group.spread(FEW) or 0.0), 100 * (spread or 0.0), color, marker
-    )
+def _limits(set_limits: Callable[[float, float], Any], values: Sequence[tuple[float, float]]) -> None:
+    """Show the region of the points: the front goes on far beyond, where nobody wants to be."""
+    low, high = min(value - spread for value, spread in values), max(value + spread for value, spread in values)
+    margin = max(0.06 * (high - low), 0.3)
+    set_limits(low - margin, high + margin)
 
 
-def _limits(axes: Any, points: Sequence[Point]) -> None:
-    """The region of the points: the front goes on far beyond, where nobody wants to be."""
-    for values, spreads, set_limits in (
-        ([p.x for p in points], [p.x_spread for p in points], axes.set_xlim),
-        ([p.y for p in points], [p.y_spread for p in points], axes.set_ylim),
-    ):
-        low = min(value - spread for value, spread in zip(values, spreads, strict=True))
-        high = max(value + spread for value, spread in zip(values, spreads, strict=True))
-        margin = max(0.06 * (high - low), 0.3)
-        set_limits(low - margin, high + margin)
-
-
-def _described(groups: Sequence[Group]) -> str:
-    return "; ".join(f"{g.method}: few {100 * (g.mean(FEW) or 0):.1f}%, all {100 * (g.mean(ALL) or 0):.1f}%" for g in groups)
+def _described(group: Group) -> str:
+    return f"few {100 * (group.mean(FEW) or 0):.1f}%, all {100 * (group.mean(ALL) or 0):.1f}%"

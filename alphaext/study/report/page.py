@@ -1,10 +1,12 @@
-"""The report as one HTML file: no script, no file beside it, no request; light and dark, for screens of any width and paper."""
+"""The report as one HTML file (no script, no file beside it, no request; light and dark), and its tables as Markdown."""
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -12,8 +14,9 @@ from markupsafe import Markup, escape
 from ...utils.figures import LINE, MUTED, PAPER, SERIES_COLORS, clean_text
 from .content import DataTable, Section
 
-__all__ = ["page"]
+__all__ = ["markdown", "page"]
 
+_SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
 _LONG_CELL = 18
 _LONG_WORD = re.compile(r"(\S{22})(?=\S)")
 _LIGHT = {"--paper": PAPER, "--line": LINE, "--muted": MUTED, **{name: light for name, (light, _) in SERIES_COLORS.items()}}
@@ -37,16 +40,33 @@ def page(title: str, lead: Sequence[str], sections: Sequence[Section], foot: Seq
     Returns:
         HTML; whatever texts hold is shown as text.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else clean_text(value),
-        trim_blocks=True,
-        undefined=StrictUndefined,
+    environment = _environment(
+        autoescape=True, finalize=lambda value: value if isinstance(value, Markup) else clean_text(value)
     )
-    environment.filters |= {"kind": _kind, "header": _header, "breakable": _breakable}
     template = environment.get_template("page.html")
     return template.render(title=title, lead=lead, sections=sections, foot=foot, light=_LIGHT, dark=_DARK) + "\n"
+
+
+def markdown(title: str, sections: Sequence[Section]) -> str:
+    """All tables and findings of a report as Markdown, out of the template ``tables.md``."""
+    return _environment().get_template("tables.md").render(title=title, sections=sections).rstrip() + "\n"
+
+
+def _environment(**options: Any) -> Environment:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, trim_blocks=True, undefined=StrictUndefined, **options)
+    environment.filters |= {"kind": _kind, "header": _header, "breakable": _breakable, "text": markdown_text}
+    return environment
+
+
+def markdown_text(text: object) -> str:
+    """Text that Markdown takes as it stands.
+
+    Example:
+        >>> markdown_text("<b>a|b*")
+        '&lt;b&gt;a\\\\|b\\\\*'
+    """
+    return _SPECIAL.sub(r"\\\1", html.escape(clean_text(text), quote=False))
 
 
 def _kind(table: DataTable, column: int) -> Markup:

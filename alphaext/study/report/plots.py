@@ -6,27 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...utils.figures import INK, MUTED, PAPER, series_color, series_marker, shortened, wrapped
-from ..rows import ORIGINAL, Row
-from .data import Group
+import numpy as np
 
-PART_NAMES = {"few": "few", "medium": "medium", "many": "many", "all": "all"}
+from ...metrics.accuracy import SPLITS_AND_ALL
+from ...utils.figures import INK, MUTED, PAPER, series_color, series_marker, shortened, wrapped
+from ..plans import METHODS, ROWS
+from ..rows import ORIGINAL, Group, Row
+from .data import label
+
 # Colour and marker of each split, wherever splits stand beside each other.
 PART_PLACES = {"few": 0, "medium": 2, "many": 1}
 ALL_MARKER, ORIGINAL_MARKER = "D", "*"
 
 # Known methods look the same in every figure; those that nobody knows get the next places.
-_METHODS = {
-    "Alpha Net": 0,
-    "Alpha Net, paper's form": 1,
-    "ncm": 2,
-    "tau": 3,
-    "logit-adjustment": 4,
-    "few-bias": 5,
-    "Alpha Net, preset few": 6,
-    "free rows": 7,
-}
-FRONT_PLACE = _METHODS["few-bias"]
+_METHODS = (*(METHODS["plain"], METHODS["paper"], "ncm", "tau", "logit-adjustment", "few-bias", METHODS["few"], METHODS[ROWS]),)
+FRONT_PLACE = _METHODS.index("few-bias")
 
 
 @dataclass(frozen=True)
@@ -45,11 +39,8 @@ class Line:
 
 def method_places(methods: Iterable[str]) -> dict[str, int]:
     """The place of each method among colours and markers."""
-    places = dict(_METHODS)
-    for method in methods:
-        if method not in places and method != ORIGINAL:
-            places[method] = len(places)
-    return places
+    names = dict.fromkeys([*_METHODS, *(method for method in methods if method != ORIGINAL)])
+    return {method: place for place, method in enumerate(names)}
 
 
 def part_look(part: str) -> tuple[str, str]:
@@ -68,7 +59,7 @@ def part_lines(
 ) -> list[Line]:
     """A line for few, medium, many and all, dotted where the original classifier is; those without samples are left out."""
     lines = []
-    for part in PART_NAMES:
+    for part in SPLITS_AND_ALL:
         metric = f"test_{part}{suffix}"
         values = [group.gain(metric, original) if gain else group.mean(metric) for group in groups]
         if all(value is None for value in values):
@@ -108,20 +99,25 @@ def draw_lines(axes: Any, lines: Sequence[Line], xlabel: str, ylabel: str, ticks
 def draw_gains(axes: Any, groups: Sequence[Group], original: Row | None) -> None:
     """A row for each configuration: what few and all gain, with their spread."""
     axes.axvline(0, color=MUTED, linewidth=1.0)
-    places = list(range(len(groups)))
     for part, shift in (("few", -0.14), ("all", 0.14)):
         color, marker = part_look(part)
-        metric = f"test_{part}"
-        found = [
-            (place + shift, 100 * gain, 100 * (group.spread(metric) or 0.0))
-            for place, group in zip(places, groups, strict=True)
-            if (gain := group.gain(metric, original)) is not None
-        ]
-        if found:
-            y, x, spread = (list(values) for values in zip(*found, strict=True))
-            bars = spread if any(spread) else None
-            axes.errorbar(x, y, xerr=bars, color=color, marker=marker, linestyle="none", elinewidth=1.0, label=part)
-    axes.set_yticks(places, [wrapped(shortened(group.label, 72), 26, 3) for group in groups], fontsize=7.5)
+        gains = [in_percent(group.gain(f"test_{part}", original)) for group in groups]
+        spreads = [100 * (group.spread(f"test_{part}") or 0.0) for group in groups]
+        known = [place for place, gain in enumerate(gains) if gain is not None]
+        if known:
+            spread = [spreads[place] for place in known]
+            axes.errorbar(
+                [gains[place] for place in known],
+                [place + shift for place in known],
+                xerr=spread if any(spread) else None,
+                color=color,
+                marker=marker,
+                linestyle="none",
+                elinewidth=1.0,
+                label=part,
+            )
+    names = [label(group.method, group.configuration) for group in groups]
+    axes.set_yticks(range(len(groups)), [wrapped(shortened(name, 72), 26, 3) for name in names], fontsize=7.5)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel("gain over the original, points")
 
@@ -147,15 +143,12 @@ def draw_scatter(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
 
 def draw_steps(axes: Any, gains: Mapping[str, Sequence[float]], edges: Sequence[float]) -> None:
     """How many of each split's classes gain so much, in percent of the split's."""
-    import numpy as np
-
     axes.axvline(0, color=MUTED, linewidth=1.0)
     dashes = {"few": "-", "medium": "--", "many": "-."}
     for part, values in gains.items():
-        counts, _ = np.histogram(values, bins=np.asarray(edges))
-        label = f"{part} ({len(values)} classes)"
-        shares = 100 * counts / max(len(values), 1)
-        axes.stairs(shares, edges, color=part_look(part)[0], linewidth=1.8, linestyle=dashes[part], label=label)
+        shares = 100 * np.histogram(values, bins=np.asarray(edges))[0] / max(len(values), 1)
+        look = {"color": part_look(part)[0], "linewidth": 1.8, "linestyle": dashes[part]}
+        axes.stairs(shares, edges, label=f"{part} ({len(values)} classes)", **look)
     axes.set_xlabel("gain, points")
     axes.set_ylabel("classes of the split, %")
 

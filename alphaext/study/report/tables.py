@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...metrics.accuracy import SPLITS_AND_ALL
 from ...metrics.class_table import ClassRow
+from ...metrics.confusions import ConfusionRow
 from ...utils.figures import clean_text
 from ...utils.text import percent
-from ..rows import Row
+from ..rows import ORIGINAL, Group, Row, group_rows, varied
 from .content import DataTable
-from .data import COMPARE, SETTINGS, Group, StudyFiles, group_rows, isolated, said_by_method, value_text, varied
+from .data import COMPARE, StudyFiles, isolated, label, said_by_method, value_text
 from .front import Height
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "settings_table",
 ]
 
-_MOST_CLASSES = 400
+_MOST_CLASSES, _MOST_NEIGHBORS = 400, 5
 _MOST_CONFUSIONS, _MOST_ERRORS = 15, 10
 
 
@@ -44,87 +44,91 @@ def mean_text(group: Group, metric: str) -> str:
     return percent(group.mean(metric)) + (f" ±{percent(spread)}" if spread is not None else "")
 
 
-def _one_classifier(table: DataTable, classifiers: int) -> DataTable:
-    """The same without the column that names the classifier, where there is but one."""
-    if classifiers > 1:
-        return table
-    place = table.header.index("classifier")
+_Rows = Iterable[tuple[str, ...]]
+_ACCURACIES = tuple(f"{part}{top}" for part in SPLITS_AND_ALL for top in ("", "_top5"))
+_ACCURACY_NAMES = tuple(f"{part} {top}" for part in SPLITS_AND_ALL for top in ("top-1", "top-5"))
 
-    def without(cells: tuple[str, ...]) -> tuple[str, ...]:
-        return cells[:place] + cells[place + 1 :]
 
-    words = tuple(column - (column > place) for column in table.words if column != place)
-    return replace(table, header=without(table.header), rows=tuple(map(without, table.rows)), words=words)
+def _accuracy_texts(group: Group) -> list[str]:
+    return [mean_text(group, f"test_{name}") for name in _ACCURACIES]
+
+
+def _gain_texts(group: Group, study: StudyFiles, parts: Iterable[str]) -> list[str]:
+    return [percent(group.gain(f"test_{part}", study.original), sign=True) for part in parts]
+
+
+def _of_studies(
+    studies: int, title: str, header: tuple[str, ...], rows: _Rows, words: tuple[int, ...], **others: Any
+) -> DataTable | None:
+    """A table with a column "classifier", which is left out of one study's; None of no rows."""
+    cells = tuple(rows)
+    if not cells:
+        return None
+    columns = [number for number, name in enumerate(header) if name != "classifier" or studies > 1]
+    return DataTable(
+        title,
+        tuple(header[column] for column in columns),
+        tuple(tuple(row[column] for column in columns) for row in cells),
+        words=tuple(place for place, column in enumerate(columns) if column in words),
+        **others,
+    )
+
+
+def _compared(studies: Sequence[StudyFiles]) -> Iterator[tuple[StudyFiles, Group]]:
+    """The methods of "compare", each over its seeds, with the study that they are of."""
+    for study in studies:
+        for group in group_rows(study.of(COMPARE), by=()):
+            yield study, group
 
 
 def compare_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     """Tables 1 and 2 of the paper: rivals and Alpha Nets of all classifiers."""
-    rows = []
-    for study in studies:
-        for group in group_rows(study.of(COMPARE), by=()):
-            cells = [mean_text(group, f"test_{part}{top}") for part in SPLITS_AND_ALL for top in ("", "_top5")]
-            rows.append((group.method, study.name, _chosen(study, group), _candidates(study, group), _seeds(group), *cells))
-    if not rows:
-        return None
-    columns = [f"{part} {top}" for part in SPLITS_AND_ALL for top in ("top-1", "top-5")]
-    return _one_classifier(
-        DataTable(
-            "Accuracy on test samples, % (tables 1 and 2 of the paper)",
-            ("method", "classifier", "chosen on validation", "candidates", "seeds", *columns),
-            tuple(rows),
-            words=(0, 1, 2),
-            note="± is the standard deviation over seeds. What a method leaves open was chosen on validation samples, out of "
-            "so many candidates.",
-        ),
+    rows = (
+        (group.method, study.name, _chosen(study, group), _candidates(study, group), _seeds(group), *_accuracy_texts(group))
+        for study, group in _compared(studies)
+    )
+    return _of_studies(
         len(studies),
+        "Accuracy on test samples, % (tables 1 and 2 of the paper)",
+        ("method", "classifier", "chosen on validation", "candidates", "seeds", *_ACCURACY_NAMES),
+        rows,
+        (0, 1, 2),
+        note="± is the standard deviation over seeds. What a method leaves open was chosen on validation samples, out of "
+        "so many candidates.",
     )
 
 
 def cost_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     """What each method of "compare" gains and costs over the original classifier, and what of it sits on a clamp."""
     rows = []
-    for study in studies:
-        few = study.part("classes", "few")
-        for group in group_rows([row for row in study.of(COMPARE) if row["method"] != "original"], by=()):
-            gains = [percent(group.gain(f"test_{part}", study.original), sign=True) for part in SPLITS_AND_ALL]
-            clamped = group.mean("clamped")
-            of = "" if few is None else f" of {few}"
-            stuck = "-" if clamped is None else f"{clamped:.4g}{of}"
-            rows.append((group.method, study.name, *gains, stuck, _number(group.mean("epoch")), _seconds(group)))
-    if not rows:
-        return None
-    columns = [f"{part}, points" for part in SPLITS_AND_ALL]
-    return _one_classifier(
-        DataTable(
-            "Gain over the original classifier, top-1 on test samples",
-            ("method", "classifier", *columns, "classes on their clamp", "epoch", "seconds"),
-            tuple(rows),
-            words=(0, 1),
-            note="Means over seeds. A class is on its clamp where its own coefficient sits on an end of what gamma allows it.",
-        ),
+    for study, group in _compared(studies):
+        few, clamped = study.part("classes", "few"), group.mean("clamped")
+        stuck = "-" if clamped is None else f"{clamped:.4g}" + ("" if few is None else f" of {few}")
+        gains = _gain_texts(group, study, SPLITS_AND_ALL)
+        rows.append((group.method, study.name, *gains, stuck, _number(group.mean("epoch")), _seconds(group)))
+    return _of_studies(
         len(studies),
+        "Gain over the original classifier, top-1 on test samples",
+        ("method", "classifier", *(f"{part}, points" for part in SPLITS_AND_ALL), "classes on their clamp", "epoch", "seconds"),
+        (row for row in rows if row[0] != ORIGINAL),
+        (0, 1),
+        note="Means over seeds. A class is on its clamp where its own coefficient sits on an end of what gamma allows it.",
     )
 
 
 def calibration_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     """Expected calibration errors of the methods of "compare", the original first."""
-    rows = []
-    for study in studies:
-        for group in group_rows(study.of(COMPARE), by=()):
-            cells = [mean_text(group, f"test_{part}_calibration_error") for part in SPLITS_AND_ALL]
-            if any(cell != "-" for cell in cells):
-                rows.append((group.method, study.name, *cells))
-    if not rows:
-        return None
-    return _one_classifier(
-        DataTable(
-            "Expected calibration error on test samples, % (0 is best)",
-            ("method", "classifier", *SPLITS_AND_ALL),
-            tuple(rows),
-            words=(0, 1),
-            note="How far the probability of the predicted class lies from how often it is right, before (original) and after.",
-        ),
+    rows = (
+        (group.method, study.name, *(mean_text(group, f"test_{part}_calibration_error") for part in SPLITS_AND_ALL))
+        for study, group in _compared(studies)
+    )
+    return _of_studies(
         len(studies),
+        "Expected calibration error on test samples, % (0 is best)",
+        ("method", "classifier", *SPLITS_AND_ALL),
+        (row for row in rows if set(row[2:]) != {"-"}),
+        (0, 1),
+        note="How far the probability of the predicted class lies from how often it is right, before (original) and after.",
     )
 
 
@@ -134,73 +138,60 @@ def front_table(studies: Sequence[tuple[StudyFiles, Sequence[Height]]]) -> DataT
     for study, heights in studies:
         for height in heights:
             group = height.group
-            below = [
-                None if h is None else row["test_all"] - h for row, h in zip(_measured(group), height.heights, strict=True)
-            ]
-            known = [value for value in below if value is not None]
-            front = percent(sum(known) / len(known)) if known else "-"
+            totals = [row["test_all"] for row in _measured(group)]
+            fronts = [total - h for total, h in zip(totals, height.heights, strict=True) if h is not None]
+            front = percent(sum(fronts) / len(fronts)) if fronts else "-"
             spread = "" if height.spread is None else f" ±{percent(height.spread)}"
             each = ", ".join("beyond its ends" if h is None else percent(h, sign=True) for h in height.heights)
             cells = (mean_text(group, "test_few"), mean_text(group, "test_all"), front)
             rows.append((group.method, study.name, *cells, percent(height.mean, sign=True) + spread, each))
-    if not rows:
-        return None
-    return _one_classifier(
-        DataTable(
-            "The chosen Alpha Nets against the front, top-1 on test samples",
-            (
-                "method",
-                "classifier",
-                "few, %",
-                "all, %",
-                "front at equal few, %",
-                "above the front, points",
-                "each seed",
-            ),
-            tuple(rows),
-            words=(0, 1, 6),
-            note="Below zero, one constant on all few logits has more accuracy over all at the same few accuracy.",
-        ),
+    return _of_studies(
         len(studies),
+        "The chosen Alpha Nets against the front, top-1 on test samples",
+        ("method", "classifier", "few, %", "all, %", "front at equal few, %", "above the front, points", "each seed"),
+        rows,
+        (0, 1, 6),
+        note="Below zero, one constant on all few logits has more accuracy over all at the same few accuracy.",
     )
 
 
-def accuracy_table(study: StudyFiles, rows: Iterable[Row], title: str, *, note: str = "", closed: bool = False) -> DataTable:
+def accuracy_table(study: StudyFiles, rows: Iterable[Row], title: str) -> DataTable:
     """All accuracies of an experiment's methods and configurations."""
     rows = list(rows)
     names = [name for name in varied(rows) if not said_by_method(rows, name)]
     # Where configurations differ from method to method alone, that is what the experiment is about.
     names = names if any(name != "gamma" for name in names) else varied(rows)
-    found = []
-    for group in group_rows(rows, varied(rows)):
-        settings = [_setting(group, name) for name in names]
-        cells = [mean_text(group, f"test_{part}{top}") for part in SPLITS_AND_ALL for top in ("", "_top5")]
-        gains = [percent(group.gain(f"test_{part}", study.original), sign=True) for part in ("few", "all")]
-        found.append((group.method, *settings, _seeds(group), *cells, *gains))
-    columns = [f"{part} {top}" for part in SPLITS_AND_ALL for top in ("top-1", "top-5")]
+    found = tuple(
+        (
+            group.method,
+            *(_setting(group, name) for name in names),
+            _seeds(group),
+            *_accuracy_texts(group),
+            *_gain_texts(group, study, ("few", "all")),
+        )
+        for group in group_rows(rows)
+    )
     return DataTable(
-        title,
-        ("method", *names, "seeds", *columns, "few gain", "all gain"),
-        tuple(found),
-        words=tuple(range(1 + len(names))),
-        note=note,
-        closed=closed,
+        title, ("method", *names, "seeds", *_ACCURACY_NAMES, "few gain", "all gain"), found, words=tuple(range(1 + len(names)))
     )
 
 
 def sharing_table(study: StudyFiles, rows: Iterable[Row]) -> DataTable:
     """What one sub-module for all few classes saves, and what it costs."""
-    found = []
-    for group in group_rows(rows, by=("shared",)):
-        sizes = [_bytes(group.mean(name)) for name in ("parameter_bytes", "dense_parameter_bytes")]
-        cells = [percent(group.mean(f"test_{part}")) for part in ("few", "all")]
-        found.append(
-            (group.method, "one for all" if group.configuration["shared"] else "one each", *cells, *sizes, _seconds(group))
+    found = tuple(
+        (
+            group.method,
+            "one for all" if group.configuration["shared"] else "one each",
+            *(percent(group.mean(f"test_{part}")) for part in ("few", "all")),
+            *(_bytes(group.mean(name)) for name in ("parameter_bytes", "dense_parameter_bytes")),
+            _seconds(group),
         )
+        for group in group_rows(rows, by=("shared",))
+    )
     return DataTable(
         "What sharing saves and costs, means over gammas and seeds",
         ("method", "sub-modules", "few, %", "all, %", "trained", "both layers as in the paper", "seconds a training"),
-        tuple(found),
+        found,
         words=(0, 1),
     )
 
@@ -208,6 +199,7 @@ def sharing_table(study: StudyFiles, rows: Iterable[Row]) -> DataTable:
 def classes_table(rows: Sequence[ClassRow], title: str, *, closed: bool = False) -> DataTable:
     """Classes with what their classifiers are composed of (table 3 of the paper)."""
     most = max((len(row.neighbors) for row in rows), default=0)
+    shown = min(most, _MOST_NEIGHBORS)
     found = []
     for row in rows[:_MOST_CLASSES]:
         neighbors = [f"{alpha:.2f} {isolated(name)}" for name, alpha in zip(row.neighbor_names, row.alphas, strict=True)]
@@ -220,18 +212,18 @@ def classes_table(rows: Sequence[ClassRow], title: str, *, closed: bool = False)
                 percent(row.gain, sign=True),
                 "-" if row.distance is None else f"{row.distance:.3g}",
                 "-" if row.own_alpha is None else f"{row.own_alpha:.2f}",
-                *neighbors,
-                *["-"] * (most - len(neighbors)),
+                *neighbors[:shown],
+                *["-"] * (shown - len(neighbors)),
             )
         )
     columns = ("class", "training images", "before, %", "after, %", "gain", "distance", "own alpha")
-    left_out = len(rows) - len(found)
+    left_out = {"classes": len(rows) - len(found), "neighbours of a class": most - shown}
     return DataTable(
         title,
-        (*columns, *(f"NN{k}" for k in range(1, most + 1))),
+        (*columns, *(f"NN{k}" for k in range(1, shown + 1))),
         tuple(found),
-        words=(0, *range(len(columns), len(columns) + most)),
-        note=f"{left_out} more are in classes.csv." if left_out else "",
+        words=(0, *range(len(columns), len(columns) + shown)),
+        note=" ".join(f"{number} more {what} are in classes.csv." for what, number in left_out.items() if number),
         closed=closed,
     )
 
@@ -240,38 +232,37 @@ def confusion_tables(study: StudyFiles) -> list[DataTable]:
     """Which confusions were mended, which are new, and what all of them come to."""
     totals = [row for row in study.confusions if row.is_total]
     pairs = [row for row in study.confusions if not row.is_total]
-    tables = []
-    if totals:
-        found = [(r.true_split, r.predicted_split, *map(_count, (r.before, r.after, r.mended, r.new))) for r in totals]
-        sums = [sum(getattr(row, name) for row in totals) for name in ("before", "after", "mended", "new")]
-        tables.append(
-            DataTable(
-                "Confused test samples, all pairs of classes",
-                ("right class", "taken for", "before", "after", "mended", "new"),
-                (*found, ("all", "all", *map(_count, sums))),
-                words=(0, 1),
-                note="Mended: how many fewer, over those pairs of classes that are confused less often than before; new: how "
-                "many more, over the others.",
-            )
+    sums = [sum(getattr(row, name) for row in totals) for name in ("before", "after", "mended", "new")]
+    header = ("right class", "split", "taken for", "its split", "before", "after")
+    tables = [
+        DataTable(
+            "Confused test samples, all pairs of classes",
+            ("right class", "taken for", "before", "after", "mended", "new"),
+            (
+                *((r.true_split, r.predicted_split, *map(_count, (r.before, r.after, r.mended, r.new))) for r in totals),
+                *([("all", "all", *map(_count, sums))] if totals else []),
+            ),
+            words=(0, 1),
+            note="Mended: how many fewer, over those pairs of classes that are confused less often than before; new: how "
+            "many more, over the others.",
+        ),
+        DataTable("Confusions mended most", header, _pair_rows([row for row in pairs if row.mended]), words=(0, 1, 2, 3)),
+        DataTable("Confusions that are new", header, _pair_rows([row for row in pairs if row.new]), words=(0, 1, 2, 3)),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _pair_rows(pairs: Sequence[ConfusionRow]) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (
+            isolated(row.true_name),
+            row.true_split,
+            isolated(row.predicted_name),
+            row.predicted_split,
+            *map(_count, (row.before, row.after)),
         )
-    for title, own in (
-        ("Confusions mended most", [row for row in pairs if row.mended]),
-        ("Confusions that are new", [row for row in pairs if row.new]),
-    ):
-        if own:
-            cells = [
-                (
-                    isolated(r.true_name),
-                    r.true_split,
-                    isolated(r.predicted_name),
-                    r.predicted_split,
-                    *map(_count, (r.before, r.after)),
-                )
-                for r in own[:_MOST_CONFUSIONS]
-            ]
-            header = ("right class", "split", "taken for", "its split", "before", "after")
-            tables.append(DataTable(title, header, tuple(cells), words=(0, 1, 2, 3)))
-    return tables
+        for row in pairs[:_MOST_CONFUSIONS]
+    )
 
 
 def error_table(studies: Sequence[StudyFiles]) -> DataTable | None:
@@ -281,27 +272,25 @@ def error_table(studies: Sequence[StudyFiles]) -> DataTable | None:
         failed = [row for row in study.rows if row["error"] is not None]
         for experiment in dict.fromkeys(row["experiment"] for row in failed):
             own = [row for row in failed if row["experiment"] == experiment]
-            for group in group_rows(own, [name for name in SETTINGS if name in varied(study.of(experiment))]):
+            for group in group_rows(own, varied(study.of(experiment))):
                 seeds = ", ".join(str(row["seed"]) for row in group.rows if row["seed"] is not None) or "-"
                 reasons = "; ".join(dict.fromkeys(clean_text(row["error"]) for row in group.rows))
-                rows.append((study.name, experiment, group.label, seeds, reasons))
-    if not rows:
-        return None
+                rows.append((study.name, experiment, label(group.method, group.configuration), seeds, reasons))
     header = ("classifier", "experiment", "what", "seeds", "why")
-    return _one_classifier(
-        DataTable("Without results", header, tuple(rows), words=(0, 1, 2, 3, 4), closed=len(rows) > _MOST_ERRORS), len(studies)
-    )
+    return _of_studies(len(studies), "Without results", header, rows, (0, 1, 2, 3, 4), closed=len(rows) > _MOST_ERRORS)
 
 
 def settings_table(study: StudyFiles) -> DataTable:
     """How a study was made."""
     identity = study.info["identity"]
     settings = {**study.info["options"], **{name: identity.get(name) for name in ("few_below", "many_above")}}
-    rows = [("classifier", study.name), ("finished", clean_text(study.info["finished"] or "not finished"))]
-    for name in ("samples", "classes"):
-        rows.append((name, _listed(study.info[name])))
-    rows += [(clean_text(name), _flat(value)) for name, value in settings.items()]
-    rows += [(name, _listed(study.info[name])) for name in ("versions", "machine")]
+    rows = [
+        ("classifier", study.name),
+        ("finished", clean_text(study.info["finished"] or "not finished")),
+        *((name, _listed(study.info[name])) for name in ("samples", "classes")),
+        *((clean_text(name), _flat(value)) for name, value in settings.items()),
+        *((name, _listed(study.info[name])) for name in ("versions", "machine")),
+    ]
     return DataTable(f"Settings of {study.name}", ("setting", "value"), tuple(rows), words=(0, 1), closed=True)
 
 
@@ -316,32 +305,31 @@ def _flat(value: Any) -> str:
 
 
 def _setting(group: Group, name: str) -> str:
-    if name == "few_samples" and group.configuration.get(name) is None:
-        return "all"
     value = group.configuration.get(name)
-    return "-" if value is None else value_text(value)
+    absent = "all" if name == "few_samples" else "-"
+    return absent if value is None else value_text(value)
 
 
 def _chosen(study: StudyFiles, group: Group) -> str:
     """What validation samples chose for a method: what its candidates differ in."""
-    choices = [choice for choice in study.info["choices"] if choice.get("method") == group.method]
     found: dict[str, list[str]] = {}
-    for choice in choices:
+    for choice in _choices(study, group):
         table = [entry for entry in choice.get("table") or [] if isinstance(entry, dict)]
         for name, value in choice["chosen"].items():
             if len({str(entry.get(name)) for entry in table}) != 1:
                 found.setdefault(name, []).append(value_text(value))
-    if not choices:
-        values = {
-            name: [value_text(row[name]) for row in group.rows if row[name] is not None] for name in ("tau", "offset", "gamma")
-        }
-        found = {name: entries for name, entries in values.items() if entries}
-    texts = [f"{name} {', '.join(entries if len(set(entries)) > 1 else entries[:1])}" for name, entries in found.items()]
+    if not _choices(study, group):
+        found = {name: [value_text(value) for value in group.values(name)] for name in ("tau", "offset", "gamma")}
+    texts = [f"{name} {', '.join(values if len(set(values)) > 1 else values[:1])}" for name, values in found.items() if values]
     return clean_text("; ".join(texts)) or "-"
 
 
+def _choices(study: StudyFiles, group: Group) -> list[dict[str, Any]]:
+    return [choice for choice in study.info["choices"] if choice.get("method") == group.method]
+
+
 def _candidates(study: StudyFiles, group: Group) -> str:
-    numbers = {choice.get("candidates") for choice in study.info["choices"] if choice.get("method") == group.method}
+    numbers = {choice.get("candidates") for choice in _choices(study, group)}
     return ", ".join(str(number) for number in sorted(number for number in numbers if isinstance(number, int))) or "-"
 
 
@@ -350,7 +338,7 @@ def _seeds(group: Group) -> str:
     return f"{there} of {len(group.rows)}" if group.failed else str(there)
 
 
-def _measured(group: Group) -> list[Row]:
+def _measured(group: Group) -> list[Mapping[str, Any]]:
     return [row for row in group.rows if row["test_few"] is not None and row["test_all"] is not None]
 
 

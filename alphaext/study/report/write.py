@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...metrics.accuracy import SPLITS
 from ...utils.figures import clean_text, require_matplotlib
 from ...utils.files import PathLike, folder_lock, read_json, whole_file, write_json
 from ..plans import EXPERIMENTS
-from .content import DataTable, FigureBlock, Section, TextBlock, markdown, pictures_of
+from .content import Block, Section, TextBlock, pictures_of
 from .data import StudyFiles, read_studies
 from .figures import class_blocks, experiment_blocks
 from .front_figure import front_blocks
@@ -85,7 +86,10 @@ def write_report(
         raise ValueError(f"output must be a folder, got the file {str(target)!r}")
     studies = read_studies(folders)
     require_matplotlib()
-    page = _page()
+    try:
+        from .page import markdown, page
+    except ImportError as error:
+        raise ImportError("a report needs jinja2, which is missing: pip install 'alphaext[report]'") from error
     sections = _sections(studies)
     heading = title if title is not None else f"Alpha Net study: {', '.join(each.name for each in studies)}"
     files: dict[str, bytes] = {
@@ -93,8 +97,7 @@ def write_report(
         TABLES: markdown(heading, sections).encode("utf-8"),
     }
     for picture in pictures_of(sections):
-        files[f"{FIGURES}/{picture.name}.png"] = picture.png
-        files[f"{FIGURES}/{picture.name}.svg"] = picture.svg
+        files |= {f"{FIGURES}/{picture.name}.png": picture.png, f"{FIGURES}/{picture.name}.svg": picture.svg}
     _write(target, files, overwrite)
     findings = (block.text for block in sections[0].blocks if isinstance(block, TextBlock) and block.kind == "finding")
     return ReportFiles(
@@ -102,46 +105,33 @@ def write_report(
     )
 
 
-def _page() -> Callable[[str, Sequence[str], Sequence[Section], Sequence[str]], str]:
-    try:
-        from .page import page
-    except ImportError as error:
-        raise ImportError("a report needs jinja2, which is missing: pip install 'alphaext[report]'") from error
-    return page
-
-
 def _sections(studies: Sequence[StudyFiles]) -> list[Section]:
-    sections = [Section("front", "The trade-off front", tuple(front_blocks(studies)))]
-    compared = [table for make in (compare_table, cost_table, calibration_table) if (table := make(studies)) is not None]
-    if compared:
-        sections.append(Section("compare", "Alpha Net and its rivals", tuple(compared)))
-    sections += [_study_section(study, len(studies) > 1) for study in studies]
-    errors = error_table(studies)
-    about: list[TextBlock | DataTable | FigureBlock] = [] if errors is None else [errors]
-    about += [settings_table(study) for study in studies]
-    return [*sections, Section("about", "How it was made", tuple(about))]
+    compared = (compare_table(studies), cost_table(studies), calibration_table(studies))
+    about = (error_table(studies), *(settings_table(study) for study in studies))
+    sections = [
+        Section("front", "The trade-off front", tuple(front_blocks(studies))),
+        Section("compare", "Alpha Net and its rivals", tuple(table for table in compared if table is not None)),
+        *(_study_section(study, len(studies) > 1) for study in studies),
+        Section("about", "How it was made", tuple(table for table in about if table is not None)),
+    ]
+    return [section for section in sections if section.key != "compare" or section.blocks]
 
 
 def _study_section(study: StudyFiles, several: bool) -> Section:
-    blocks: list[TextBlock | DataTable | FigureBlock] = []
+    blocks: list[Block] = []
     if study.info["finished"] is None:
         blocks.append(TextBlock("This study is not finished: run again, it goes on. What is here is what there is.", "warning"))
     if study.missing:
         named = "; ".join(f"{name} ({EXPERIMENTS[name]})" for name in study.missing)
         blocks.append(TextBlock(f"Not in this study: {named}."))
-    parts = []
-    shown = {"classes": ("Classes", class_blocks(study)), "confusions": ("Confusions", _confusion_blocks(study))}
-    for experiment in study.experiments:
-        if experiment != "compare":
-            shown[experiment] = (experiment, experiment_blocks(study, experiment))
-    for number, (title, content) in enumerate(shown.values()):
-        if content:
-            parts.append(Section(f"part--{study.key}--{number}", title, tuple(content)))
+    shown = [("Classes", class_blocks(study)), ("Confusions", _confusion_blocks(study))]
+    shown += [(name, experiment_blocks(study, name)) for name in study.experiments if name != "compare"]
+    parts = (Section(f"part--{study.key}--{n}", name, tuple(own)) for n, (name, own) in enumerate(shown) if own)
     title = f"The classifier {study.name}" if several else "The experiments"
     return Section(f"study--{study.key}", title, tuple(blocks), tuple(parts))
 
 
-def _confusion_blocks(study: StudyFiles) -> list[TextBlock | DataTable | FigureBlock]:
+def _confusion_blocks(study: StudyFiles) -> list[Block]:
     tables = confusion_tables(study)
     if not tables:
         return []
@@ -156,14 +146,12 @@ def _confusion_blocks(study: StudyFiles) -> list[TextBlock | DataTable | FigureB
 def _lead(studies: Sequence[StudyFiles]) -> list[str]:
     lead = []
     for study in studies:
-        numbers = [f"{study.part('classes', part)} {part}" for part in ("few", "medium", "many")]
-        tested = study.part("samples", "test")
+        numbers = ", ".join(f"{study.part('classes', part)} {part}" for part in SPLITS)
+        tested, finished = study.part("samples", "test"), study.info["finished"]
         samples = "" if tested is None else f", {tested:,} test samples"
-        finished = study.info["finished"]
         date = "not finished" if finished is None else f"finished {clean_text(finished)[:10]}"
-        lead.append(f"{study.name}: {', '.join(numbers)} classes{samples}; study {date}.")
-    lead.append("All accuracies are on test samples; whatever was chosen was chosen on validation samples.")
-    return lead
+        lead.append(f"{study.name}: {numbers} classes{samples}; study {date}.")
+    return [*lead, "All accuracies are on test samples; whatever was chosen was chosen on validation samples."]
 
 
 def _foot(studies: Sequence[StudyFiles]) -> list[str]:
@@ -177,46 +165,44 @@ def _foot(studies: Sequence[StudyFiles]) -> list[str]:
 def _write(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
     """Write all files, each whole; what an earlier report wrote is replaced or removed, nothing else unless ``overwrite``."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder, "a report"):
-        earlier = {} if made else _written(folder)
-        own = {name for name, known in earlier.items() if _digest(folder / name) in known}
-        foreign = [name for name in (*files, WRITTEN) if (folder / name).exists() and name not in own]
+        earlier = _written(folder)
+        there = {name: digest for name in {*earlier, *files} if (digest := _digest(folder / name)) is not None}
+        own = {name for name in earlier if there.get(name) in earlier[name]}
+        foreign = [name for name in files if (folder / name).exists() and name not in own and there.get(name) != digests[name]]
         # The record is its own where it could be read.
-        foreign = [name for name in foreign if name != WRITTEN or not earlier]
-        same = [name for name in foreign if name in digests and _digest(folder / name) == digests[name]]
-        if not overwrite and len(foreign) > len(same):
-            name = next(name for name in foreign if name not in same)
+        foreign += [WRITTEN] if (folder / WRITTEN).exists() and not earlier else []
+        if foreign and not overwrite:
             raise ValueError(
-                f"output {str(folder)!r} has {name}, which no report wrote or which was changed since; give another folder, or "
-                "overwrite it (--overwrite)"
+                f"output {str(folder)!r} has {foreign[0]}, which no report wrote or which was changed since; give another "
+                "folder, or overwrite it (--overwrite)"
             )
         (folder / FIGURES).mkdir(exist_ok=True)
         # First what will be there, then the files: after an interruption they are known as a report's own.
-        both = {
-            name: sorted({*earlier.get(name, ()), *([digests[name]] if name in digests else [])}) for name in {*earlier, *files}
-        }
-        write_json(folder / WRITTEN, {"format": _FORMAT, "files": dict(sorted(both.items()))})
+        both = {name: {*earlier.get(name, ()), digests.get(name, "")} - {""} for name in {*earlier, *files}}
+        _write_record(folder, both)
         for name in own - set(files):
             (folder / name).unlink(missing_ok=True)
         for name, content in files.items():
             with whole_file(folder / name) as file:
                 file.write(content)
-        write_json(folder / WRITTEN, {"format": _FORMAT, "files": {name: [digests[name]] for name in sorted(digests)}})
+        _write_record(folder, {name: {digest} for name, digest in digests.items()})
+
+
+def _write_record(folder: Path, digests: Mapping[str, Collection[str]]) -> None:
+    files = {name: sorted(digests[name]) for name in sorted(digests)}
+    write_json(folder / WRITTEN, {"format": _FORMAT, "files": files})
 
 
 def _written(folder: Path) -> dict[str, list[str]]:
     """The digests of what an earlier report wrote, by name; empty where there was none."""
-    path = folder / WRITTEN
-    if not path.is_file():
-        return {}
     try:
-        record = read_json(path, "a report's record")
-    except ValueError:
+        record = read_json(folder / WRITTEN, "a report's record")
+    except (FileNotFoundError, ValueError):
         return {}
-    files = record.get("files")
-    if record.get("format") != _FORMAT or not isinstance(files, dict):
+    files = record.get("files") if record.get("format") == _FORMAT else None
+    if not isinstance(files, dict):
         return {}
     # Names that lead out of the folder are no report's.
     return {
