@@ -233,7 +233,7 @@ def plan(options: StudyOptions, most_neighbors: Mapping[str, int] | None = None)
 
     Example:
         >>> trials = plan(StudyOptions(experiments=["top-k"], seeds=1, fixed_gammas=[1.0]))
-        >>> [trial.configuration.top_k for trial in trials]
+        >>> [trial.configuration.head.top_k for trial in trials]
         [2, 5, 10]
     """
     trials = []
