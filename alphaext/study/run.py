@@ -93,7 +93,7 @@ def run_study(
         >>> options = StudyOptions(experiments=["top-k"], top_ks=[1, 2], fixed_gammas=[1.0], epochs=2, seeds=2)
         >>> results = run_study(folder, nn.Linear(8, 4), f"{folder}/study", options, many_above=20)
         >>> [(entry["method"], entry["configuration"], entry["seeds"]) for entry in results["summary"]]
-        [('original', {}, 1), ('Alpha Net', {'top_k': 1}, 2), ('Alpha Net', {'top_k': 2}, 2)]
+        [('original', {}, 1), ('Alpha Net, preset few', {'top_k': 1}, 2), ('Alpha Net, preset few', {'top_k': 2}, 2)]
     """
     settings = options if options is not None else StudyOptions()
     if jobs is not None:
