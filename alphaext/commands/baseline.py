@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.console import Console
 from rich.table import Table
 
+import alphaext
+
 from ..baselines.choices import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS
 from ..utils.text import percent
-from . import shared
+from . import results
 from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from ..classes import ClassSplit
-    from ..features.store import Features
-    from ..training.selection import BaselineResult
 
 _CHOOSE = {"tau": "tau", "logit-adjustment": "tau", "few-bias": "offset"}
 _NEED_A_CLASSIFIER = ("tau", "lws", "logit-adjustment", "few-bias")
@@ -76,12 +74,10 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Make the classifier and write it; returns what result.json holds."""
-        from ..checkpoints import save_linear
-
-        console, started = shared.console_or_quiet(console), time.monotonic()
+        console, started = results.console_or_quiet(console), time.monotonic()
         if self.name in _NEED_A_CLASSIFIER and self.classifier is None:
             raise ValueError(f"--classifier must be given for {self.name}, which starts from a trained classifier")
-        train, val = shared.read_train_and(self.features, "val", optional=True)
+        train, val = self.read_train_and_val()
         if val is None and self.name in _CHOOSE and getattr(self, _CHOOSE[self.name]) is None:
             raise ValueError(
                 f"--{_CHOOSE[self.name]} must be given for {self.name} where there are no validation features to choose it by: "
@@ -90,30 +86,33 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         split = self.split(train)
         linear = None
         if self.classifier is not None:
-            linear = shared.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
-        with shared.output_folder(self.output, shared.CLASSIFIER, overwrite=self.overwrite) as folder:
+            linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
+        with results.output_folder(self.output, self, results.CLASSIFIER, overwrite=self.overwrite, started=started) as folder:
             if self.overwrite:
                 (folder.path / _CHECKPOINT).unlink(missing_ok=True)
             made = self._make(train, val, split, linear, folder.path)
             result = made.to_dict()
             folder.clear()
-            save_linear(made.linear, folder.path / shared.CLASSIFIER, overwrite=True)
-            shared.write_results(folder.path, "baseline", self, result, started)
+            alphaext.checkpoints.save_linear(made.linear, folder.path / results.CLASSIFIER, overwrite=True)
+            folder.write(result)
             (folder.path / _CHECKPOINT).unlink(missing_ok=True)
         self._print(console, result, self.output)
         return result
 
     def _make(
-        self, train: Features, val: Features | None, split: ClassSplit, linear: nn.Linear | None, folder: Path
-    ) -> BaselineResult:
+        self,
+        train: alphaext.features.Features,
+        val: alphaext.features.Features | None,
+        split: alphaext.ClassSplit,
+        linear: nn.Linear | None,
+        folder: Path,
+    ) -> alphaext.baselines.BaselineResult:
         # What is of another baseline is passed over: one configuration serves them all.
-        from ..baselines.registry import run_baseline
-
         options = {key: getattr(self, key) for key in BASELINE_OPTIONS[self.name] if getattr(self, key, None) is not None}
         if self.name in RETRAINING_PRESETS[self.preset]:
             options = RETRAINING_PRESETS[self.preset][self.name] | options
             options["checkpoint"] = folder / _CHECKPOINT
-        return run_baseline(
+        return alphaext.baselines.run_baseline(
             self.name,
             train.features,
             train.labels,
@@ -140,6 +139,6 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
                 cells = (percent(row.get(split)) for split in ("few", "medium", "many", "all"))
                 table.add_row(*own, *cells, style="bold" if chosen else None)
             if len(result["table"]) > _SHOWN:
-                table.caption = f"{_SHOWN} of {len(result['table'])} candidates; all are in {shared.RESULT}"
+                table.caption = f"{_SHOWN} of {len(result['table'])} candidates; all are in {results.RESULT}"
             console.print(table)
-        console.print(f"Classifier: {folder / shared.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Classifier: {folder / results.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
+import alphaext
+
 from ..utils.checks import check_integer
-from . import shared
+from . import results
 from .options import Options, option
 
 
@@ -36,7 +38,7 @@ class Demo(Options):
             raise ValueError(f"output must end in .png, got {str(self.output)!r}")
         if self.output.is_dir() or not self.output.absolute().parent.is_dir():
             raise ValueError(f"output must be a file in a directory that exists, got {str(self.output)!r}")
-        draws = run_demo(self.draws, self.seed, self.output, shared.console_or_quiet(console))
+        draws = run_demo(self.draws, self.seed, self.output, results.console_or_quiet(console))
         return {"draws": [{"seed": d.seed, "gamma": d.gamma, "before": d.before, "after": d.after} for d in draws]}
 
 
@@ -48,9 +50,7 @@ class Info(Options):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Print how the extension was built, and return it."""
-        from ..ops import build_info
-
-        console, info = shared.console_or_quiet(console), build_info()
+        console, info = results.console_or_quiet(console), alphaext.build_info()
         for name, value in info.items():
             console.print(f"{name}: {value}", highlight=False, markup=False)
         more = (

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
+import alphaext
+
 from ..utils.environment import RESULT_DEPENDS_ON, versions
-from . import shared
+from . import results
 from .options import option
 from .shared import CommonOptions, DataOptions, ModelOptions
 
@@ -37,21 +39,18 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Look and tell; returns the findings, and under ``exit_code`` whether there is an error among them."""
-        console, started = shared.console_or_quiet(console), time.monotonic()
+        console, started = results.console_or_quiet(console), time.monotonic()
         return self._install(console) if self.topic == "install" else self._data(console, started)
 
     def _data(self, console: Console, started: float) -> dict[str, Any]:
-        from ..doctor.check import Finding, check_classifier_order, check_data
-        from ..features.store import read_parts
-
         checkpoint = None if self.checkpoint is None else self.read_checkpoint()
         if self.features is not None and checkpoint is None:
             raise ValueError("--checkpoint must be given with --features: whose class order is checked")
-        part = None if self.features is None else read_parts(self.features, "train")["train"]
+        part = None if self.features is None else alphaext.features.store.read_parts(self.features, "train")["train"]
         # The lists are opened for what they say themselves: labels beyond the classifier are a finding, not an error here.
         train = self.need("train")
         num_classes = self.num_classes if checkpoint is None else checkpoint.num_classes
-        report = check_data(
+        report = alphaext.doctor.check_data(
             train,
             self.images("val"),
             self.images("test"),
@@ -67,9 +66,11 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         if part is not None and checkpoint is not None:
             try:
                 names = report.class_names if part.num_classes == checkpoint.num_classes else None
-                found = check_classifier_order(checkpoint.linear(), part.features, part.labels, class_names=names)
+                found = alphaext.doctor.check_classifier_order(
+                    checkpoint.linear(), part.features, part.labels, class_names=names
+                )
             except (ValueError, TypeError) as error:
-                found = Finding("error", "checkpoint and features do not fit", str(error))
+                found = alphaext.doctor.Finding("error", "checkpoint and features do not fit", str(error))
             report.problems.append(found)
         report.seconds = time.monotonic() - started
         report.print(console)
@@ -78,13 +79,11 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
     def _install(self, console: Console) -> dict[str, Any]:
         import torch
 
-        from ..ops import build_info
-
+        installed, built = versions(*RESULT_DEPENDS_ON), alphaext.build_info()
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        found = {"versions": versions(*RESULT_DEPENDS_ON), "extension": build_info(), "gpus": gpus}
-        for name, version in versions(*RESULT_DEPENDS_ON).items():
+        for name, version in installed.items():
             console.print(f"{name}: {version or 'not installed'}", highlight=False, markup=False)
-        for name, value in build_info().items():
+        for name, value in built.items():
             console.print(f"extension, {name}: {value}", highlight=False, markup=False)
         console.print(f"GPUs that torch sees: {', '.join(gpus) or 'none'}", highlight=False, markup=False)
-        return found
+        return {"versions": installed, "extension": built, "gpus": gpus}

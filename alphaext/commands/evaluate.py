@@ -6,17 +6,15 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console
 
-from . import shared
-from .options import option
-from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+import alphaext
 
-if TYPE_CHECKING:
-    from ..metrics.class_table import ClassRow
-    from ..metrics.comparison import Comparison
+from . import results
+from .options import option
+from .shared import PARTS, CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     classifiers: tuple[Path, ...] = option(
         positional=True, metavar="CLASSIFIER", help="checkpoints of any known layout, or folders that a command wrote"
     )
-    part: str = option("test", choices=shared.PARTS, help="which features to measure on")
+    part: str = option("test", choices=PARTS, help="which features to measure on")
     resamples: int = option(1000, help="of the bootstrap")
     confidence: float = option(0.95, help="of the intervals")
     classes: int = option(10, metavar="N", help="classes to show that gained most, and that lost most; 0 for none")
@@ -47,41 +45,38 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Measure, print, write; returns what result.json holds."""
-        from ..metrics.class_table import class_table, write_class_table
-        from ..metrics.comparison import compare
-        from ..metrics.evaluation import bootstrap_intervals, expected_calibration_error, predict, split_metrics
-        from ..metrics.terminal import metrics_table
+        from ..metrics import terminal
 
-        console, started = shared.console_or_quiet(console), time.monotonic()
+        console, started = results.console_or_quiet(console), time.monotonic()
         if not self.classifiers:
             raise ValueError("CLASSIFIERS must be given at least one, got none")
-        train, part = shared.read_train_and(self.features, self.part)
-        assert part is not None
-        split, device = self.split(train), shared.choose_device(self.device)
-        names = shared.classifier_names(self.classifiers)
-        linears = [shared.read_classifier(path, train.num_classes, self.classifier_layer) for path in self.classifiers]
-        heads = [shared.read_head(path) for path in self.classifiers]
+        train, part = self.read("train", self.part)
+        split, device = self.split(train), self.chosen_device()
+        names = results.classifier_names(self.classifiers)
+        linears = [results.read_classifier(path, train.num_classes, self.classifier_layer) for path in self.classifiers]
+        heads = [results.read_head(path) for path in self.classifiers]
         for linear, path in zip(linears, self.classifiers, strict=True):
-            shared.warn_of_other_features(linear, part, str(path))
+            results.warn_of_other_features(linear, part, str(path))
         tables = [f"{name}.csv" for name in names[1:]]
         with ExitStack() as stack:
             folder = None
             if self.output is not None:
-                opened = shared.output_folder(self.output, *tables, overwrite=self.overwrite)
+                opened = results.output_folder(self.output, self, *tables, overwrite=self.overwrite, started=started)
                 folder = stack.enter_context(opened)
-            predictions = {
-                name: predict(linear.to(device), part.features, part.labels, progress=self.progress)
-                for name, linear in zip(names, linears, strict=True)
-            }
             bootstrap: dict[str, Any] = {"resamples": self.resamples, "confidence": self.confidence, "seed": self.seed}
-            metrics = {name: split_metrics(found, split) for name, found in predictions.items()}
-            intervals = {name: bootstrap_intervals(found, split, **bootstrap) for name, found in predictions.items()}
-            calibration = {name: expected_calibration_error(found, split) for name, found in predictions.items()}
-            comparisons = {name: compare(predictions[names[0]], predictions[name], split, **bootstrap) for name in names[1:]}
+            metrics, intervals, calibration, predictions = {}, {}, {}, {}
+            for name, linear in zip(names, linears, strict=True):
+                found = alphaext.metrics.predict(linear.to(device), part.features, part.labels, progress=self.progress)
+                predictions[name], metrics[name] = found, alphaext.metrics.split_metrics(found, split)
+                intervals[name] = alphaext.metrics.bootstrap_intervals(found, split, **bootstrap)
+                calibration[name] = alphaext.metrics.expected_calibration_error(found, split)
+            first = predictions[names[0]]
             means = train.class_means() if any(head is not None for head in heads[1:]) else None
-            rows = {
-                name: class_table(
-                    predictions[names[0]],
+            comparisons, rows = {}, {}
+            for name, head in zip(names[1:], heads[1:], strict=True):
+                comparisons[name] = alphaext.metrics.compare(first, predictions[name], split, **bootstrap)
+                rows[name] = alphaext.metrics.class_table(
+                    first,
                     predictions[name],
                     split,
                     train.class_counts(),
@@ -89,8 +84,6 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
                     head=head,
                     class_means=None if head is None else means,
                 )
-                for name, head in zip(names[1:], heads[1:], strict=True)
-            }
             result = {
                 "part": self.part,
                 "samples": len(part.labels),
@@ -99,17 +92,17 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
                 "metrics": metrics,
                 "intervals": intervals,
                 "calibration_error": calibration,
-                "comparisons": {name: found.to_dict() for name, found in comparisons.items()},
+                "comparisons": {name: comparison.to_dict() for name, comparison in comparisons.items()},
                 "tables": tables,
             }
             # Written before anything is printed: a terminal that goes away takes no result with it.
             if folder is not None:
                 folder.clear()
                 for name in names[1:]:
-                    write_class_table(rows[name], folder.path / f"{name}.csv", overwrite=True)
-                shared.write_results(folder.path, "evaluate", self, result, started)
+                    alphaext.metrics.write_class_table(rows[name], folder.path / f"{name}.csv", overwrite=True)
+                folder.write(result)
         title = f"Accuracy on {len(part.labels):,} {self.part} samples, % ({self.confidence:.0%} intervals)"
-        console.print(metrics_table(metrics, intervals=intervals, title=title))
+        console.print(terminal.metrics_table(metrics, intervals=intervals, title=title))
         for name in names[1:]:
             self._print(console, f"{names[0]} -> {name}", comparisons[name], rows[name], train.class_names)
         if self.output is not None:
@@ -117,15 +110,20 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         return result
 
     def _print(
-        self, console: Console, title: str, found: Comparison, rows: list[ClassRow], class_names: tuple[str, ...] | None
+        self,
+        console: Console,
+        title: str,
+        found: alphaext.metrics.Comparison,
+        rows: list[alphaext.metrics.ClassRow],
+        class_names: tuple[str, ...] | None,
     ) -> None:
-        from ..metrics.terminal import class_rows_table, comparison_table, losses_table
+        from ..metrics import terminal
 
-        console.print(comparison_table(found, title=f"{title}, top-1 accuracy in %"))
+        console.print(terminal.comparison_table(found, title=f"{title}, top-1 accuracy in %"))
         if not self.classes:
             return
         gains = sorted((row for row in rows if row.gain > 0), key=lambda row: (-row.gain, row.class_id))
         if gains:
-            console.print(class_rows_table(gains, limit=self.classes, title="Classes that gained most"))
+            console.print(terminal.class_rows_table(gains, limit=self.classes, title="Classes that gained most"))
         if found.paid:
-            console.print(losses_table(found, class_names=class_names, title="Classes that paid most"))
+            console.print(terminal.losses_table(found, class_names=class_names, title="Classes that paid most"))

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 
-from . import shared
+import alphaext
+
+from . import results
 from .options import option
 from .shared import CommonOptions, ModelOptions
 
@@ -36,18 +38,15 @@ class Export(CommonOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Compare, verify, write; returns what was verified."""
-        import torch
+        from torch import nn
 
-        from ..checkpoints.export import export
-        from ..utils.linear import make_linear
-
-        console = shared.console_or_quiet(console)
+        console = results.console_or_quiet(console)
         checkpoint = self.read_checkpoint()
-        linear = shared.read_classifier(self.repaired, checkpoint.num_classes, self.classifier_layer)
+        linear = results.read_classifier(self.repaired, checkpoint.num_classes, self.classifier_layer)
         bias: Tensor | None = linear.bias
         if bias is None and checkpoint.bias is not None:
             # What has no bias has one of zeros, and the file has a place for it.
-            linear = make_linear(linear.weight, torch.zeros(len(linear.weight), dtype=linear.weight.dtype))
+            linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)))
         changed = changed_rows(checkpoint.linear(), linear)
         if len(changed) == 0:
             raise ValueError(f"repaired must differ from the checkpoint in some row, {str(self.repaired)!r} does in none")
@@ -58,7 +57,7 @@ class Export(CommonOptions, ModelOptions):
                 stacklevel=2,
             )
         model = None if self.backbone is None else self.model(checkpoint.num_classes).eval()
-        report = export(
+        report = alphaext.checkpoints.export(
             checkpoint,
             linear,
             changed,

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..utils.files import read_json
-from . import shared
-from .options import option
-from .shared import CommonOptions, DataOptions, FeaturesOptions, ModelOptions
+import alphaext
 
-if TYPE_CHECKING:
-    from ..data.images import LabelledImages
+from ..utils.files import read_json
+from . import results
+from .options import option
+from .shared import PARTS, CommonOptions, DataOptions, FeaturesOptions, ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,27 +40,25 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Extract all parts that are given; returns, for each, how many images, how wide, what was skipped."""
-        from ..features.extraction import extract
         from ..utils.processes import process_group
 
-        console, started = shared.console_or_quiet(console), time.monotonic()
-        named = [part for part in shared.PARTS if getattr(self, part) is not None]
+        console, started = results.console_or_quiet(console), time.monotonic()
+        named = [part for part in PARTS if getattr(self, part) is not None]
         if not named:
             raise ValueError("--train, --val or --test must be given, or train, val, test in [data] of the configuration")
         if self.passes < 1:
             raise ValueError(f"passes must be at least 1, got {self.passes}")
-        device = shared.choose_device(self.device)
-        with process_group(device) as group:
+        with process_group(self.device) as group:
             model = self.trained_model(self.num_classes, group.device)
             parts = self._open(named, model.num_classes)
             before = self._earlier_results()
             if group.is_main:
                 self.features.mkdir(parents=True, exist_ok=True)
             group.barrier()
-            results: dict[str, Any] = {}
+            found: dict[str, Any] = {}
             for part, images in parts.items():
                 several = part == "train" and self.passes > 1
-                features = extract(
+                features = alphaext.features.extract(
                     model,
                     images,
                     self.features / part,
@@ -75,7 +72,7 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
                     seed=self.seed,
                     progress=self.progress,
                 )
-                results[part] = {
+                found[part] = {
                     "folder": str(self.features / part),
                     "samples": len(features.labels),
                     "width": int(features.features.shape[1]),
@@ -84,12 +81,12 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
                 }
             if group.is_main:
                 # Nothing is written where nothing is new: a folder of features may be read-only.
-                if before != before | results:
-                    shared.write_results(self.features, "extract", self, before | results, started)
-                _print(console, results)
-        return results
+                if before != before | found:
+                    results.write_results(self.features, self, before | found, started)
+                _print(console, found)
+        return found
 
-    def _open(self, parts: list[str], num_classes: int) -> dict[str, LabelledImages]:
+    def _open(self, parts: list[str], num_classes: int) -> dict[str, alphaext.data.LabelledImages]:
         """The images of all parts, before any of them is extracted; folders of classes in the order of the training ones."""
         names = None
         if self.train is not None and self.train.is_dir():
@@ -100,19 +97,19 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
         """What an earlier extraction into this folder found, of other parts too."""
         if self.features.exists() and not self.features.is_dir():
             raise ValueError(f"features must be a folder, got the file {str(self.features)!r}")
-        if not (self.features / shared.RUN).is_file():
+        if not (self.features / results.RUN).is_file():
             return {}
-        command = read_json(self.features / shared.RUN, "a run of alphaext").get("command")
+        command = read_json(self.features / results.RUN, "a run of alphaext").get("command")
         if command != "extract":
             raise ValueError(f"features must be a folder of features, {str(self.features)!r} holds the results of {command!r}")
-        return shared.read_result(self.features) if (self.features / shared.RESULT).is_file() else {}
+        return results.read_result(self.features) if (self.features / results.RESULT).is_file() else {}
 
 
-def _print(console: Console, results: dict[str, Any]) -> None:
+def _print(console: Console, found: dict[str, Any]) -> None:
     table = Table(title="Cached features")
     for name in ("part", "samples", "width", "skipped", "folder"):
         table.add_column(name, justify="left" if name in ("part", "folder") else "right", overflow="fold")
-    for part, result in results.items():
+    for part, result in found.items():
         numbers = (str(result["samples"]), str(result["width"]), str(len(result["skipped"])))
         table.add_row(part, *numbers, Text(result["folder"]))
     console.print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,23 +15,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import alphaext
+
 from ..study.plans import POLICIES, check_policy
-from ..study.plans import choose as choose_row
 from ..training.options import OPTIONS, selection_score
 from ..training.presets import PRESETS, preset_options
 from ..utils.checks import check_gamma, format_ids
-from ..utils.files import whole_file
 from ..utils.text import percent
-from . import shared
+from . import results
 from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 if TYPE_CHECKING:
     import torch
-
-    from ..classes import ClassSplit
-    from ..head.alphanet import AlphaNet
-    from ..training.many import SweepRun
 
 _CHECKPOINTS = ".alphaext-fit"  # nobody else's
 _TRIED = ("gamma", "top_k", "rule")
@@ -99,32 +94,26 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Train, choose, write; returns what result.json holds."""
-        from ..metrics.evaluation import split_metrics
-        from ..metrics.predictions import predict
-        from ..training.many import fit_many
-
-        console, started = shared.console_or_quiet(console), time.monotonic()
+        console, started = results.console_or_quiet(console), time.monotonic()
         tried = {name: self.tried(name) for name in _TRIED}
-        for name, values in tried.items():
-            if not values:
-                raise ValueError(f"{name} must be given at least one value, got none")
         check_policy(self.policy, self.max_drop)
+        for gamma in tried["gamma"]:
+            check_gamma(gamma)
         given = self.given()
         select, min_all = given.get("select"), given.get("min_all")
         if self.policy is not None and select is not None:
             raise ValueError(f"policy says how epochs are chosen too; got select={select!r} as well")
-        train, val = shared.read_train_and(self.features, "val", optional=True)
+        train, val = self.read_train_and_val()
         several = [name for name, values in tried.items() if len(values) > 1]
         if val is None and (several or self.policy is not None):
-            where = f"where there are no validation features to choose by; there is no {str(self.features / 'val')!r}"
-            if not several:
-                raise ValueError(f"policy must not be given {where}")
-            raise ValueError(f"{several[0]} must be one value {where.replace(';', f', got {len(tried[several[0]])};', 1)}")
-        linear = shared.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
-        shared.warn_of_other_features(linear, train if val is None else val, str(self.classifier))
-        linear = linear.to(shared.choose_device(self.device))
-        for gamma in tried["gamma"]:
-            check_gamma(gamma)
+            wrong = f"{several[0]} must be one value" if several else "policy must not be given"
+            got = f", got {len(tried[several[0]])}" if several else ""
+            raise ValueError(
+                f"{wrong} where there are no validation features to choose by{got}; there is no {str(self.features / 'val')!r}"
+            )
+        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
+        results.warn_of_other_features(linear, train if val is None else val, str(self.classifier))
+        linear = linear.to(self.chosen_device())
         split = self.split(train)
         if len(split.empty):
             ids = format_ids(split.empty.tolist())
@@ -140,15 +129,18 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         if val is not None and self.policy is not None:
             selection: dict[str, Any] = {"select": "best_all"}
             if self.policy == "best_few":
-                own = split_metrics(predict(linear, val.features, val.labels, progress=False), split)["all"]
+                predictions = alphaext.metrics.predict(linear, val.features, val.labels, progress=False)
+                own = alphaext.metrics.split_metrics(predictions, split)["all"]
                 selection = {"select": "best_few", "min_all": max(0.0, own - (self.max_drop or 0.0) / 100)}
             for configuration in configurations:
                 # Epochs are measured without a constant that is yet to come: then the last is taken.
                 configuration |= {} if configuration["few_bias"] and self.policy != "best_few" else selection
-        with shared.output_folder(self.output, shared.CLASSIFIER, shared.HEAD, overwrite=self.overwrite) as folder:
+        files = (results.CLASSIFIER, results.HEAD)
+        with results.output_folder(self.output, self, *files, overwrite=self.overwrite, started=started) as folder:
+            checkpoints = folder.path / _CHECKPOINTS
             if self.overwrite:
-                shutil.rmtree(folder.path / _CHECKPOINTS, ignore_errors=True)
-            runs = fit_many(
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            runs = alphaext.fit_many(
                 linear,
                 train.features,
                 train.labels,
@@ -156,50 +148,49 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
                 val_features=None if val is None else val.features,
                 val_labels=None if val is None else val.labels,
                 split=split,
-                checkpoint=folder.path / _CHECKPOINTS,
+                checkpoint=checkpoints,
                 progress=self.progress,
             )
             for run in runs:
                 if run.error and not run.error.startswith("training diverged"):
                     raise ValueError(f"{_named(run.config)}: {run.error}; --overwrite starts anew")
             run = runs[choose(runs, select, min_all, self.policy, self.max_drop)]
-            assert run.head is not None and run.result is not None
+            head, trained = run.head, run.result
+            assert head is not None and trained is not None
             result = {
                 "preset": self.preset,
                 "options": run.config,
                 **{name: run.config[name] for name in _TRIED},
-                "few_bias": run.result.few_bias,
+                "few_bias": trained.few_bias,
                 "chosen_on": None if val is None else "val",
                 "policy": self.policy,
-                "selection": run.result.selection,
-                "epoch": run.result.selected_epoch,
-                "engine": run.result.engine,
-                "before": run.result.metrics_before,
-                "after": run.result.metrics_after,
-                "clamped": run.result.clamped,
+                "selection": trained.selection,
+                "epoch": trained.selected_epoch,
+                "engine": trained.engine,
+                "before": trained.metrics_before,
+                "after": trained.metrics_after,
+                "clamped": trained.clamped,
                 "candidates": [_candidate(entry) for entry in runs],
-                "few_classes": run.head.few_classes.tolist(),
+                "few_classes": head.few_classes.tolist(),
                 "empty_classes": split.empty.tolist(),
-                "members": run.head.members.tolist(),
-                "alphas": run.head.alphas().tolist(),
-                "history": run.result.history,
+                "members": head.members.tolist(),
+                "alphas": head.alphas().tolist(),
+                "history": trained.history,
             }
             folder.clear()
-            _save(run.head, folder.path)
-            shared.write_results(folder.path, "fit", self, result, started)
-            shutil.rmtree(folder.path / _CHECKPOINTS, ignore_errors=True)
-        _print(console, self, result, self.output)
+            results.save_head(head, folder.path)
+            folder.write(result)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        self._print(console, result)
         return result
 
-    def configurations(self, split: ClassSplit, constant: bool) -> list[dict[str, Any]]:
+    def configurations(self, split: alphaext.ClassSplit, constant: bool) -> list[dict[str, Any]]:
         """A configuration of :func:`alphaext.fit_many` for each gamma, number of neighbours and rule to try.
 
         ``constant``: whether a preset's constant on the few scores can be chosen and kept.
         """
-        from ..head.neighbors import pool_size
-
         given = self.given()
-        available = pool_size(split, given.get("pool", PRESETS[self.preset]["pool"]))
+        available = alphaext.head.neighbors.pool_size(split, given.get("pool", PRESETS[self.preset]["pool"]))
         common = preset_options(self.preset, pool_size=available, validation=constant)
         tried = [self.tried(name) if name in given else [common[name]] for name in _TRIED]
         for name, value in given.items():
@@ -213,95 +204,74 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     def tried(self, name: str) -> list[Any]:
         """The values to try of ``gamma``, ``top_k`` or ``rule``."""
         given = getattr(self, name)
-        return list(dict.fromkeys((PRESETS[self.preset][name],) if given is None else given))
+        if given == ():
+            raise ValueError(f"{name} must be given at least one value, got none")
+        return list(dict.fromkeys(given or (PRESETS[self.preset][name],)))
+
+    def _print(self, console: Console, result: dict[str, Any]) -> None:
+        if result["before"] is not None:
+            table = Table(title="Top-1 accuracy on validation features, %")
+            parts = ("few", "medium", "many", "all")
+            table.add_column()
+            for part in parts:
+                table.add_column(part, justify="right")
+            after = f"Alpha Net, gamma {result['gamma']:g}"
+            for name, metrics in ((results.classifier_name(self.classifier), result["before"]), (after, result["after"])):
+                table.add_row(Text(name), *(percent(metrics[part]) for part in parts))
+            console.print(table)
+            for name in _TRIED:
+                values = dict.fromkeys(_value(candidate[name]) for candidate in result["candidates"])
+                if len(values) > 1:
+                    by = result["policy"] or result["selection"]
+                    console.print(f"{name} {_value(result[name])} chosen of {', '.join(values)} by {by}", highlight=False)
+        for candidate in result["candidates"]:
+            if "error" in candidate:
+                console.print(f"{_named(candidate)}: {candidate['error']}", markup=False, highlight=False)
+        console.print(f"Classifier: {self.output / results.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)
 
 
 def choose(
-    runs: list[SweepRun], select: str | None, min_all: float | None, policy: str | None = None, max_drop: float | None = None
+    runs: list[alphaext.training.SweepRun],
+    select: str | None,
+    min_all: float | None,
+    policy: str | None = None,
+    max_drop: float | None = None,
 ) -> int:
     """Which of several trainings is best by the policy, or by what chose their epochs; of equal ones the largest gamma.
 
     Raises:
         FloatingPointError: all of them diverged.
     """
-    if policy is not None and any(run.result is not None for run in runs):
-        return _choose_by_policy(runs, policy, max_drop)
-
-    def score(run: SweepRun) -> tuple[float, float]:
-        if run.result is None:
-            return -math.inf, 0.0
-        before, after = run.result.metrics_before, run.result.metrics_after
-        if before is None or after is None or select == "last":
-            return (0.0 if after is None else after["all"]), run.config["gamma"]
-        bound = before["all"] if min_all is None else min_all
-        return selection_score(select or "best_all", after, bound), run.config["gamma"]
-
-    best = max(range(len(runs)), key=lambda number: score(runs[number]))
-    if runs[best].result is None:
+    # The one nearest to no change comes first.
+    order = sorted(range(len(runs)), key=lambda number: -runs[number].config["gamma"])
+    trained = {number: result for number in order if (result := runs[number].result) is not None}
+    if not trained:
         raise FloatingPointError("; ".join(dict.fromkeys(run.error for run in runs)))
-    return best
+    if policy is not None:
+        accuracies = {number: result.after for number, result in trained.items() if result.after is not None}
+        rows = [{"number": number, "val_few": after["few"], "val_all": after["all"]} for number, after in accuracies.items()]
+        before = next(result.before for result in trained.values() if result.before is not None)
+        return int(alphaext.study.choose(rows, policy, max_drop, original={"val_all": before["all"]})["number"])
 
+    def score(number: int) -> float:
+        before, after = trained[number].metrics_before, trained[number].metrics_after
+        if before is None or after is None or select == "last":
+            return 0.0 if after is None else after["all"]
+        return selection_score(select or "best_all", after, before["all"] if min_all is None else min_all)
 
-def _choose_by_policy(runs: list[SweepRun], policy: str, max_drop: float | None) -> int:
-    numbers = sorted(range(len(runs)), key=lambda number: -runs[number].config["gamma"])  # nearest to no change first
-    rows = []
-    for number in numbers:
-        result = runs[number].result
-        if result is not None and result.after is not None:
-            rows.append({"number": number, "val_few": result.after["few"], "val_all": result.after["all"]})
-    before = next(run.result.before for run in runs if run.result is not None and run.result.before is not None)
-    return int(choose_row(rows, policy, max_drop, original={"val_all": before["all"]})["number"])
+    return max(trained, key=score)
 
 
 def _named(config: Mapping[str, Any]) -> str:
     return f"gamma {config['gamma']:g}, top_k {config['top_k']}, rule {config['rule']}"
 
 
-def _candidate(run: SweepRun) -> dict[str, Any]:
+def _candidate(run: alphaext.training.SweepRun) -> dict[str, Any]:
     tried = {name: run.config[name] for name in _TRIED}
     if run.result is None:
         return {**tried, "error": run.error}
-    return {
-        **tried,
-        "epoch": run.result.selected_epoch,
-        "after": run.result.after,
-        "clamped": run.result.clamped,
-    }
+    return {**tried, "epoch": run.result.selected_epoch, "after": run.result.after, "clamped": run.result.clamped}
 
 
 def _value(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _save(head: AlphaNet, folder: Path) -> None:
-    import torch
-
-    from ..checkpoints import save_linear
-
-    save_linear(head.fold(), folder / shared.CLASSIFIER, overwrite=True)
-    with whole_file(folder / shared.HEAD) as file:
-        torch.save({name: value.cpu() for name, value in head.state_dict().items()}, file)
-
-
-def _print(console: Console, options: Fit, result: dict[str, Any], folder: Path) -> None:
-    if result["before"] is not None:
-        table = Table(title="Top-1 accuracy on validation features, %")
-        for name in ("", "few", "medium", "many", "all"):
-            table.add_column(name, justify="left" if not name else "right")
-        rows = [
-            (shared.classifier_name(options.classifier), result["before"]),
-            (f"Alpha Net, gamma {result['gamma']:g}", result["after"]),
-        ]
-        for name, metrics in rows:
-            table.add_row(Text(name), *(percent(metrics[split]) for split in ("few", "medium", "many", "all")))
-        console.print(table)
-        if len(result["candidates"]) > 1:
-            several = [name for name in _TRIED if len({candidate[name] for candidate in result["candidates"]}) > 1]
-            for name in several:
-                values = ", ".join(dict.fromkeys(_value(candidate[name]) for candidate in result["candidates"]))
-                by = result["policy"] or result["selection"]
-                console.print(f"{name} {_value(result[name])} chosen of {values} by {by}", highlight=False)
-    for candidate in result["candidates"]:
-        if "error" in candidate:
-            console.print(f"{_named(candidate)}: {candidate['error']}", markup=False, highlight=False)
-    console.print(f"Classifier: {folder / shared.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from ..utils.environment import __version__
 from ..utils.files import without_nan
 from . import COMMANDS, CONFIGURABLE, Extract, Train
 from .options import Options, add_flags, did_you_mean, from_flags, kinds_of, read_config
-from .shared import is_main_process, started_by_torchrun
+from .results import is_main_process, started_by_torchrun
 
 _DESCRIPTION = """\
 Alpha Net: repair the rare classes of a trained classifier.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
 
-from . import shared
+from . import results
 from .options import option
 from .shared import CommonOptions
 
@@ -36,15 +35,14 @@ class Report(CommonOptions):
         """Read, draw, write; returns where the files are and what the front says."""
         from ..study.report.write import write_report
 
-        console = shared.console_or_quiet(console)
+        console = results.console_or_quiet(console)
         files = write_report(self.study, self.output, overwrite=self.overwrite, title=self.title)
-        result: Mapping[str, Any] = {
+        for finding in files.findings:
+            console.print(finding, markup=False, highlight=False)
+        console.print(f"Report: {files.html}", markup=False, highlight=False, soft_wrap=True)
+        return {
             "report": str(files.html),
             "tables": str(files.tables),
             "figures": [str(path) for path in files.figures],
             "findings": list(files.findings),
         }
-        for finding in files.findings:
-            console.print(finding, markup=False, highlight=False)
-        console.print(f"Report: {files.html}", markup=False, highlight=False, soft_wrap=True)
-        return dict(result)

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import alphaext
+
 from ..study.plans import EXPERIMENTS, FORMS, POLICIES, StudyOptions
 from ..utils.text import percent
-from . import shared
+from . import results
 from .options import option
 from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
@@ -81,20 +83,17 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Run what is not there yet, print, write; returns what results.json holds."""
-        from ..study.run import ROWS, run_study
-
-        console = shared.console_or_quiet(console)
+        console = results.console_or_quiet(console)
         options = StudyOptions(first_seed=self.seed, **{name: getattr(self, name) for name in _OF_THE_STUDY})
-        train, val = shared.read_train_and(self.features, "val")
-        assert val is not None
-        linear = shared.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
-        shared.warn_of_other_features(linear, val, str(self.classifier))
-        results = run_study(
+        train, val = self.read("train", "val")
+        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
+        results.warn_of_other_features(linear, val, str(self.classifier))
+        found = alphaext.study.run_study(
             self.features,
-            linear.to(shared.choose_device(self.device)),
+            linear.to(self.chosen_device()),
             self.output,
             options,
-            classifier_name=shared.classifier_name(self.classifier),
+            classifier_name=results.classifier_name(self.classifier),
             few_below=self.few_below,
             many_above=self.many_above,
             jobs=self.jobs,
@@ -103,10 +102,10 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             progress=self.progress,
         )
         for experiment in options.experiments:
-            entries = [entry for entry in results["summary"] if entry["experiment"] == experiment]
+            entries = [entry for entry in found["summary"] if entry["experiment"] == experiment]
             console.print(_table(experiment, entries))
-        console.print(f"Results: {self.output / ROWS}", markup=False, highlight=False, soft_wrap=True)
-        return results
+        console.print(f"Results: {self.output / alphaext.study.run.ROWS}", markup=False, highlight=False, soft_wrap=True)
+        return found
 
 
 def _table(experiment: str, entries: Sequence[Mapping[str, Any]]) -> Table:
@@ -129,8 +128,7 @@ def _table(experiment: str, entries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _shown(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    words = {None: "", True: "yes", False: "no"}
+    if value is None or isinstance(value, bool):
+        return words[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from . import shared
-from .options import option
+import alphaext
+
+from . import results
+from .options import kinds_of, option
 from .shared import CommonOptions, DataOptions, ModelOptions
 
 # What train_model writes, and goes on from.
@@ -57,35 +59,22 @@ class Train(CommonOptions, DataOptions, ModelOptions):
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Train and write; returns what result.json holds."""
         from ..metrics.terminal import metrics_table
-        from ..pretraining.train import train_model
 
-        console, started = shared.console_or_quiet(console), time.monotonic()
+        console, started = results.console_or_quiet(console), time.monotonic()
         images = self.need("train")
         val = self.images("val", num_classes=images.num_classes, class_names=images.class_names)
         model = self.model(images.num_classes, self.seed)
         if self.checkpoint is not None:
-            from ..models.zoo import find_classifier
-
-            layer = self.classifier_layer or find_classifier(model.eval(), self.example())
-            self.read_checkpoint(images.num_classes).load_into(model, layer)
-        names = (
-            "epochs",
-            "batch_size",
-            "lr",
-            "momentum",
-            "nesterov",
-            "weight_decay",
-            "schedule",
-            "warmup_epochs",
-            "lr_step",
-            "lr_factor",
-        )
-        more = ("optimizer", "sampling", "label_smoothing", "amp", "sync_batch_norm", "select", "workers", "seed", "progress")
-        with shared.output_folder(self.output, overwrite=self.overwrite, lock=False) as folder:
-            if self.overwrite and shared.is_main_process():
+            self.load(model, self.read_checkpoint(images.num_classes))
+        # Its own options have the names of train_model's.
+        options = {kind.name: getattr(self, kind.name) for kind in kinds_of(Train) if kind.section == "train"}
+        for name in ("output", "overwrite"):
+            del options[name]
+        with results.output_folder(self.output, self, overwrite=self.overwrite, started=started, lock=False) as folder:
+            if self.overwrite and results.is_main_process():
                 for name in _OF_THE_TRAINING:
                     (folder.path / name).unlink(missing_ok=True)
-            result = train_model(
+            result = alphaext.pretraining.train_model(
                 model,
                 images,
                 folder.path,
@@ -95,7 +84,9 @@ class Train(CommonOptions, DataOptions, ModelOptions):
                 few_below=self.few_below,
                 many_above=self.many_above,
                 device=self.device,
-                **{name: getattr(self, name) for name in (*names, *more)},
+                seed=self.seed,
+                progress=self.progress,
+                **options,
             )
             found = {
                 "model": str(result.model_path),
@@ -105,12 +96,11 @@ class Train(CommonOptions, DataOptions, ModelOptions):
                 "history": result.history,
                 "images_per_second": result.images_per_second,
             }
-            if shared.is_main_process():
+            if results.is_main_process():
                 folder.clear()
-                shared.write_results(folder.path, "train", self, found, started)
+                folder.write(found)
         if result.metrics is not None:
-            console.print(
-                metrics_table({f"epoch {result.selected_epoch}": result.metrics}, title="Accuracy on validation images, %")
-            )
+            metrics = {f"epoch {result.selected_epoch}": result.metrics}
+            console.print(metrics_table(metrics, title="Accuracy on validation images, %"))
         console.print(f"Model: {result.model_path}", markup=False, highlight=False, soft_wrap=True)
         return found

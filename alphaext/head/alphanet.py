@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..classes import ClassSplit, split_classes
 from ..ops import head as ops
 from ..utils.checks import check_choice, check_gamma, check_integer
-from ..utils.linear import check_classifier, check_dtype, linear_parameters
-from ..utils.tensors import as_tensor, check_class_ids, check_finite, check_same_device, check_shape
+from ..utils.linear import check_classifier, check_fits, linear_parameters, make_linear
+from ..utils.tensors import check_same_device
 from .choices import COEFFICIENTS, FIRST_LAYERS, INITS
-from .first_layer import _wide, first_layer_scale, initial_first_layer, move_first_layer
-from .neighbors import build_members, check_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
+from .composition import choose_directions, choose_members
+from .first_layer import first_layer_scale, initial_first_layer, move_first_layer
+from .neighbors import check_members, reduce_classifiers, submodule_inputs
+from .outputs import clamped_outputs, identity_outputs
 
-# Where softmax saturates its gradient vanishes, so "identity" starts no closer to 1 than this.
-_LARGEST_SOFTMAX_START = 0.99
+# What a state_dict says of a head besides its tensors.
+_EXTRA_STATE = ("gamma", "rule", "coefficients", "first_layer", "first_layer_decay", "projected_gradient", "seed", "few_bias")
 
 
 class AlphaNet(nn.Module):
@@ -95,68 +96,64 @@ class AlphaNet(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        gamma = check_gamma(gamma)
+        self.gamma = check_gamma(gamma)
         ops.rule_number(rule)
         check_choice(init, "init", INITS)
         check_choice(first_layer, "first_layer", FIRST_LAYERS)
         check_choice(coefficients, "coefficients", COEFFICIENTS)
-        if coefficients == "direct":
-            surplus = {"z": z is not None, "hidden_dim": hidden_dim not in (None, 0), "shared": bool(shared)}
-            surplus |= {"init": init != "identity", "first_layer": first_layer != "factored"}
-            given = [name for name, differs in surplus.items() if differs]
-            if given:
-                raise ValueError(f"coefficients='direct' has no sub-modules, to which {given[0]} could apply")
-            if isinstance(weight, Tensor) and isinstance(members, Tensor):
-                z = weight.new_zeros(len(members) if members.dim() > 0 else 0, 0)
-        for name, value in (("weight", weight), ("members", members), ("z", z)):
+        for name, value in (("weight", weight), ("members", members)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        assert z is not None
-        check_same_device(weight=weight, bias=bias, members=members, z=z)
+        check_same_device(weight=weight, bias=bias, members=members)
         check_classifier(weight, bias)
-        members = check_members(members, weight.shape[0])
+        members = check_members(members, len(weight))
         num_few, num_members = members.shape
-        if num_few == weight.shape[0]:
+        if num_few == len(weight):
             raise ValueError(f"members makes all {num_few} classes few; at least one must be a base class")
-        if coefficients == "mlp":
-            check_shape(z, "z", (num_few, "(K+1)*P"))
+        if coefficients == "direct":
+            needless = {"z": z is not None, "hidden_dim": hidden_dim not in (None, 0), "shared": bool(shared)}
+            needless |= {"init": init != "identity", "first_layer": first_layer != "factored"}
+            if any(needless.values()):
+                given = next(name for name, is_given in needless.items() if is_given)
+                raise ValueError(f"coefficients='direct' has no sub-modules, to which {given} could apply")
+            z, hidden_dim = weight.new_zeros(num_few, 0), 0
+        else:
+            z = check_fits(z, "z", weight, (num_few, "(K+1)*P"))
             if z.shape[1] == 0 or z.shape[1] % num_members:
                 raise ValueError(f"z must have a multiple of K+1 = {num_members} columns, got {z.shape[1]}")
-            check_dtype(z, "z", weight)
-            check_finite(z, "z")
-            if hidden_dim is None:
-                hidden_dim = z.shape[1] // num_members
-            hidden_dim = check_integer(hidden_dim, "hidden_dim", minimum=1)
-        else:
-            hidden_dim = 0
-        _check_directions(directions, direction_bias, weight, bias, coefficients, rule)
+            hidden_dim = z.shape[1] // num_members if hidden_dim is None else check_integer(hidden_dim, "hidden_dim", minimum=1)
+        if directions is None and direction_bias is not None:
+            raise ValueError("direction_bias goes with directions")
+        if directions is not None:
+            if coefficients != "direct" or rule != "clamp":
+                raise ValueError(
+                    f"a residual needs coefficients='direct' and rule='clamp', got {coefficients!r} and {rule!r}; "
+                    "residual=0 leaves it out"
+                )
+            if (bias is None) != (direction_bias is None):
+                raise ValueError("direction_bias must be given where the classifier has a bias, and only there")
+            check_fits(directions, "directions", weight, ("R", weight.shape[1]))
+            if len(directions) == 0:
+                raise ValueError("directions must have at least one row")
+            if direction_bias is not None:
+                check_fits(direction_bias, "direction_bias", weight, (len(directions),))
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-        seed = check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
 
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.members: Tensor
-        self.z: Tensor
-        self.register_buffer("members", members.clone())
-        self.register_buffer("z", z.detach().clone())
-        self.gamma = gamma
-        self.rule = rule
-        self.coefficients = coefficients
-        self.first_layer = first_layer
-        self.projected_gradient = bool(projected_gradient)
-        self.few_bias = 0.0
-        self.directions: Tensor | None
-        self.direction_bias: Tensor | None
-        self.register_buffer("directions", None if directions is None else directions.detach().clone())
-        self.register_buffer("direction_bias", None if direction_bias is None else direction_bias.detach().clone())
+        self.members: Tensor = nn.Buffer(members.clone())
+        self.z: Tensor = nn.Buffer(z.detach().clone())
+        self.directions: Tensor | None = None if directions is None else nn.Buffer(directions.detach().clone())
+        self.direction_bias: Tensor | None = None if direction_bias is None else nn.Buffer(direction_bias.detach().clone())
         self.residual = None if directions is None else nn.Parameter(weight.new_zeros(num_few, len(directions)))
-
+        self.rule, self.coefficients, self.first_layer = rule, coefficients, first_layer
+        self.projected_gradient = bool(projected_gradient)
+        self.few_bias, self.first_layer_decay = 0.0, 1.0
+        self.seed = check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
         networks = 1 if shared else num_few
-        self.seed: int | None = seed
-        self.first_layer_decay = 1.0
-        self._init_first_layer(networks, hidden_dim, seed)
-        self._init_second_layer(networks, hidden_dim, init, torch.Generator("cpu").manual_seed(seed))
+        self._init_first_layer(networks, hidden_dim)
+        self._init_second_layer(networks, hidden_dim, init)
 
     @classmethod
     def from_linear(
@@ -218,41 +215,29 @@ class AlphaNet(nn.Module):
             AlphaNet(in_features=16, out_features=10, num_few=2, top_k=3, gamma=1, rule='clamp', hidden_dim=10)
         """
         weight, bias = linear_parameters(linear)
-        num_classes = weight.shape[0]
-        if members is not None:
-            empty = weight.new_empty(0, dtype=torch.int64)
-            surplus = {"class_counts": class_counts, "few_classes": few_classes}
-            if not residual:
-                surplus["class_means"] = class_means
-            given = [name for name, value in surplus.items() if value is not None]
-            if given:
-                raise ValueError(f"members already names classes and neighbours; do not give {', '.join(given)} as well")
-            members = check_members(as_tensor(members, "members").cpu(), num_classes)
-        else:
-            split = _split(class_counts, few_classes, num_classes, few_below, many_above, pool)
-            empty = split.empty
-            if class_means is None:
-                raise ValueError("class_means must be given to find neighbours (or give members)")
-            means = as_tensor(class_means, "class_means")
-            check_shape(means, "class_means", (num_classes, "D"))
-            neighbor_seed = check_integer(neighbor_seed, "neighbor_seed", minimum=0)
-            members = build_members(means.cpu(), split.few, pool_classes(split, pool), top_k, metric=metric, seed=neighbor_seed)
-        members = members.to(weight.device)
         residual = check_integer(residual, "residual", minimum=0)
+        members, empty = choose_members(
+            len(weight),
+            class_counts=class_counts,
+            class_means=class_means,
+            few_classes=few_classes,
+            members=members,
+            top_k=top_k,
+            pool=pool,
+            metric=metric,
+            neighbor_seed=neighbor_seed,
+            few_below=few_below,
+            many_above=many_above,
+            residual=residual,
+        )
+        members = members.to(weight.device)
         if residual:
-            if class_means is None:
-                raise ValueError("class_means must be given for a residual")
             if options.get("directions") is not None:
                 raise ValueError("residual and directions both say where few rows may move; give one of them")
-            directions, direction_bias = residual_directions(weight, class_means, residual, empty)
-            # The first is the constant, of no use without a bias.
-            options |= {"directions": directions, "direction_bias": direction_bias}
-            if bias is None:
-                options |= {"directions": directions[1:], "direction_bias": None}
+            options |= choose_directions(weight, bias, class_means, residual, empty)
         if options.get("coefficients") == "direct":
             return cls(weight, bias, members, None, **options)
-        reduced = reduce_classifiers(weight, pca_dim)
-        return cls(weight, bias, members, submodule_inputs(reduced, members), **options)
+        return cls(weight, bias, members, submodule_inputs(reduce_classifiers(weight, pca_dim), members), **options)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> AlphaNet:
@@ -271,58 +256,56 @@ class AlphaNet(nn.Module):
             (True, 0.5)
         """
         try:
-            options = json.loads(bytes(state["_extra_state"].cpu().tolist()).decode())
-            networks, _, hidden_dim = state["w2"].shape
-            weight, bias, members, z = state["weight"], state.get("bias"), state["members"], state["z"]
-            layout: dict[str, Any] = {"first_layer": options["first_layer"], "hidden_dim": hidden_dim}
-            layout["shared"] = networks == 1 and len(members) > 1
-            if options.get("coefficients", "mlp") == "direct":
-                layout = {"coefficients": "direct", "directions": state.get("directions")}
-                layout["direction_bias"], z = state.get("direction_bias"), None
-            head = cls(weight, bias, members, z, seed=0, **layout)
+            stored = _read_extra_state(state["_extra_state"])
+            options: dict[str, Any] = {"coefficients": stored["coefficients"]}
+            if options["coefficients"] == "direct":
+                options |= {"directions": state.get("directions"), "direction_bias": state.get("direction_bias")}
+            else:
+                networks, _, hidden_dim = state["w2"].shape
+                options |= {"first_layer": stored["first_layer"], "hidden_dim": hidden_dim}
+                options["shared"] = networks == 1 and len(state["members"]) > 1
+            z = None if options["coefficients"] == "direct" else state["z"]
+            head = cls(state["weight"], state.get("bias"), state["members"], z, seed=0, **options)
             head.load_state_dict(state)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise ValueError(f"state must be the state_dict of an AlphaNet: {type(error).__name__}: {error}") from error
         return head
 
-    def _init_first_layer(self, networks: int, hidden_dim: int, seed: int) -> None:
-        z = self.z.detach().to(device="cpu", dtype=_wide(self.z.dtype)).contiguous()
-        if hidden_dim == 0:
-            self.preactivation = nn.Parameter(self.z.new_zeros(len(self.z), 0))
-            self.register_buffer("gradient_scale", first_layer_scale(self.z, networks))
-            return
+    def _init_first_layer(self, networks: int, hidden_dim: int) -> None:
+        z = self._wide_inputs()
         if self.first_layer == "dense":
-            w1, b1 = initial_first_layer(networks, hidden_dim, z, seed)
-            self.w1 = nn.Parameter(w1.to(self.z))
-            self.b1 = nn.Parameter(b1.to(self.z))
+            self.w1, self.b1 = (
+                nn.Parameter(start.to(self.z)) for start in initial_first_layer(networks, hidden_dim, z, self.seed)
+            )
             return
-        # The weights are used row by row as they are drawn: they are never held.
-        start = ops.initial_preactivation(z, hidden_dim, networks == 1, seed)
+        start = self._initial_preactivation(networks, hidden_dim) if hidden_dim else z.new_zeros(self.num_few, 0)
         self.preactivation = nn.Parameter(start.to(self.z))
-        self.gradient_scale: Tensor
-        self.register_buffer("gradient_scale", first_layer_scale(self.z, networks))
+        self.gradient_scale: Tensor = nn.Buffer(first_layer_scale(self.z, networks))
 
-    def _init_second_layer(self, networks: int, hidden_dim: int, init: str, generator: torch.Generator) -> None:
-        dtype, device, num_members = self.z.dtype, self.z.device, self.top_k + 1
-        w2 = torch.empty(networks, num_members, hidden_dim, dtype=dtype, device="cpu")
-        b2 = torch.empty(networks, num_members, dtype=dtype, device="cpu")
+    def _init_second_layer(self, networks: int, hidden_dim: int, init: str) -> None:
+        start = identity_outputs(self.rule, self.gamma, self.top_k, self.z.dtype)
+        w2, b2 = start.new_zeros(networks, len(start), hidden_dim), start.repeat(networks, 1)
         if init == "default":
-            bound = 1 / math.sqrt(hidden_dim)
+            bound, generator = 1 / math.sqrt(hidden_dim), torch.Generator("cpu").manual_seed(self.seed)
             for network in range(networks):
                 w2[network].uniform_(-bound, bound, generator=generator)
                 b2[network].uniform_(-bound, bound, generator=generator)
-        else:
-            w2.zero_()
-            b2[:] = _identity_outputs(self.rule, self.gamma, self.top_k, dtype)
-        self.w2 = nn.Parameter(w2.to(device))
-        self.b2 = nn.Parameter(b2.to(device))
+        self.w2 = nn.Parameter(w2.to(self.z.device))
+        self.b2 = nn.Parameter(b2.to(self.z.device))
+
+    def _wide_inputs(self) -> Tensor:
+        return self.z.detach().to(device="cpu", dtype=ops.accumulate_dtype(self.z.dtype)).contiguous()
+
+    def _initial_preactivation(self, networks: int, hidden_dim: int) -> Tensor:
+        # The weights are used row by row as they are drawn: they are never held.
+        return ops.initial_preactivation(self._wide_inputs(), hidden_dim, networks == 1, self.seed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AlphaNet:
         # A squared norm easily overflows float16, so the scale moves with the head but never gets narrower than float32.
         scale = self._buffers.get("gradient_scale")
         super()._apply(fn, recurse)
         if scale is not None:
-            self.gradient_scale = scale.to(device=self.z.device, dtype=_wide(self.z.dtype))
+            self.gradient_scale = scale.to(device=self.z.device, dtype=ops.accumulate_dtype(self.z.dtype))
         return self
 
     @property
@@ -362,27 +345,47 @@ class AlphaNet(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Scores of all classes, ``[..., N]`` in class order, from ``features`` ``[..., D]`` (equations 3 and 4)."""
-        self._check_input(features, "features", self.in_features)
-        flat = features.reshape(-1, features.shape[-1])
-        scores = self._head(flat, self.weight)
-        if self.residual is not None or self.few_bias:
-            scores = scores.index_add(1, self.few_classes, self._besides(flat, scores))
-        return scores.view(*features.shape[:-1], self.out_features)
+        return self._scores(features, "features", self.weight)
 
-    def _besides(self, flat: Tensor, scores: Tensor) -> Tensor:
+    def _scores(self, input: Tensor, name: str, weight: Tensor | None) -> Tensor:
+        """Scores from features, or without ``weight`` from logits."""
+        width = self.out_features if weight is None else self.in_features
+        self._check_input(input, name, width)
+        flat = input.reshape(-1, width)
+        z, w1, b1 = self._first_layer_arguments()
+        scores = ops.alpha_head(
+            flat,
+            weight,
+            self.bias,
+            self.members,
+            z,
+            w1,
+            b1,
+            self.w2,
+            self.b2,
+            gamma=self.gamma,
+            rule=self.rule,
+            projected_gradient=self.projected_gradient,
+            b1_scale=self.gradient_scale if w1 is None else None,
+        )
+        if self.residual is not None or self.few_bias:
+            scores = scores.index_add(1, self.few_classes, self._added_to_few(flat, scores))
+        return scores.view(*input.shape[:-1], self.out_features)
+
+    def _added_to_few(self, features: Tensor, scores: Tensor) -> Tensor:
         """What residual and constant add to the few scores, ``[batch, F]``."""
-        added = scores.new_full((len(flat), self.num_few), self.few_bias)
+        constant = scores.new_full((len(features), self.num_few), self.few_bias)
         if self.residual is None or self.directions is None:
-            return added
+            return constant
         bias = None if self.direction_bias is None else self.residual @ self.direction_bias
-        return added + nn.functional.linear(flat, self.residual @ self.directions, bias).to(added.dtype)
+        return constant + nn.functional.linear(features, self.residual @ self.directions, bias).to(constant.dtype)
 
     def identity_outputs(self) -> Tensor:
         """The outputs ``[K+1 (+ R)]`` that make every few row the original one, or with ``gamma`` below 1 the nearest to it.
 
         Where ``init="identity"`` starts, and what ``regularize`` of :func:`alphaext.fit` draws the outputs to.
         """
-        outputs = _identity_outputs(self.rule, self.gamma, self.top_k, self.z.dtype)
+        outputs = identity_outputs(self.rule, self.gamma, self.top_k, self.z.dtype)
         return torch.cat([outputs, outputs.new_zeros(self.num_directions)]).to(self.z.device)
 
     def outputs(self) -> Tensor:
@@ -409,25 +412,20 @@ class AlphaNet(nn.Module):
             >>> torch.allclose(head.mix_logits(logits), head(features), atol=1e-6)
             True
         """
-        self._check_input(logits, "logits", self.out_features)
         if self.residual is not None:
             raise ValueError("a head with a residual needs features: its scores are no mix of the original logits alone")
-        flat = logits.reshape(-1, logits.shape[-1])
-        scores = self._head(flat, None)
-        if self.few_bias:
-            scores = scores.index_add(1, self.few_classes, self._besides(flat, scores))
-        return scores.view(logits.shape)
+        return self._scores(logits, "logits", None)
 
     def alphas(self) -> Tensor:
         """The coefficients alpha, ``[F, K+1]`` in float32 (float64 for a float64 head): column 0 the few class's own."""
-        return self._outputs()[1]
+        return self._evaluate()[2]
 
     def clamped(self) -> Tensor:
         """``[F]`` bool: classes whose own coefficient is held by the clamp, so that its gradient is blocked.
 
         Under ``"l1"``, which has no clamp, none is.
         """
-        return clamped_outputs(self._outputs()[0], self.rule, self.gamma)
+        return clamped_outputs(self._evaluate()[1], self.rule, self.gamma)
 
     @torch.no_grad()
     def materialize_first_layer(self) -> tuple[Tensor, Tensor]:
@@ -452,25 +450,18 @@ class AlphaNet(nn.Module):
             raise ValueError("a head with coefficients='direct' has no first layer")
         if self.first_layer == "dense":
             return self.w1.detach().clone(), self.b1.detach().clone()
-        if self.seed is None:
-            raise ValueError("this head's state does not say the seed of its first layer, so its weights cannot be drawn again")
-        networks, hidden = self.w2.shape[0], self.w2.shape[2]
-        z = self.z.detach().to(device="cpu", dtype=_wide(self.z.dtype)).contiguous()
-        w1, b1 = initial_first_layer(networks, hidden, z, self.seed)
-        start = ops.initial_preactivation(z, hidden, networks == 1, self.seed)
+        networks, _, hidden_dim = self.w2.shape
+        z = self._wide_inputs()
+        w1, b1 = initial_first_layer(networks, hidden_dim, z, self.seed)
+        start = self._initial_preactivation(networks, hidden_dim).double()
         now = self.preactivation.detach().cpu().double()
-        move_first_layer(w1, b1, z, now - self.first_layer_decay * start.double(), self.first_layer_decay)
+        move_first_layer(w1, b1, z, now - self.first_layer_decay * start, self.first_layer_decay)
         return w1.to(self.z), b1.to(self.z)
 
     @torch.no_grad()
     def _move_outputs(self, moved: Tensor, decay: float) -> None:
         """Change a dense first layer the way SGD would have to move its outputs by ``moved`` ``[F, H]``."""
         move_first_layer(self.w1, self.b1, self.z, moved.to(self.z.device), decay)
-
-    @torch.no_grad()
-    def _preactivations(self) -> Tensor:
-        """The first layer's outputs before the ReLU, ``[F, H]`` in float32 or wider."""
-        return self._evaluate()[0]
 
     @torch.no_grad()
     def composed(self) -> tuple[Tensor, Tensor | None]:
@@ -505,100 +496,52 @@ class AlphaNet(nn.Module):
             True
         """
         weight, bias = self.composed()
-        # On "meta", because initial values that nobody reads would be drawn from the caller's random numbers.
-        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.detach().clone())
+        original: Tensor | None = self.bias
+        if original is None and bias is not None:
+            original = self.weight.new_zeros(self.out_features)
+        linear = make_linear(self.weight, original)
         linear.weight[self.few_classes] = weight
         if bias is not None:
-            old = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
-            linear.bias = nn.Parameter(old.detach().clone())
             linear.bias[self.few_classes] = bias
         linear.requires_grad_(self.weight.requires_grad)
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        text = (
-            f"in_features={self.in_features}, out_features={self.out_features}, num_few={self.num_few}, "
-            f"top_k={self.top_k}, gamma={self.gamma:g}, rule={self.rule!r}, "
-        )
-        text += "coefficients='direct'" if self.coefficients == "direct" else f"hidden_dim={self.w2.shape[2]}"
-        if self.num_directions:
-            text += f", num_directions={self.num_directions}"
-        if self.few_bias:
-            text += f", few_bias={self.few_bias:g}"
-        if self.bias is None:
-            text += ", bias=False"
-        if self.shared:
-            text += ", shared=True"
-        if self.first_layer != "factored":
-            text += f", first_layer={self.first_layer!r}"
-        if not self.projected_gradient:
-            text += ", projected_gradient=False"
-        return text
+        network = "coefficients='direct'" if self.coefficients == "direct" else f"hidden_dim={self.w2.shape[2]}"
+        unusual = {
+            f"num_directions={self.num_directions}": self.num_directions,
+            f"few_bias={self.few_bias:g}": self.few_bias,
+            "bias=False": self.bias is None,
+            "shared=True": self.shared,
+            f"first_layer={self.first_layer!r}": self.first_layer != "factored",
+            "projected_gradient=False": not self.projected_gradient,
+        }
+        usual = f"in_features={self.in_features}, out_features={self.out_features}, num_few={self.num_few}, top_k={self.top_k}"
+        parts = [usual, f"gamma={self.gamma:g}", f"rule={self.rule!r}", network]
+        return ", ".join(parts + [text for text, applies in unusual.items() if applies])
 
     def get_extra_state(self) -> Tensor:
         """What the tensors do not say, as JSON in a uint8 tensor: so a state_dict holds tensors only."""
-        options = {
-            "gamma": self.gamma,
-            "rule": self.rule,
-            "first_layer": self.first_layer,
-            "projected_gradient": self.projected_gradient,
-            "seed": self.seed,
-            "first_layer_decay": self.first_layer_decay,
-            "coefficients": self.coefficients,
-            "few_bias": self.few_bias,
-        }
-        return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8, device="cpu")
+        text = json.dumps({name: getattr(self, name) for name in _EXTRA_STATE})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take gamma, rule and projected_gradient from a state_dict."""
-        options = json.loads(bytes(state.cpu().tolist()).decode())
-        ops.rule_number(options["rule"])
-        if options["first_layer"] != self.first_layer:
-            raise ValueError(
-                f"the state is of a head with first_layer={options['first_layer']!r}, this one has {self.first_layer!r}"
-            )
-        coefficients = options.get("coefficients", "mlp")
-        if coefficients != self.coefficients:
-            raise ValueError(f"the state is of a head with coefficients={coefficients!r}, this one has {self.coefficients!r}")
-        self.gamma = check_gamma(options["gamma"])
-        self.rule = options["rule"]
-        self.projected_gradient = bool(options["projected_gradient"])
-        self.seed = options.get("seed")
-        self.first_layer_decay = float(options.get("first_layer_decay", 1.0))
-        self.few_bias = float(options.get("few_bias", 0.0))
+        """Take from a state_dict what its tensors do not say."""
+        stored = _read_extra_state(state)
+        for name in ("first_layer", "coefficients"):
+            if stored[name] != getattr(self, name):
+                raise ValueError(f"the state is of a head with {name}={stored[name]!r}, this one has {getattr(self, name)!r}")
+        for name, value in stored.items():
+            setattr(self, name, value)
 
     def _first_layer_arguments(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
         if self.first_layer == "dense":
             return self.z, self.w1, self.b1
         return None, None, self.preactivation
 
-    def _head(self, input: Tensor, weight: Tensor | None) -> Tensor:
-        z, w1, b1 = self._first_layer_arguments()
-        return ops.alpha_head(
-            input,
-            weight,
-            self.bias,
-            self.members,
-            z,
-            w1,
-            b1,
-            self.w2,
-            self.b2,
-            gamma=self.gamma,
-            rule=self.rule,
-            projected_gradient=self.projected_gradient,
-            b1_scale=None if self.first_layer == "dense" else self.gradient_scale,
-        )
-
-    def _outputs(self) -> tuple[Tensor, Tensor]:
-        """The sub-modules' raw outputs and alpha."""
-        _, raw, alpha = self._evaluate()
-        return raw, alpha
-
     @torch.no_grad()
     def _evaluate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pre-activations, outputs and coefficients of the sub-modules."""
+        """The first layer's outputs before the ReLU, the sub-modules' outputs, and the coefficients."""
         arguments = (self.members, *self._first_layer_arguments(), self.w2, self.b2)
         return ops.evaluate(*arguments, num_classes=self.out_features, gamma=self.gamma, rule=self.rule)
 
@@ -615,84 +558,9 @@ class AlphaNet(nn.Module):
             raise TypeError(f"{name} must have the head's dtype, {self.weight.dtype}, got {x.dtype}")
 
 
-def _identity_outputs(rule: str, gamma: float, top_k: int, dtype: torch.dtype) -> Tensor:
-    """Raw outputs ``[K+1]`` at which ``alpha_0 = gamma`` and the neighbours are equal."""
-    if rule == "l1":
-        return torch.full((top_k + 1,), 1 / top_k, dtype=dtype, device="cpu")
-    if rule == "clamp":
-        outputs = torch.full((top_k + 1,), (1 - gamma) / top_k, dtype=torch.float64, device="cpu").to(dtype)
-        outputs[0] = gamma
-        if outputs[0].double() > torch.tensor(gamma, dtype=_wide(dtype), device="cpu").double():
-            # Rounded up to beyond the clamp, where no gradient passes: take the next number below.
-            outputs[0] -= torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(gamma))
-        return outputs
-    # A few rounding errors below gamma, so that no clamp holds at the start.
-    own = min(gamma * (1 - 8 * torch.finfo(_wide(dtype)).eps), _LARGEST_SOFTMAX_START)
-    p = torch.full((top_k + 1,), (1 - own) / top_k, dtype=torch.float64, device="cpu")
-    p[0] = own
-    return p.log().to(dtype)
-
-
-def clamped_outputs(raw: Tensor, rule: str, gamma: float) -> Tensor:
-    """``[F]`` bool: which classes' own coefficient is held by the clamp, from the sub-modules' outputs ``[F, K+1]``."""
-    if rule == "l1":
-        return torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
-    value = raw[:, 0] if rule == "clamp" else raw.softmax(dim=1)[:, 0]
-    low = min(reference.ALPHA_FLOOR, gamma) if rule == "clamp" else 0.0
-    return (value > gamma) | (value < low)
-
-
-def _check_directions(
-    directions: Tensor | None, direction_bias: Tensor | None, weight: Tensor, bias: Tensor | None, coefficients: str, rule: str
-) -> None:
-    for name, value in (("directions", directions), ("direction_bias", direction_bias)):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if directions is None:
-        if direction_bias is not None:
-            raise ValueError("direction_bias goes with directions")
-        return
-    check_shape(directions, "directions", ("R", weight.shape[1]))
-    if coefficients != "direct" or rule != "clamp":
-        raise ValueError(
-            f"a residual needs coefficients='direct' and rule='clamp', got {coefficients!r} and {rule!r}; "
-            "residual=0 leaves it out"
-        )
-    if (bias is None) != (direction_bias is None):
-        raise ValueError("direction_bias must be given where the classifier has a bias, and only there")
-    for name, value, shape in (
-        ("directions", directions, ("R", weight.shape[1])),
-        ("direction_bias", direction_bias, (len(directions),)),
-    ):
-        if value is not None:
-            check_same_device(weight=weight, **{name: value})
-            check_shape(value, name, shape)
-            check_dtype(value, name, weight)
-            check_finite(value, name)
-    if len(directions) == 0:
-        raise ValueError("directions must have at least one row")
-
-
-def _split(
-    class_counts: Tensor | None, few_classes: Tensor | None, num_classes: int, few_below: int, many_above: int, pool: str
-) -> ClassSplit:
-    if (class_counts is None) == (few_classes is None):
-        got = "neither" if class_counts is None else "both"
-        raise ValueError(f"give class_counts or few_classes, to say which classes are few (or members); got {got}")
-    if few_classes is not None:
-        if pool == "many":
-            raise ValueError("pool='many' needs class_counts: few_classes does not say which classes are many")
-        few = check_class_ids(few_classes, num_classes, "few_classes").cpu()
-        is_base = torch.ones(num_classes, dtype=torch.bool, device="cpu")
-        is_base[few] = False
-        return ClassSplit(few=few, medium=is_base.nonzero().flatten(), many=few.new_empty(0))
-    assert class_counts is not None
-    counts = as_tensor(class_counts, "class_counts").cpu()
-    check_shape(counts, "class_counts", (num_classes,))
-    split = split_classes(counts, few_below=few_below, many_above=many_above)
-    if len(split.few) == 0:
-        raise ValueError(
-            f"class_counts has no few class: the smallest has {int(counts[counts > 0].min())} samples, few are those below "
-            f"few_below={few_below}"
-        )
-    return split
+def _read_extra_state(state: Tensor) -> dict[str, Any]:
+    text = json.loads(bytes(state.cpu().tolist()).decode())
+    stored = {name: text[name] for name in _EXTRA_STATE}
+    ops.rule_number(stored["rule"])
+    stored |= {"gamma": check_gamma(stored["gamma"]), "projected_gradient": bool(stored["projected_gradient"])}
+    return stored | {name: float(stored[name]) for name in ("few_bias", "first_layer_decay")}

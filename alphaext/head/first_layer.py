@@ -8,10 +8,6 @@ from torch import Tensor
 from ..ops import head as ops
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def first_layer_scale(z: Tensor, networks: int) -> Tensor:
     """What SGD's step on a first layer's outputs is multiplied by (docs/exactness.md): ``[F]``, or ``[F, F]`` with one network.
 
@@ -19,7 +15,7 @@ def first_layer_scale(z: Tensor, networks: int) -> Tensor:
     """
     wide = z.detach().double()
     scale = wide @ wide.t() + 1 if networks == 1 else wide.square().sum(dim=1) + 1
-    return scale.to(_wide(z.dtype))
+    return scale.to(ops.accumulate_dtype(z.dtype))
 
 
 def initial_first_layer(networks: int, hidden: int, z: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.checks import check_choice
 from . import extension  # noqa: F401  (registers the operators)
 
 # The numbers of csrc/kernels/rules.h.
@@ -84,8 +85,7 @@ def alpha_head(
 
 def rule_number(rule: str) -> int:
     """The number that the kernels know a coefficient rule by."""
-    if rule not in RULE_NUMBERS:
-        raise ValueError(f"rule must be one of {', '.join(sorted(RULE_NUMBERS))}, got {rule!r}")
+    check_choice(rule, "rule", sorted(RULE_NUMBERS))
     return RULE_NUMBERS[rule]
 
 
@@ -326,7 +326,8 @@ def _vmap_by_loop(op: Callable[..., Any]) -> Callable[..., Any]:
 # ---- Fake kernels: shapes and dtypes only ------------------------------------------------------------------------------
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of numbers of this dtype are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -346,7 +347,7 @@ def _head_fake(
 ) -> tuple[Tensor, ...]:
     _check_devices({"weight": weight, "bias": bias, "members": members, "z": z, "w1": w1, "b1": b1, "w2": w2, "b2": b2}, input)
     batch, num_classes = input.shape[0], input.shape[1] if weight is None else weight.shape[0]
-    wide = _accumulate_dtype(input.dtype)
+    wide = accumulate_dtype(input.dtype)
     num_few, num_members = members.shape
     return (
         input.new_empty(batch, num_classes),
@@ -390,42 +391,34 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 
 
-def _autocast(device_type: str) -> Callable[..., Any]:
-    """Under autocast the head runs in the widest dtype among its floating arguments.
+def _without_autocast(operator: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return operator(*arguments)
 
-    It is bound by reading its weights, so casting them down at every step would cost more than it saves.
+    return call
+
+
+def _widened_head(*arguments: Any) -> Any:
+    """The head in the widest dtype among its floating arguments, which is what autocast makes of it.
+
+    It is bound by reading its weights, so casting them down at every step would cost more than it saves. A backward under
+    autocast stays in the dtype of the forward.
     """
-
-    def head(*arguments: Any) -> Any:
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.alphaext.head(*_widened(arguments))
-
-    return head
+    return torch.ops.alphaext.head(*_widened(arguments))
 
 
-def _autocast_backward(device_type: str) -> Callable[..., Any]:
-    """A backward that runs under autocast: its products, too, stay in the dtype of the forward."""
-
-    def head_backward(*arguments: Any) -> Any:
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.alphaext.head_backward(*arguments)
-
-    return head_backward
-
-
-def _register() -> None:
-    library = torch.library
-    library.register_fake("alphaext::head", _head_fake)
-    library.register_fake("alphaext::head_backward", _head_backward_fake)
-    # Direct callers of the operators get the same gradients as callers of alpha_head, and the same refusal of second ones.
-    library.register_autograd("alphaext::head", _backward, setup_context=_setup_context)
-    library.register_autograd("alphaext::head_backward", _no_second_derivative)
-    library.register_vmap("alphaext::head", _vmap_by_loop(torch.ops.alphaext.head))
-    library.register_vmap("alphaext::head_backward", _vmap_by_loop(torch.ops.alphaext.head_backward))
-    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl("head", _autocast(device_type), key)
-        _library.impl("head_backward", _autocast_backward(device_type), key)
-
+# ---- What each operator has besides its kernels ------------------------------------------------------------------------
 
 _library = torch.library.Library("alphaext", "FRAGMENT")
-_register()
+# Direct callers of the operators get the same gradients as callers of alpha_head, and the same refusal of second ones.
+for _name, _operator, _under_autocast, _fake, _gradient, _setup in (
+    ("head", torch.ops.alphaext.head, _widened_head, _head_fake, _backward, _setup_context),
+    ("head_backward", torch.ops.alphaext.head_backward, torch.ops.alphaext.head_backward, _head_backward_fake,
+     _no_second_derivative, None),
+):  # fmt: skip
+    torch.library.register_fake(f"alphaext::{_name}", _fake)
+    torch.library.register_autograd(f"alphaext::{_name}", _gradient, setup_context=_setup)
+    torch.library.register_vmap(f"alphaext::{_name}", _vmap_by_loop(_operator))
+    for _device_type in ("cpu", "cuda"):
+        _library.impl(_name, _without_autocast(_under_autocast, _device_type), f"Autocast{_device_type.upper()}")

@@ -107,21 +107,9 @@ def cache_logits(
             are no more.
         top_ids: ``[rows, TOP_CLASSES]`` int32, written: their ids; of equal logits the lower one comes first.
     """
-    if logits.is_cpu and member_logits.is_cpu:
-        torch.ops.alphaext.cache_logits(
-            logits,
-            labels,
-            few_penalty,
-            column_class,
-            column_bias,
-            member_logits,
-            base_logsumexp,
-            label_logit,
-            top_logits,
-            top_ids,
-        )
-        return
-    cache_logits_elsewhere(
+    on_cpu = logits.is_cpu and member_logits.is_cpu
+    keep = torch.ops.alphaext.cache_logits if on_cpu else cache_logits_elsewhere
+    keep(
         logits, labels, few_penalty, column_class, column_bias, member_logits, base_logsumexp, label_logit, top_logits, top_ids
     )
 

@@ -115,7 +115,7 @@ class AutogradEngine:
         return losses[0]
 
     def _check_finite(self, loss: float) -> None:
-        finite = self.head._outputs()[0].isfinite().all(dim=1)
+        finite = self.head._evaluate()[1].isfinite().all(dim=1)
         if not bool(finite.all()):
             raise TrainingDiverged(f"class {int(self.head.few_classes[int((~finite).nonzero()[0, 0])])}")
         with torch.no_grad():

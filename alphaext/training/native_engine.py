@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..head.alphanet import AlphaNet, clamped_outputs
+from ..head.alphanet import AlphaNet
 from ..head.first_layer import first_layer_scale
+from ..head.outputs import clamped_outputs
 from ..ops import training as ops
 from . import cached_logits
 from .cached_logits import Columns, TrainingLogits, ValidationLogits
@@ -250,7 +251,7 @@ class SharedLogits:
 
 @torch.no_grad()
 def _preactivations(head: AlphaNet) -> Tensor:
-    return head.preactivation.detach() if head.first_layer == "factored" else head._preactivations()
+    return head.preactivation.detach() if head.first_layer == "factored" else head._evaluate()[0]
 
 
 def _gradient_scale(head: AlphaNet) -> Tensor:

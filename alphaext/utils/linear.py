@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from .tensors import check_finite, check_floating, check_same_device, check_shape
-
-
-def check_dtype(tensor: Tensor, name: str, weight: Tensor) -> None:
-    if tensor.dtype != weight.dtype:
-        raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
 
 
 def check_classifier(weight: Tensor, bias: Tensor | None) -> None:
@@ -17,9 +14,19 @@ def check_classifier(weight: Tensor, bias: Tensor | None) -> None:
     check_shape(weight, "weight", ("N", "D"))
     check_finite(weight, "weight")
     if bias is not None:
-        check_dtype(bias, "bias", weight)
-        check_shape(bias, "bias", (weight.shape[0],))
-        check_finite(bias, "bias")
+        check_fits(bias, "bias", weight, (len(weight),))
+
+
+def check_fits(tensor: Tensor | None, name: str, weight: Tensor, shape: Sequence[int | str]) -> Tensor:
+    """Return ``tensor`` after checking its shape, that it is finite, and that it has the dtype and device of ``weight``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_same_device(weight=weight, **{name: tensor})
+    check_shape(tensor, name, shape)
+    if tensor.dtype != weight.dtype:
+        raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
+    check_finite(tensor, name)
+    return tensor
 
 
 def linear_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

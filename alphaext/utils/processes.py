@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .checks import check_integer
-from .tensors import check_device
+from .tensors import check_device, choose_device
 
 __all__ = ["Group", "PeerError", "process_group"]
 
@@ -217,11 +217,9 @@ def _number(text: str, name: str, minimum: int = 0, maximum: int | None = None) 
 
 
 def _device(device: str | torch.device | None, local_rank: int, world_size: int) -> torch.device:
-    chosen = check_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_device(device)
     if chosen.type == "cpu":
         return torch.device("cpu")
-    if chosen.type != "cuda":
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {device!r}')
     if ":" not in str(chosen):
         chosen = torch.device("cuda", local_rank if world_size > 1 else torch.cuda.current_device())
     elif world_size > 1 and chosen.index != local_rank:

@@ -158,3 +158,13 @@ def check_device(device: torch.device | str) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= gpus:
         raise ValueError(f"device must be one of {gpus} GPUs that torch sees, got {str(place)!r}")
     return place
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The CPU or the GPU asked for, checked; without a name a GPU where there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = check_device(device)
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:NUMBER", got {str(device)!r}')
+    return chosen

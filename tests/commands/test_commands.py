@@ -22,11 +22,12 @@ import torchvision
 from digit_images import TRAIN_COUNTS, write_digits
 from PIL import Image
 
-from alphaext import AlphaNet, commands
+from alphaext import AlphaNet
 from alphaext.checkpoints import read_checkpoint
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
 from alphaext.commands import main as cli
 from alphaext.commands.options import read_config
+from alphaext.commands.results import read_classifier
 from alphaext.features.store import read_parts
 from alphaext.study.run import choose
 from alphaext.training import many as sweep
@@ -526,11 +527,11 @@ def test_old_results_are_not_taken_for_new_ones(digits, repaired, tmp_path, caps
     options = ["--epochs", "1", "--batch-size", "64", "--workers", "0"]
     assert cli.main(["train", "--config", str(digits / "train.toml"), *options, "--output", str(folder), "--overwrite"]) == 0
     assert not (folder / "classifier.pth").exists()
-    trained = commands.shared.read_classifier(folder)
+    trained = read_classifier(folder)
     assert torch.equal(trained.weight, torch.load(folder / "model.pth", weights_only=True)["fc.weight"])
     (folder / "result.json").unlink()
     with pytest.raises(FileNotFoundError, match="finished results"):
-        commands.shared.read_classifier(folder)
+        read_classifier(folder)
 
 
 def test_overwrite_starts_a_training_anew(digits, tmp_path):
@@ -604,7 +605,7 @@ def test_the_layer_that_was_named_is_the_classifier(digits, tmp_path, capsys):
         "b.bias": torch.ones(10),
     }
     torch.save(state, tmp_path / "two.pth")
-    assert torch.equal(commands.shared.read_classifier(tmp_path / "two.pth", 10, "a").weight, state["a.weight"])
+    assert torch.equal(read_classifier(tmp_path / "two.pth", 10, "a").weight, state["a.weight"])
     run(digits, "fit", "--classifier", tmp_path / "two.pth", "--classifier-layer", "none", "--output", tmp_path / "x", code=2)
     assert "none" in capsys.readouterr().err
 
