@@ -17,10 +17,12 @@ from ..models.split import run_model, split_model
 from ..utils.checks import check_number
 from ..utils.files import PathLike, check_output_file, whole_file
 from ..utils.modules import evaluating
+from ..utils.packages import require
 from ..utils.seeds import noise
 from ..utils.tensors import TensorLike, check_floating
-from .files import SAFETENSORS_HINT
-from .onnx import check_onnx_packages, onnx_content, run_onnx
+from .files import require_safetensors
+from .layouts import join
+from .onnx import onnx_content, run_onnx
 from .reader import Checkpoint, read_checkpoint
 from .writer import check_repaired, file_content, write_verified
 
@@ -157,7 +159,10 @@ def export(
     if format not in EXPORT_FORMATS:
         raise ValueError(f"format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
     target = check_output_file(output, "output", overwrite=overwrite)
-    _check_packages(format, target)
+    if target.suffix == ".safetensors":
+        require_safetensors()
+    for package in ("onnx", "onnxscript") if format == "onnx" else ():
+        require(package, "format='onnx' needs the package", "onnx onnxscript")
     suffix = {"safetensors": ".safetensors", "onnx": ".onnx"}.get(format)
     if suffix is not None and target.suffix != suffix:
         raise ValueError(f"output must end in {suffix} for format={format!r}, got {str(target)!r}")
@@ -171,15 +176,13 @@ def export(
         batch: _Batch = _Features(checkpoint, weight, bias, few)
     else:
         batch = _Images(checkpoint, weight, bias, few, model, classifier, example)
-    if allowed is None:
-        allowed = max(TOLERANCES[dtype] for dtype in (checkpoint.dtype, batch.dtype))
-    trial = _Trial(batch, allowed)
+    batch.tolerance = max(TOLERANCES[checkpoint.dtype], TOLERANCES[batch.dtype]) if allowed is None else allowed
     unchanged, onnx_checked_by, onnx_difference = None, None, None
     if format == "same":
-        unchanged = write_verified(checkpoint, linear, few, target, overwrite=overwrite, verify=trial)
+        unchanged = write_verified(checkpoint, linear, few, target, overwrite=overwrite, verify=batch.check)
     elif format == "onnx":
         assert isinstance(batch, _Images)
-        onnx_checked_by, onnx_difference = _write_onnx(batch, trial, target)
+        onnx_checked_by, onnx_difference = _write_onnx(batch, target)
     else:
         tensors = batch.state() if format == "safetensors" else _named("", weight, bias, checkpoint.dtype)
         content = file_content(tensors, _notes(checkpoint), safetensors=target.suffix == ".safetensors")
@@ -187,7 +190,7 @@ def export(
             file.write(content)
             file.flush()
             name = batch.classifier_name if format == "safetensors" else None
-            trial(read_checkpoint(file.name, classifier=name or None, num_classes=checkpoint.num_classes))
+            batch.check(read_checkpoint(file.name, classifier=name or None, num_classes=checkpoint.num_classes))
     return ExportReport(
         path=target,
         format=format,
@@ -195,10 +198,10 @@ def export(
         few_classes=len(few),
         batch=batch.what,
         samples=len(batch.composed),
-        largest_score=trial.largest_score,
-        tolerance=allowed,
-        largest_difference=trial.largest_difference,
-        largest_base_difference=trial.largest_base_difference,
+        largest_score=batch.largest_score,
+        tolerance=batch.tolerance,
+        largest_difference=batch.largest_difference,
+        largest_base_difference=batch.largest_base_difference,
         unchanged_bytes=unchanged,
         onnx_checked_by=onnx_checked_by,
         onnx_difference=onnx_difference,
@@ -214,6 +217,7 @@ class _Batch:
         composed: ``[n, N]``.
         classifier_name: of the linear layer in the state.
         dtype: in which scores are computed.
+        tolerance: how far scores may be off, in parts of the largest one.
     """
 
     what: str
@@ -221,11 +225,22 @@ class _Batch:
     composed: Tensor
     classifier_name: str
     dtype: torch.dtype
+    tolerance: float
+    largest_difference = math.nan
+    largest_base_difference = math.nan
 
     def __init__(self, checkpoint: Checkpoint, weight: Tensor, bias: Tensor | None, few: Tensor) -> None:
         self.checkpoint, self.weight, self.bias = checkpoint, weight, bias
         self.base = torch.ones(len(weight), dtype=torch.bool, device="cpu")
         self.base[few] = False
+
+    @property
+    def largest_score(self) -> float:
+        """Of the composed ones; a ValueError where it is not finite."""
+        largest = float(self.composed.abs().max())
+        if not math.isfinite(largest):
+            raise ValueError(f"the model's scores of {self.what} must be finite, got up to {largest}")
+        return largest
 
     def scores(self, written: Checkpoint) -> Tensor:
         """``[n, N]`` by a file that was written, read back."""
@@ -234,6 +249,26 @@ class _Batch:
     def state(self) -> dict[str, Tensor]:
         """The whole state with the repaired classifier."""
         raise NotImplementedError
+
+    def check(self, written: Checkpoint) -> None:
+        """Hold the scores of a file that was written, read back, against the composed and the original ones."""
+        self.check_scores(self.scores(written))
+
+    def check_scores(self, scores: Tensor) -> None:
+        limit = self.tolerance * self.largest_score
+        self.largest_difference = float((scores - self.composed).abs().max())
+        base = (scores - self.original)[:, self.base].abs()
+        self.largest_base_difference = float(base.max()) if base.numel() else 0.0
+        for difference, what in (
+            (self.largest_difference, "the composed ones (features times linear)"),
+            (self.largest_base_difference, "the original ones in columns that should not change"),
+        ):
+            # Written so that NaN fails too.
+            if not difference <= limit:
+                raise ValueError(
+                    f"scores of {len(scores)} {self.what} with the repaired classifier are off by up to {difference:.3g} from "
+                    f"{what}; tolerance={self.tolerance:g} of the largest score allows {limit:.3g}; nothing was written"
+                )
 
 
 class _Features(_Batch):
@@ -316,48 +351,6 @@ class _Images(_Batch):
         load(self.split.model, self.classifier_name)
 
 
-class _Trial:
-    """Called with a file that was written, read back: holds its scores against the composed and the original ones."""
-
-    def __init__(self, batch: _Batch, tolerance: float) -> None:
-        self.batch, self.tolerance = batch, tolerance
-        self.largest_score = float(batch.composed.abs().max())
-        self.largest_difference = math.nan
-        self.largest_base_difference = math.nan
-        if not math.isfinite(self.largest_score):
-            raise ValueError(f"the model's scores of {batch.what} must be finite, got up to {self.largest_score}")
-
-    def __call__(self, written: Checkpoint) -> None:
-        self.check(self.batch.scores(written))
-
-    def check(self, scores: Tensor) -> None:
-        batch = self.batch
-        self.largest_difference = float((scores - batch.composed).abs().max())
-        base = (scores - batch.original)[:, batch.base].abs()
-        self.largest_base_difference = float(base.max()) if base.numel() else 0.0
-        limit = self.tolerance * self.largest_score
-        for difference, what in (
-            (self.largest_difference, "the composed ones (features times linear)"),
-            (self.largest_base_difference, "the original ones in columns that should not change"),
-        ):
-            # Written so that NaN fails too.
-            if not difference <= limit:
-                raise ValueError(
-                    f"scores of {len(scores)} {batch.what} with the repaired classifier are off by up to {difference:.3g} from "
-                    f"{what}; tolerance={self.tolerance:g} of the largest score allows {limit:.3g}; nothing was written"
-                )
-
-
-def _check_packages(format: str, target: Path) -> None:
-    if target.suffix == ".safetensors":
-        try:
-            import safetensors  # noqa: F401
-        except ImportError as error:
-            raise ImportError(SAFETENSORS_HINT) from error
-    if format == "onnx":
-        check_onnx_packages()
-
-
 def _check_example(example: Tensor) -> Tensor:
     if not isinstance(example, Tensor):
         raise TypeError(f"example must be a tensor of images [n, C, H, W], got {type(example).__name__}")
@@ -371,19 +364,15 @@ def _random_images(model: nn.Module) -> Tensor:
     """Noise in the size that the model says it takes, in as many channels as its first convolution."""
     channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
     size = getattr(model, "image_size", None)
-    configuration = getattr(model, "pretrained_cfg", None)  # timm's
-    if not isinstance(size, int) and isinstance(configuration, dict):
-        size = configuration.get("input_size", (None,))[-1]
-    side = size if isinstance(size, int) else 224
-    return noise(_RANDOM_IMAGES, channels, side, side)
+    if not isinstance(size, int):
+        configuration = getattr(model, "pretrained_cfg", {})  # timm's
+        size = configuration.get("input_size", (224,))[-1] if isinstance(configuration, dict) else 224
+    return noise(_RANDOM_IMAGES, channels, size, size)
 
 
 def _named(classifier: str, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    prefix = f"{classifier}." if classifier else ""
-    tensors = {f"{prefix}weight": weight.to(dtype)}
-    if bias is not None:
-        tensors[f"{prefix}bias"] = bias.to(dtype)
-    return tensors
+    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return {join(classifier, name): tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _notes(checkpoint: Checkpoint) -> dict[str, str]:
@@ -397,10 +386,10 @@ def _notes(checkpoint: Checkpoint) -> dict[str, str]:
     return notes
 
 
-def _write_onnx(batch: _Images, trial: _Trial, target: Path) -> tuple[str, float | None]:
+def _write_onnx(batch: _Images, target: Path) -> tuple[str, float | None]:
     """Write the model with the repaired classifier; returns what read the file back, and how far off its scores were."""
     model = batch.compose()
-    trial.check(batch.run(batch.images))
+    batch.check_scores(batch.run(batch.images))
     # Two images to trace with, because a batch of one would be taken for a constant; three to try, to see that it is not.
     traced, tried = (torch.cat([batch.images] * 3)[:count].to(batch.dtype) for count in (2, 3))
     with evaluating(model):
@@ -411,10 +400,10 @@ def _write_onnx(batch: _Images, trial: _Trial, target: Path) -> tuple[str, float
         scores, checked_by = run_onnx(Path(file.name), tried)
         if scores is None:
             return checked_by, None
-        difference, limit = float((scores - batch.run(tried)).abs().max()), trial.tolerance * trial.largest_score
+        difference, limit = float((scores - batch.run(tried)).abs().max()), batch.tolerance * batch.largest_score
         if not difference <= limit:
             raise ValueError(
                 f"the ONNX file's scores, computed by {checked_by}, are off by up to {difference:.3g} from the model's; "
-                f"tolerance={trial.tolerance:g} of the largest score allows {limit:.3g}; nothing was written"
+                f"tolerance={batch.tolerance:g} of the largest score allows {limit:.3g}; nothing was written"
             )
     return checked_by, difference

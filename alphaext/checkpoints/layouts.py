@@ -6,6 +6,7 @@ and the experts of RIDE (Wang et al., ICLR 2021).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def find_layout(
     short: dict[str, KeyPath] = {name: (*trail, key) for key, name in short_names(tensors, lightning=lightning).items()}
     shapes = {name: tensors[key_path[-1]] for name, key_path in short.items()}
     if classifier is None:
-        ride = _ride(short, shapes, path)
+        ride = _ride(short, path)
         if ride is not None:
             return ride
     if classifier is not None and not set(shapes) <= {"weight", "bias"}:
@@ -122,17 +123,23 @@ def find_layout(
         name = _named_classifier(classifier, shapes, by_key, path)
     else:
         name = _find_classifier(shapes, path, num_classes)
-    weight, bias = join(name, "weight"), join(name, "bias")
     scales = join(name.rpartition(".")[0], "scales")  # of LWS, whose two networks somebody has put together
-    own = {weight, bias, scales}
+    own = {join(name, "weight"), join(name, "bias"), scales}
     backbone = {other: key_path for other, key_path in short.items() if other not in own}
+    return _layout("state_dict" if backbone else "linear", name, [name], short, backbone, scales)
+
+
+def _layout(
+    format: str, classifier: str, layers: list[str], short: dict[str, KeyPath], backbone: dict[str, KeyPath], scales: str = ""
+) -> Layout:
+    weights, biases = ([short[name] for layer in layers if (name := join(layer, each)) in short] for each in ("weight", "bias"))
     return Layout(
-        format="state_dict" if backbone else "linear",
-        classifier=name,
-        weights=(short[weight],),
-        biases=(short[bias],) if bias in short else (),
+        format=format,
+        classifier=classifier,
+        weights=tuple(weights),
+        biases=tuple(biases),
         scales=short.get(scales),
-        normalized=False,
+        normalized=format == "ride" and not biases,
         backbone=backbone,
     )
 
@@ -163,14 +170,13 @@ def short_names(names: Iterable[str], *, lightning: bool = False) -> dict[str, s
 
 def class_names(payload: Payload, num_classes: int) -> tuple[str, ...] | None:
     """The names of the classes, where the file holds as many as there are classes."""
-    places: list[Mapping[str, Any]] = [payload.content]
-    for key in (*_NOTES, *_WRAPPERS):
-        inner = payload.content.get(key)
-        if isinstance(inner, Mapping):
-            places.append(inner)
-    for place in places:
-        for key in _CLASS_NAMES:
-            names = place.get(key)
+    try:
+        named = json.loads(payload.metadata.get("class_names", "null"))
+    except json.JSONDecodeError:
+        named = None
+    inner = (payload.content.get(key) for key in (*_NOTES, *_WRAPPERS))
+    for place in ({"class_names": named}, payload.content, *(value for value in inner if isinstance(value, Mapping))):
+        for names in map(place.get, _CLASS_NAMES):
             if isinstance(names, (list, tuple)) and len(names) == num_classes and all(isinstance(n, str) for n in names):
                 return tuple(names)
         indices = place.get("class_to_idx")
@@ -200,20 +206,15 @@ def check_classifier_tensors(layout: Layout, payload: Payload, path: Path) -> No
             wanted = "[N, D]" if len(layout.weights) == 1 else f"{list(first.shape)}, as that of the first expert"
             raise ValueError(f"{' / '.join(key_path)} of {path} must have shape {wanted}, got {list(tensor.shape)}")
     width = first.shape[1] if layout.normalized else first.shape[0]
-    for key_path in layout.biases:
-        tensor = tensor_at(payload.content, key_path)
-        if tensor.shape != (width,):
-            raise ValueError(
-                f"{' / '.join(key_path)} of {path} must have one number for each of the {width} classes, "
-                f"got shape {list(tensor.shape)}"
-            )
-    if layout.scales is not None:
-        tensor = tensor_at(payload.content, layout.scales)
-        if tensor.shape not in ((width,), (width, 1)):
-            raise ValueError(
-                f"{' / '.join(layout.scales)} of {path} must have one scale for each of the {width} classes, "
-                f"got {tensor.numel()} in shape {list(tensor.shape)}"
-            )
+    scales = [] if layout.scales is None else [layout.scales]
+    for key_paths, what, shapes in ((layout.biases, "number", [(width,)]), (scales, "scale", [(width,), (width, 1)])):
+        for key_path in key_paths:
+            tensor = tensor_at(payload.content, key_path)
+            if tensor.shape not in shapes:
+                raise ValueError(
+                    f"{' / '.join(key_path)} of {path} must have one {what} for each of the {width} classes, "
+                    f"got {tensor.numel()} in shape {list(tensor.shape)}"
+                )
 
 
 def tensor_at(content: Mapping[str, Any], key_path: KeyPath) -> Tensor:
@@ -278,23 +279,14 @@ def _two_networks(content: Mapping[str, Any], trail: KeyPath, path: Path, classi
         raise ValueError(
             f"the classifier of {path} must be a linear layer fc, got {found} (a cosine or a memory classifier is none)"
         )
-    weight, bias = join(name, "weight"), join(name, "bias")
     features = content.get("feat_model")
     backbone: dict[str, KeyPath] = {}
     if isinstance(features, Mapping):
         backbone = {short: (*trail, "feat_model", key) for key, short in short_names(_tensors(features)).items()}
-    return Layout(
-        format="classifier-balancing",
-        classifier=name,
-        weights=(short[weight],),
-        biases=(short[bias],) if bias in short else (),
-        scales=short.get("scales"),
-        normalized=False,
-        backbone=backbone,
-    )
+    return _layout("classifier-balancing", name, [name], short, backbone, "scales")
 
 
-def _ride(short: dict[str, KeyPath], tensors: dict[str, Tensor], path: Path) -> Layout | None:
+def _ride(short: dict[str, KeyPath], path: Path) -> Layout | None:
     """The experts of RIDE, or None where there are none."""
     numbered = {int(found.group(1)): name for name in short if (found := _RIDE_EXPERT.fullmatch(name))}
     if not numbered and _RIDE_SINGLE in short:
@@ -303,21 +295,12 @@ def _ride(short: dict[str, KeyPath], tensors: dict[str, Tensor], path: Path) -> 
         return None
     if sorted(numbered) != list(range(len(numbered))):
         raise ValueError(f"{path} lacks experts: it has linears {listed(map(str, sorted(numbered)))}")
-    weights = [numbered[expert] for expert in range(len(numbered))]
-    biases = [name for name in (weight.removesuffix("weight") + "bias" for weight in weights) if name in short]
-    if biases and len(biases) != len(weights):
-        raise ValueError(f"{path} must have a bias for each of its {len(weights)} experts or for none, got {listed(biases)}")
-    backbone = {name: key_path for name, key_path in short.items() if name not in weights and name not in biases}
-    first = weights[0].removesuffix(".weight")
-    return Layout(
-        format="ride",
-        classifier=first if len(weights) == 1 else first.rpartition(".")[0],
-        weights=tuple(short[name] for name in weights),
-        biases=tuple(short[name] for name in biases),
-        scales=None,
-        normalized=not biases,
-        backbone=backbone,
-    )
+    layers = [_module(numbered[expert]) for expert in range(len(numbered))]
+    biases = [name for layer in layers if (name := join(layer, "bias")) in short]
+    if biases and len(biases) != len(layers):
+        raise ValueError(f"{path} must have a bias for each of its {len(layers)} experts or for none, got {listed(biases)}")
+    backbone = {name: key_path for name, key_path in short.items() if name.rpartition(".")[0] not in layers}
+    return _layout("ride", layers[0] if len(layers) == 1 else layers[0].rpartition(".")[0], layers, short, backbone)
 
 
 def _named_classifier(classifier: str, tensors: dict[str, Tensor], by_key: dict[str, str], path: Path) -> str:

@@ -9,21 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HINT = "format='onnx' needs the packages onnx and onnxscript: pip install onnx onnxscript"
 _LARGEST_FILE = 2**31  # bytes, the limit of protocol buffers
-
-
-def check_onnx_packages() -> None:
-    """Check that what writes ONNX is installed.
-
-    Raises:
-        ImportError: it is not; the message has the command.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(_HINT) from error
 
 
 def onnx_content(model: nn.Module, images: Tensor) -> bytes:

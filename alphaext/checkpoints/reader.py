@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,7 +247,7 @@ def read_checkpoint(
         weight=weight,
         bias=bias,
         scales=None if layout.scales is None else stored[layout.scales].reshape(-1).to(weight.dtype),
-        class_names=_names(payload, len(weight)),
+        class_names=class_names(payload, len(weight)),
         backbone={short: tensor_at(payload.content, key_path) for short, key_path in layout.backbone.items()},
         classifier=layout.classifier,
         dtype=stored[layout.weights[0]].dtype,
@@ -320,18 +319,6 @@ def _feature_notes(payload: Payload, layout: Layout, width: int, path: Path) -> 
     return int(experts), normalization
 
 
-def _names(payload: Payload, num_classes: int) -> tuple[str, ...] | None:
-    text = payload.metadata.get("class_names")
-    if text is not None:
-        try:
-            names = json.loads(text)
-        except json.JSONDecodeError:
-            names = None
-        if isinstance(names, list) and len(names) == num_classes and all(isinstance(name, str) for name in names):
-            return tuple(names)
-    return class_names(payload, num_classes)
-
-
 def _aligned(
     given: Mapping[str, Tensor], given_classifier: str, wanted: Mapping[str, Tensor], wanted_classifier: str
 ) -> dict[str, Tensor]:
@@ -352,21 +339,19 @@ def _common_prefix(names: Iterable[str]) -> str:
 
 
 def _check_names(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file_format: str) -> None:
-    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in given if name not in wanted]
-    shaped = [
-        f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
-    if not (missing or unexpected or shaped):
-        return
-    hint = ""
-    if file_format == "classifier-balancing" and any(name.startswith(("fc_add.", "modulatedatt.")) for name in unexpected):
-        hint = "; the model was trained with use_fc or use_selfatt, layers that torchvision's models do not have"
-    found = [
-        f"{what}: {listed(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped))
-        if names
-    ]
-    raise ValueError(f"{path} does not fit model: {'; '.join(found)}{hint}")
+    wrong = {
+        "missing": [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")],
+        "unexpected": unexpected,
+        "of another shape": [
+            f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
+            for name in wanted
+            if name in given and given[name].shape != wanted[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        hint = ""
+        if file_format == "classifier-balancing" and any(name.startswith(("fc_add.", "modulatedatt.")) for name in unexpected):
+            hint = "; the model was trained with use_fc or use_selfatt, layers that torchvision's models do not have"
+        found = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
+        raise ValueError(f"{path} does not fit model: {found}{hint}")

@@ -18,7 +18,7 @@ from ..head.alphanet import AlphaNet
 from ..utils.files import PathLike, check_output_file, whole_file, without_nan
 from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike, check_class_ids
-from .files import SAFETENSORS_HINT, container, read_payload
+from .files import container, read_payload, require_safetensors
 from .layouts import KeyPath
 from .reader import Checkpoint, read_checkpoint
 from .row_edits import RowEdit, changed_bytes, check_copy, copy_with
@@ -66,10 +66,9 @@ def file_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, 
         (name, tensor.detach().cpu().clone(memory_format=torch.contiguous_format)) for name, tensor in tensors.items()
     )
     if safetensors:
-        try:
-            from safetensors.torch import save
-        except ImportError as error:
-            raise ImportError(SAFETENSORS_HINT) from error
+        require_safetensors()
+        from safetensors.torch import save
+
         return save(content, metadata={"format": "pt", **metadata})
     if metadata:
         # An attribute of the dictionary, not a key of it: strict loaders refuse keys that they do not know.

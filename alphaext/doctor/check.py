@@ -13,7 +13,7 @@ from ..data.images import LabelledImages
 from ..utils.checks import check_class_names, check_integer
 from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
-from .images import content_problems, missing_problems, reading_problems, repeat_problems, truncation_problems
+from .images import content_problems, missing_problems, read_all, reading_problems, repeat_problems, truncation_problems
 from .labels import (
     coverage_problems,
     describe_class,
@@ -25,10 +25,7 @@ from .labels import (
     names_of_classes,
     split_problems,
 )
-from .reading import read_all
 from .report import LEVELS, DataReport, Finding
-
-__all__ = ["DataReport", "Finding", "check_classifier_order", "check_data"]
 
 
 def check_data(
@@ -187,19 +184,17 @@ def check_classifier_order(
     chance = 1 / num_classes
     said = f"the classifier assigns the mean feature of {share:.1%} of the classes to that class (chance is {chance:.1%})"
 
-    fitting = ""
-    best = share
-    for order, row_of in _likely_orders(class_names):
-        ordered = float((assigned == row_of[classes]).double().mean())
-        if ordered > best + 0.1 and ordered > 2 * share:
-            fitting, best = order, ordered
-    if fitting:
+    items = _assignments(assigned, classes, class_names)
+    differ = "class order of checkpoint and lists differ"
+    orders = {order: float((assigned == row_of[classes]).double().mean()) for order, row_of in _likely_orders(class_names)}
+    best = max(orders, key=orders.__getitem__, default="")
+    if orders.get(best, 0) > max(share + 0.1, 2 * share):
         return Finding(
             "error",
-            "class order of checkpoint and lists differ",
-            f"{said}; with the classes {fitting} it is {best:.1%}: the checkpoint was trained with that order, so relabel the "
-            "lists in it",
-            _assignments(assigned, classes, class_names),
+            differ,
+            f"{said}; with the classes {best} it is {orders[best]:.1%}: the checkpoint was trained with that order, so relabel "
+            "the lists in it",
+            items,
         )
     if share >= 0.1:
         return Finding("note", "class order of checkpoint and lists", said)
@@ -207,17 +202,12 @@ def check_classifier_order(
         cause = "the order of the classes is another"
         if distinct <= 0.5 * len(assigned):
             cause += ", or the features are not those that it was trained on (another backbone, another transform)"
-        return Finding(
-            "error",
-            "class order of checkpoint and lists differ",
-            f"{said}; the {len(assigned)} means go to {distinct} different rows: {cause}",
-            _assignments(assigned, classes, class_names),
-        )
+        return Finding("error", differ, f"{said}; the {len(assigned)} means go to {distinct} different rows: {cause}", items)
     return Finding(
         "warning",
         "class order of checkpoint and lists may differ",
         f"{said}: few classes, though more than by chance; are the features those that it was trained on?",
-        _assignments(assigned, classes, class_names),
+        items,
     )
 
 
@@ -258,13 +248,10 @@ def _assignments(assigned: Tensor, classes: Tensor, names: Sequence[str] | None)
 
 
 def _check_parts(train: LabelledImages, val: LabelledImages | None, test: LabelledImages | None) -> dict[str, LabelledImages]:
-    parts = {}
-    for name, images in (("train", train), ("val", val), ("test", test)):
-        if images is None and name != "train":
-            continue
+    parts = {"train": train, **{name: images for name, images in (("val", val), ("test", test)) if images is not None}}
+    for name, images in parts.items():
         if not isinstance(images, LabelledImages):
             raise TypeError(
                 f"{name} must be LabelledImages (alphaext.data.open_images makes them), got {type(images).__name__}"
             )
-        parts[name] = images
     return parts

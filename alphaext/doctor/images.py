@@ -1,17 +1,23 @@
-"""The doctor's checks of images: those that cannot be read, and those that occur more than once."""
+"""The doctor's checks of images: each is read once, for those that cannot be read and those that occur more than once."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
+import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeAlias
 
-from ..data.images import ArrayImages, DatasetImages, FileImages, LabelledImages
-from .reading import Reading, missing_files
-from .report import Finding, Level, plural
+from rich.progress import BarColumn, MofNCompleteColumn
 
-__all__ = ["content_problems", "missing_problems", "reading_problems", "repeat_problems", "truncation_problems"]
+from ..data.images import ArrayImages, DatasetImages, FileImages, ImageReadError, LabelledImages
+from ..utils.progress import ImagesPerSecond, task_bar
+from .report import Finding, Level, plural
 
 Parts: TypeAlias = Mapping[str, LabelledImages]
 
@@ -19,31 +25,112 @@ Parts: TypeAlias = Mapping[str, LabelledImages]
 # thousand moves an accuracy by a tenth of a point at most; an image *listed* in two parts is always a mistake.
 _HARMLESS_SHARE = 0.001
 
+# Images of one task: enough that handing out tasks costs nothing beside decoding, few enough that the bar moves.
+_CHUNK = 32
+
+
+@dataclass
+class Reading:
+    """What came of reading the images of one part.
+
+    Attributes:
+        failures: why an image could not be read, by its index.
+        digests: SHA-256 of each image as it is stored, None where it could not be read.
+    """
+
+    failures: dict[int, str] = field(default_factory=dict)
+    digests: list[bytes | None] = field(default_factory=list)
+
+
+def read_all(
+    parts: Mapping[str, LabelledImages], *, workers: int | None = None, progress: bool | None = None
+) -> dict[str, Reading]:
+    """Read and decode every image of every part.
+
+    Args:
+        parts: the images, by the name of their part.
+        workers: threads; decoding does not hold Python's lock. Default: two a core that this process may use, at most 32, as
+            reading waits for the disk.
+        progress: show a progress bar with images per second; None shows it where standard error is a terminal.
+
+    Returns:
+        A :class:`Reading` a part.
+
+    Raises:
+        KeyboardInterrupt: passed on once the threads have ended, which takes an image each.
+    """
+    threads = min(32, 2 * len(os.sched_getaffinity(0))) if workers is None else workers
+    readings = {part: Reading(digests=[None] * len(images)) for part, images in parts.items()}
+    stop = threading.Event()
+    # A data set may share one open file among all reads: those of a data set go one at a time.
+    locks = {id(images.dataset): threading.Lock() for images in parts.values() if isinstance(images, DatasetImages)}
+
+    def read(part: str, indices: range) -> int:
+        images, reading = parts[part], readings[part]
+        lock = locks[id(images.dataset)] if isinstance(images, DatasetImages) else nullcontext()
+        for index in indices:
+            if stop.is_set():
+                break
+            try:
+                with lock:
+                    stored = images.stored(index)
+                images.decode(index, stored)
+            except ImageReadError as error:
+                reading.failures[index] = error.reason or str(error)
+            else:
+                reading.digests[index] = hashlib.sha256(stored).digest()
+        return len(indices)
+
+    tasks = [
+        (part, range(len(images))[at : at + _CHUNK]) for part, images in parts.items() for at in range(0, len(images), _CHUNK)
+    ]
+    total = sum(len(images) for images in parts.values())
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="alphaext-read")
+    with task_bar(progress, "images", MofNCompleteColumn(), BarColumn(), ImagesPerSecond(), total=total) as report:
+        try:
+            for count in pool.map(read, *zip(*tasks, strict=True)) if tasks else ():
+                report(count)
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+    for reading in readings.values():
+        reading.failures = dict(sorted(reading.failures.items()))
+    return readings
+
+
+def missing_files(images: LabelledImages) -> list[int]:
+    """The indices of images without a file, found by listing each folder once; none where images are in memory."""
+    if not isinstance(images, FileImages):
+        return []
+
+    @cache
+    def names(folder: str) -> set[str]:
+        try:
+            return set(os.listdir(images.root / folder))
+        except OSError:
+            return set()
+
+    return [index for index, path in enumerate(images.paths) if os.path.basename(path) not in names(os.path.dirname(path))]
+
 
 def missing_problems(parts: Parts) -> Iterator[Finding]:
     """Images without a file, looked for but not read."""
     for part, images in parts.items():
-        missing = missing_files(images)
-        if missing:
-            yield Finding(
-                "error",
-                f"missing images of {part}",
-                f"{len(missing):,} of {len(images):,} images are not there{_root_hint(images, missing)}",
-                tuple(images.name(index) for index in missing),
-            )
+        missing = {index: images.name(index) for index in missing_files(images)}
+        yield from _failures(part, images, missing, "missing images", "are not there")
 
 
 def reading_problems(parts: Parts, readings: Mapping[str, Reading]) -> Iterator[Finding]:
     """Images that could not be read."""
-    for part, reading in readings.items():
-        images, failures = parts[part], reading.failures
-        if failures:
-            yield Finding(
-                "error",
-                f"missing or unreadable images of {part}",
-                f"{len(failures):,} of {len(images):,} images cannot be read{_root_hint(images, list(failures))}",
-                tuple(f"{images.name(index)}: {reason}" for index, reason in failures.items()),
-            )
+    for part, images in parts.items():
+        failures = {index: f"{images.name(index)}: {reason}" for index, reason in readings[part].failures.items()}
+        yield from _failures(part, images, failures, "missing or unreadable images", "cannot be read")
+
+
+def _failures(part: str, images: LabelledImages, failures: Mapping[int, str], title: str, what: str) -> Iterator[Finding]:
+    if failures:
+        detail = f"{len(failures):,} of {len(images):,} images {what}{_root_hint(images, list(failures))}"
+        yield Finding("error", f"{title} of {part}", detail, tuple(failures.values()))
 
 
 def _root_hint(images: LabelledImages, failed: Sequence[int]) -> str:
@@ -69,22 +156,15 @@ def _root_hint(images: LabelledImages, failed: Sequence[int]) -> str:
 
 def repeat_problems(parts: Parts) -> Iterator[Finding]:
     """Images that are listed twice, in one part or in two."""
-    places: dict[str, dict[Hashable, int]] = {}
+    keys = {part: _identities(images) for part, images in parts.items()}
     for part, images in parts.items():
-        first: dict[Hashable, int] = {}
-        again = []
-        for index, identity in enumerate(_identities(images)):
-            earlier = first.setdefault(identity, index)
-            if earlier != index:
-                again.append((earlier, index))
-        places[part] = first
-        same, other = _by_label(images, again)
-        if same:
+        again, other = _repeats(images, keys[part], range(len(images)))
+        if again:
             yield Finding(
                 "warning",
                 f"images listed twice in {part}",
-                f"{plural(len(same), 'entry')} repeating an earlier one, with the same label",
-                tuple(images.name(index) for _, index in same),
+                f"{plural(len(again), 'entry')} repeating an earlier one, with the same label",
+                tuple(images.name(index) for _, index in again),
             )
         if other:
             yield Finding(
@@ -93,26 +173,14 @@ def repeat_problems(parts: Parts) -> Iterator[Finding]:
                 f"{plural(len(other), 'entry')} repeating an earlier one, with another label",
                 tuple(_two_labels(images, *pair) for pair in other),
             )
-    for one, two in itertools.combinations(parts, 2):
-        shared = [(places[one][key], index) for key, index in places[two].items() if key in places[one]]
-        if shared:
-            yield _overlap(parts, one, two, shared, by_content=False)
+    yield from _overlaps(parts, keys, by_content=False)
 
 
 def content_problems(parts: Parts, readings: Mapping[str, Reading]) -> Iterator[Finding]:
     """Images whose bytes are those of another one under another name, in one part or in two."""
-    identities = {part: _identities(images) for part, images in parts.items()}
-    places: dict[str, dict[bytes, int]] = {}
+    keys: dict[str, Sequence[Hashable]] = {part: reading.digests for part, reading in readings.items()}
     for part, images in parts.items():
-        first: dict[bytes, int] = {}
-        again = []
-        for index, digest in enumerate(readings[part].digests):
-            if digest is not None:
-                earlier = first.setdefault(digest, index)
-                if identities[part][earlier] != identities[part][index]:
-                    again.append((earlier, index))
-        places[part] = first
-        same, other = _by_label(images, again)
+        again, other = _repeats(images, keys[part], _identities(images))
         if other:
             yield Finding(
                 "warning",
@@ -120,22 +188,49 @@ def content_problems(parts: Parts, readings: Mapping[str, Reading]) -> Iterator[
                 f"{plural(len(other), 'image')} with the very bytes of an earlier one, and another label",
                 tuple(f"{images.name(earlier)} = {_two_labels(images, earlier, index)}" for earlier, index in other),
             )
-        if same:
+        if again:
             yield Finding(
                 "note",
                 f"equal images in {part}",
-                f"{plural(len(same), 'image')} with the very bytes of an earlier one, and its label",
-                tuple(f"{images.name(earlier)} = {images.name(index)}" for earlier, index in same),
+                f"{plural(len(again), 'image')} with the very bytes of an earlier one, and its label",
+                tuple(f"{images.name(earlier)} = {images.name(index)}" for earlier, index in again),
             )
+    yield from _overlaps(parts, keys, by_content=True)
+
+
+Pairs: TypeAlias = list[tuple[int, int]]
+
+
+def _repeats(images: LabelledImages, keys: Sequence[Hashable], entries: Sequence[Hashable]) -> tuple[Pairs, Pairs]:
+    """The pairs of an image and the first with its key, unless both are one entry: those with one label, those with two."""
+    first, labels = _first_places(keys), images.labels.tolist()
+    pairs = [(first[key], index) for index, key in enumerate(keys) if key is not None]
+    again = [(earlier, index) for earlier, index in pairs if entries[earlier] != entries[index]]
+    same = [pair for pair in again if labels[pair[0]] == labels[pair[1]]]
+    return same, [pair for pair in again if labels[pair[0]] != labels[pair[1]]]
+
+
+def _overlaps(parts: Parts, keys: Mapping[str, Sequence[Hashable]], *, by_content: bool) -> Iterator[Finding]:
+    """Images that two parts have in common; by their content, those that are not in both by their paths too."""
     for one, two in itertools.combinations(parts, 2):
-        by_path = set(identities[one]) & set(identities[two])
-        shared = [
-            (places[one][digest], index)
-            for index, digest in enumerate(readings[two].digests)
-            if digest is not None and digest in places[one] and identities[two][index] not in by_path
-        ]
+        first = _first_places(keys[one])
+        candidates = list(_first_places(keys[two]).items())
+        if by_content:
+            identities = _identities(parts[two])
+            listed = set(_identities(parts[one])) & set(identities)
+            candidates = [(key, index) for index, key in enumerate(keys[two]) if identities[index] not in listed]
+        shared = [(first[key], index) for key, index in candidates if key in first]
         if shared:
-            yield _overlap(parts, one, two, shared, by_content=True)
+            yield _overlap(parts, one, two, shared, by_content=by_content)
+
+
+def _first_places(keys: Sequence[Hashable]) -> dict[Hashable, int]:
+    """Where each key comes first; None is no key."""
+    first: dict[Hashable, int] = {}
+    for index, key in enumerate(keys):
+        first.setdefault(key, index)
+    first.pop(None, None)
+    return first
 
 
 def truncation_problems() -> Iterator[Finding]:
@@ -178,13 +273,6 @@ def _identities(images: LabelledImages) -> list[Hashable]:
     if isinstance(images, DatasetImages):
         return [(id(images.dataset), row) for row in images.rows.tolist()]
     return [images.name(index) for index in range(len(images))]
-
-
-def _by_label(images: LabelledImages, pairs: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Those of the pairs that have one label, and those that have two."""
-    labels = images.labels.tolist() if pairs else []
-    same = [pair for pair in pairs if labels[pair[0]] == labels[pair[1]]]
-    return same, [pair for pair in pairs if labels[pair[0]] != labels[pair[1]]]
 
 
 def _two_labels(images: LabelledImages, first: int, second: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,20 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import FileImages, LabelledImages
-from .report import Finding
-
-__all__ = [
-    "ClassFolders",
-    "coverage_problems",
-    "describe_class",
-    "find_class_folders",
-    "folder_problems",
-    "gap_problems",
-    "label_problems",
-    "name_problems",
-    "names_of_classes",
-    "split_problems",
-]
+from .report import Finding, Level
 
 Parts: TypeAlias = Mapping[str, LabelledImages]
 Names: TypeAlias = tuple[str, ...] | None
@@ -85,12 +73,7 @@ def _tally(images: FileImages) -> dict[str, Counter[int]]:
 def _shared_components(folders: Iterable[str]) -> int:
     """How many leading components all folders share, at least one being left of each."""
     components = [folder.split("/") for folder in folders]
-    shared = 0
-    for column in zip(*(path[:-1] for path in components), strict=False):
-        if len(set(column)) > 1:
-            break
-        shared += 1
-    return shared
+    return len(os.path.commonprefix([path[:-1] for path in components]))  # noqa: RUF071  (components, not text)
 
 
 def names_of_classes(
@@ -190,34 +173,24 @@ def split_problems(counts: Tensor, few_below: int, many_above: int, top_k: int) 
 def coverage_problems(counts: Mapping[str, Tensor], few_below: int, names: Names) -> Iterator[Finding]:
     """Classes that validation or test images leave out."""
     train = counts["train"]
-    if "val" in counts:
-        without = counts["val"] == 0
-        is_few = (train > 0) & (train < few_below)
-        few = torch.nonzero(without & is_few)[:, 0].tolist()
-        base = torch.nonzero(without & (train >= few_below))[:, 0].tolist()
-        if few:
-            yield Finding(
-                "warning",
-                "few classes without validation images",
-                f"{len(few)} of {int(is_few.sum())} few classes: choosing the epoch does not see them",
-                tuple(describe_class(label, names) for label in few),
-            )
-        if base:
-            yield Finding(
-                "note",
-                "base classes without validation images",
-                f"{len(base)} of {int((train >= few_below).sum())} classes that are not few",
-                tuple(describe_class(label, names) for label in base),
-            )
-    if "test" in counts:
-        without_test = torch.nonzero((counts["test"] == 0) & (train > 0))[:, 0].tolist()
-        if without_test:
-            yield Finding(
-                "warning",
-                "classes without test images",
-                f"{len(without_test)} of {len(train)} classes: the accuracies that are reported leave them out",
-                tuple(describe_class(label, names) for label in without_test),
-            )
+    present, is_few = train > 0, (train > 0) & (train < few_below)
+    base = present & ~is_few
+    checks: tuple[tuple[str, Level, str, Tensor, str], ...] = (
+        (
+            "val",
+            "warning",
+            "few classes without validation images",
+            is_few,
+            "few classes: choosing the epoch does not see them",
+        ),
+        ("val", "note", "base classes without validation images", base, "classes that are not few"),
+        ("test", "warning", "classes without test images", present, "classes: the accuracies that are reported leave them out"),
+    )
+    for part, level, title, among, detail in checks:
+        without = (among & (counts[part] == 0)).nonzero()[:, 0].tolist() if part in counts else []
+        if without:
+            items = tuple(describe_class(label, names) for label in without)
+            yield Finding(level, title, f"{len(without)} of {int(among.sum())} {detail}", items)
 
 
 def name_problems(parts: Parts, checkpoint_names: Names) -> Iterator[Finding]:

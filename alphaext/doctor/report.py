@@ -14,8 +14,6 @@ from torch import Tensor
 
 from ..classes import ClassSplit
 
-__all__ = ["DataReport", "Finding"]
-
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 
@@ -96,11 +94,12 @@ class DataReport:
 
     def split_sizes(self) -> dict[str, int]:
         """How many classes are few, medium, many, and without training images, by name."""
+        return {name: int(mask.sum()) for name, mask in self._masks().items()}
+
+    def _masks(self) -> dict[str, Tensor]:
         counts = self.counts["train"]
-        few = (counts > 0) & (counts < self.few_below)
-        many = counts > self.many_above
-        sizes = {"few": few, "medium": ~(few | many) & (counts > 0), "many": many, "none": counts == 0}
-        return {name: int(mask.sum()) for name, mask in sizes.items()}
+        few, many, none = (counts > 0) & (counts < self.few_below), counts > self.many_above, counts == 0
+        return {"few": few, "medium": ~(few | many | none), "many": many, "none": none}
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON can hold it."""
@@ -135,9 +134,7 @@ class DataReport:
         out.print(f"[{style}]{summary}[/] ({read}, {self.seconds:.1f} s)", highlight=False)
 
     def _parts_table(self) -> Table:
-        table = Table(title="Images")
-        for name in ("", "images", "classes", "smallest", "largest"):
-            table.add_column(name, justify="right" if name else "left")
+        table = _table("Images", ("", "images", "classes", "smallest", "largest"), left=("",))
         for part, counts in self.counts.items():
             present = int((counts > 0).sum())
             ends = (f"{int(counts.min()):,}", f"{int(counts.max()):,}")
@@ -145,35 +142,36 @@ class DataReport:
         return table
 
     def _splits_table(self) -> Table:
-        table = Table(title="Splits by training images")
-        for name in ("split", "training images", "classes", *self.counts):
-            table.add_column(name, justify="left" if name == "split" else "right")
-        train = self.counts["train"]
-        few, many = (train > 0) & (train < self.few_below), train > self.many_above
-        rows = (
-            ("few", f"fewer than {self.few_below}", few),
-            ("medium", f"{self.few_below} to {self.many_above}", (train > 0) & ~(few | many)),
-            ("many", f"more than {self.many_above}", many),
-        )
-        for name, rule, mask in rows:
-            table.add_row(name, rule, f"{int(mask.sum()):,}", *(f"{int(c[mask].sum()):,}" for c in self.counts.values()))
+        table = _table("Splits by training images", ("split", "training images", "classes", *self.counts), left=("split",))
+        rules = {
+            "few": f"fewer than {self.few_below}",
+            "medium": f"{self.few_below} to {self.many_above}",
+            "many": f"more than {self.many_above}",
+        }
+        masks = self._masks()
+        for name, rule in rules.items():
+            images = (f"{int(counts[masks[name]].sum()):,}" for counts in self.counts.values())
+            table.add_row(name, rule, f"{int(masks[name].sum()):,}", *images)
         return table
 
     def _classes_table(self) -> Table:
-        train = self.counts["train"]
-        order = torch.argsort(train, descending=True, stable=True).tolist()
-        cut = len(order) > 2 * _SHOWN_CLASSES
-        shown: Sequence[int | None] = [*order[:_SHOWN_CLASSES], None, *order[-_SHOWN_CLASSES:]] if cut else order
-        table = Table(title="Classes")
-        for name in ("class", "name", *self.counts):
-            table.add_column(name, justify="left" if name == "name" else "right")
-        for label in shown:
-            if label is None:
-                table.add_row(*["..."] * (2 + len(self.counts)))
+        order = torch.argsort(self.counts["train"], descending=True, stable=True).tolist()
+        table = _table("Classes", ("class", "name", *self.counts), left=("name",))
+        for place, label in enumerate(order):
+            if _SHOWN_CLASSES <= place < len(order) - _SHOWN_CLASSES:
+                if place == _SHOWN_CLASSES:
+                    table.add_row(*["..."] * (2 + len(self.counts)))
                 continue
             name = "" if self.class_names is None else escape(_one_line(self.class_names[label]))
             table.add_row(str(label), name, *(f"{int(counts[label]):,}" for counts in self.counts.values()))
         return table
+
+
+def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
 
 
 def plural(number: int, noun: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,6 @@ from torch.nn import functional
 from ..utils.modules import evaluating
 from ..utils.seeds import noise
 from ..utils.tensors import check_floating, tensor_bytes
-
-__all__ = ["SplitModel", "evaluating", "find_classifier", "linear_layers", "run_model", "split_model"]
 
 # How far logits may be from those of a plain linear layer on the features, relative to the largest logit: the rounding of the
 # model's own dtype, with room for sums in another order.
@@ -44,29 +42,17 @@ def find_classifier(model: nn.Module, example: Tensor | None = None) -> str:
         >>> find_classifier(SmallConvNet(10), torch.zeros(1, 3, 28, 28))
         'fc'
     """
-    _check_model(model)
     linears = linear_layers(model)
     if example is None:
         return list(linears)[-1]
     images = _to_model(model, example, "example")
-    outputs: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in linears}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        # With its version, which a change in place raises: such an output is no longer the layer's.
-        return lambda module, inputs, output: outputs[name].append((output, output._version))
-
-    hooks = [linear.register_forward_hook(keep(name)) for name, linear in linears.items()]
-    try:
-        with evaluating(model):
-            logits = run_model(model, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    calls, logits = _watched(model, linears, images)
     _check_logits(logits, linears)
+    # A change in place raises an output's version: it is no longer the layer's.
     same = [
         name
-        for name, seen in outputs.items()
-        if any(output._version == version and _equal(output, logits) for output, version in seen)
+        for name, seen in calls.items()
+        if any(output._version == version and _equal(output, logits) for _, output, version in seen)
     ]
     if not same:
         raise ValueError(
@@ -74,9 +60,29 @@ def find_classifier(model: nn.Module, example: Tensor | None = None) -> str:
             "(a softmax, a scale or a mean of several heads may follow); wrap it in a module that returns the layer's output. "
             f"Its linear layers: {_listed(linears)}"
         )
-    name = same[-1]
-    _check_used_once(name, len(outputs[name]))
-    return name
+    _check_used_once(same[-1], len(calls[same[-1]]))
+    return same[-1]
+
+
+def _watched(
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor
+) -> tuple[dict[str, list[tuple[Any, Tensor, int]]], Any]:
+    """What each layer is given and returns, with the version of that, in a pass in eval mode; and what the model returns."""
+    calls: dict[str, list[tuple[Any, Tensor, int]]] = {name: [] for name in layers}
+
+    def watch(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+            calls[name].append((arguments[0] if arguments else named["input"], output, output._version))
+
+        return keep
+
+    hooks = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with evaluating(model):
+            return calls, run_model(model, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class SplitModel:
@@ -165,19 +171,9 @@ class SplitModel:
     def _run(self, images: Tensor) -> tuple[Tensor, Any]:
         """Features and the model's own output."""
         inputs = _to_model(self.model, images, "images")
-        seen: list[Any] = []
-
-        def keep(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            seen.append(arguments[0] if arguments else named["input"])
-
-        hook = self.classifier.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            with evaluating(self.model):
-                output = run_model(self.model, inputs)
-        finally:
-            hook.remove()
-        _check_used_once(self.classifier_name, len(seen))
-        features: Tensor = seen[0]
+        calls, output = _watched(self.model, {self.classifier_name: self.classifier}, inputs)
+        _check_used_once(self.classifier_name, len(calls[self.classifier_name]))
+        features: Tensor = calls[self.classifier_name][0][0]
         if features.dim() != 2 or len(features) != len(inputs):
             raise ValueError(
                 f"features must have shape [{len(inputs)}, {self.in_features}], one row an image, but the classifier "
@@ -209,7 +205,6 @@ def split_model(model: nn.Module, classifier: str | None = None, example: Tensor
         >>> split_model(make_model("mobilenet_v3_small", 7), example=torch.zeros(2, 3, 64, 64))
         SplitModel(MobileNetV3, classifier_name='classifier.3', num_classes=7, in_features=1024)
     """
-    _check_model(model)
     model, classifier = _unwrapped(model, classifier)
     if classifier is None:
         classifier = find_classifier(model, example)
@@ -230,14 +225,12 @@ def split_model(model: nn.Module, classifier: str | None = None, example: Tensor
 
 def _unwrapped(model: nn.Module, classifier: str | None) -> tuple[nn.Module, str | None]:
     """What a wrapper holds: its names have no prefix, and hooks work in it."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner, prefix = model.module, "module."
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
-            inner, prefix = model._orig_mod, "_orig_mod."
-        else:
-            return model, classifier
-        model, classifier = inner, classifier and classifier.removeprefix(prefix)
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    name = "module" if parallel else "_orig_mod"  # of torch.compile
+    inner = getattr(model, name, None)
+    if not isinstance(inner, nn.Module):
+        return model, classifier
+    return _unwrapped(inner, classifier and classifier.removeprefix(f"{name}."))
 
 
 def _check_parity(split: SplitModel, example: Tensor) -> None:
@@ -282,11 +275,6 @@ def _compare(plain: Tensor, logits: Tensor, name: str, what: str) -> None:
         )
 
 
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-
-
 def _check_used_once(name: str, times: int) -> None:
     if times != 1:
         raise ValueError(
@@ -304,6 +292,8 @@ def _check_logits(logits: object, linears: dict[str, nn.Linear]) -> None:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of a model by their names, in the order of its modules; a ValueError if it has none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linears:
         raise ValueError(f"model must end in an nn.Linear, but this {type(model).__name__} has none")
@@ -318,12 +308,10 @@ def _listed(linears: dict[str, nn.Linear], limit: int = 8) -> str:
 
 
 def _equal(output: Tensor, logits: Tensor) -> bool:
-    if output is logits:
-        return True
     if output.shape != logits.shape or output.dtype != logits.dtype or output.device != logits.device:
         return False
     # NaN is equal to itself here: what a broken model returns is still its layer's output.
-    return bool(torch.allclose(output, logits, rtol=0, atol=0, equal_nan=True))
+    return output is logits or torch.allclose(output, logits, rtol=0, atol=0, equal_nan=True)
 
 
 def _to_model(model: nn.Module, images: object, name: str) -> Tensor:

@@ -1,9 +1,8 @@
-"""Models by name. How a model is split into its backbone and its classifier is in ``splitting.py``, its names are here too."""
+"""Models by name: torchvision's, timm's, and a small network of this package's own."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,16 +105,12 @@ def make_model(name: str, num_classes: int, *, in_channels: int = 3, pretrained:
     num_classes = check_integer(num_classes, "num_classes", minimum=1)
     in_channels = check_integer(in_channels, "in_channels", minimum=1)
     seed = check_integer(seed, "seed")
-    if name.startswith("timm:"):
-        make = _timm_maker(name[len("timm:") :], num_classes, in_channels)
-    elif name == "small":
-        make = _small_maker(num_classes, in_channels)
-    else:
-        make = _torchvision_maker(name, num_classes, in_channels)
+    known = {"small": _make_small, "timm:": _make_timm}
+    make = known.get("timm:" if name.startswith("timm:") else name, _make_torchvision)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         try:
-            return make(pretrained)
+            return make(name, num_classes, in_channels, pretrained)
         except (ImportError, TypeError, ValueError):
             raise
         except Exception as error:  # of a download: what urllib, ssl, huggingface_hub and the disk raise knows no limits
@@ -127,13 +122,10 @@ def make_model(name: str, num_classes: int, *, in_channels: int = 3, pretrained:
             ) from error
 
 
-def _small_maker(num_classes: int, in_channels: int) -> Callable[[bool], nn.Module]:
-    def make(pretrained: bool) -> nn.Module:
-        if pretrained:
-            raise ValueError("pretrained must be False for 'small', which has no pretrained weights")
-        return SmallConvNet(num_classes, in_channels)
-
-    return make
+def _make_small(_: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+    if pretrained:
+        raise ValueError("pretrained must be False for 'small', which has no pretrained weights")
+    return SmallConvNet(num_classes, in_channels)
 
 
 def _torchvision_models() -> Any:
@@ -146,23 +138,19 @@ def _torchvision_models() -> Any:
     return models
 
 
-def _torchvision_maker(name: str, num_classes: int, in_channels: int) -> Callable[[bool], nn.Module]:
-    models = _torchvision_models()
-    known = model_names()
+def _make_torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+    models, known = _torchvision_models(), model_names()
     if name not in known:
         raise ValueError(_unknown(name, known, "alphaext.models.model_names() lists all; timm's are written 'timm:NAME'"))
     if in_channels != 3:
         raise ValueError(f"in_channels must be 3 for torchvision's {name}, got {in_channels}; 'small' and timm: take others")
-    options = {"init_weights": True} if name in _NEEDS_INIT_WEIGHTS else {}
-
-    def make(pretrained: bool) -> nn.Module:
-        if not pretrained:
-            return models.get_model(name, weights=None, num_classes=num_classes, **options)
-        model: nn.Module = models.get_model(name, weights="DEFAULT")
-        _replace_classifiers(model, name, num_classes)
-        return model
-
-    return make
+    if not pretrained:
+        options = {"init_weights": True} if name in _NEEDS_INIT_WEIGHTS else {}
+        made: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
+        return made
+    model: nn.Module = models.get_model(name, weights="DEFAULT")
+    _replace_classifiers(model, name, num_classes)
+    return model
 
 
 def _replace_classifiers(model: nn.Module, name: str, num_classes: int) -> None:
@@ -178,20 +166,16 @@ def _replace_classifiers(model: nn.Module, name: str, num_classes: int) -> None:
         model.set_submodule(layer, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
 
 
-def _timm_maker(name: str, num_classes: int, in_channels: int) -> Callable[[bool], nn.Module]:
+def _make_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"models named 'timm:NAME' need timm ({error}): pip install timm") from error
-    if not timm.is_model(name.split(".")[0]):
-        known = [f"timm:{model}" for model in timm.list_models()]
-        raise ValueError(_unknown(f"timm:{name}", known, "timm.list_models() lists all"))
-
-    def make(pretrained: bool) -> nn.Module:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
-        return model
-
-    return make
+    architecture = name.removeprefix("timm:")
+    if not timm.is_model(architecture.split(".")[0]):
+        raise ValueError(_unknown(name, [f"timm:{model}" for model in timm.list_models()], "timm.list_models() lists all"))
+    model: nn.Module = timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+    return model
 
 
 def _unknown(name: str, known: list[str], how_to_list: str) -> str:
