@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..classes import class_counts, class_means, split_classes
 from ..head.alphanet import AlphaNet
-from ..metrics.accuracy import SPLITS_AND_ALL, split_accuracy
+from ..metrics.accuracy import SPLITS_AND_ALL
+from ..metrics.evaluation import split_accuracy
 from ..training.single import fit
 from ..utils.files import whole_file
 

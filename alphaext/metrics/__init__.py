@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .accuracy import label_ranks, per_class_accuracy, split_accuracy
+from .accuracy import label_ranks
 from .class_table import ClassRow, class_table, read_class_table, write_class_table
 from .comparison import Comparison, compare, mcnemar_p_value
 from .confusions import ConfusionRow, confusion_changes, read_confusions, write_confusions
-from .evaluation import bootstrap_intervals, expected_calibration_error, per_class, split_metrics
+from .evaluation import bootstrap_intervals, expected_calibration_error, per_class, split_accuracy, split_metrics
 from .predictions import Predictions, predict, predict_logits
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "label_ranks",
     "mcnemar_p_value",
     "per_class",
-    "per_class_accuracy",
     "predict",
     "predict_logits",
     "read_class_table",

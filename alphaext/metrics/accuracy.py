@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..classes import ClassSplit
-from ..utils.checks import check_integer
 from ..utils.tensors import TensorLike, as_tensor, check_floating, check_labels, check_same_device, check_shape
-
-__all__ = [
-    "SPLITS",
-    "SPLITS_AND_ALL",
-    "SPLITS_AND_EMPTY",
-    "label_ranks",
-    "per_class_accuracy",
-    "split_accuracy",
-]
 
 SPLITS = ("few", "medium", "many")
 SPLITS_AND_ALL = (*SPLITS, "all")
@@ -76,85 +64,6 @@ def label_ranks(logits: TensorLike, labels: TensorLike) -> Tensor:
         before = (block > own) | ((block == own) & (class_ids < right))
         ranks[start : start + rows] = before.sum(dim=1)
     return ranks
-
-
-def _hits_and_counts(logits: TensorLike, labels: TensorLike, num_classes: int | None, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the right answers and the samples of each class, both int64 [N] on the CPU."""
-    ranks = label_ranks(logits, labels)
-    width = as_tensor(logits, "logits").shape[1]
-    if num_classes is not None and num_classes != width:
-        raise ValueError(f"logits must have one column a class, got {width} columns and {num_classes} classes")
-    top_k = check_integer(top_k, "top_k", minimum=1, maximum=width)
-    label_ids = check_labels(labels, width).to(ranks.device)
-    hits = torch.bincount(label_ids[ranks < top_k], minlength=width)
-    return hits.cpu(), torch.bincount(label_ids, minlength=width).cpu()
-
-
-def per_class_accuracy(logits: TensorLike, labels: TensorLike, num_classes: int | None = None, *, top_k: int = 1) -> Tensor:
-    """Return the accuracy of each class: the share of its samples whose right class is among the ``top_k`` best scores.
-
-    Args:
-        logits: floating point [n, N].
-        labels: right class of each sample, integers [n].
-        num_classes: N, if given checked against the logits.
-        top_k: default 1; ties as in ``label_ranks``.
-
-    Returns:
-        float64 [N] on the device of ``logits``, fractions 0 to 1, NaN for a class without samples.
-
-    Raises:
-        TypeError, ValueError: as ``label_ranks``; ``top_k`` outside ``1 .. N``, ``num_classes`` other than N.
-
-    Example:
-        >>> per_class_accuracy(torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]), [0, 1])
-        tensor([1., 0., nan], dtype=torch.float64)
-    """
-    hits, counts = _hits_and_counts(logits, labels, num_classes, top_k)
-    # 0 / 0 is the NaN that is promised.
-    return (hits.to(torch.float64) / counts).to(as_tensor(logits, "logits").device)
-
-
-def split_accuracy(
-    logits: TensorLike,
-    labels: TensorLike,
-    split: ClassSplit,
-    *,
-    top_k: int = 1,
-    average: Literal["samples", "classes"] = "samples",
-) -> dict[str, float]:
-    """Return the accuracy on the few, medium and many classes and on all of them.
-
-    All N classes compete for every sample; the split only says whose samples are averaged.
-
-    Args:
-        logits: floating point [n, N].
-        labels: right class of each sample, integers [n].
-        split: which classes are few, medium and many, by training samples.
-        top_k: default 1; the paper's tables show 1 and 5. Ties as in ``label_ranks``.
-        average: ``"samples"`` (default) weighs every sample alike; ``"classes"`` is the mean of the accuracies of the
-            classes that have samples. On test sets with equally many samples a class the two agree.
-
-    Returns:
-        Fractions 0 to 1 (the paper prints 100 times them) under ``few``, ``medium``, ``many`` and ``all``. A part
-        without a sample is NaN, not an error.
-
-    Raises:
-        TypeError, ValueError: as ``label_ranks``; ``top_k`` outside ``1 .. N``, an unknown ``average``, a split of
-            another number of classes than N.
-
-    Example:
-        >>> split = ClassSplit(few=[2], medium=[1], many=[0])
-        >>> split_accuracy(torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]), [0, 1], split)
-        {'few': nan, 'medium': 0.0, 'many': 1.0, 'all': 0.5}
-    """
-    if not isinstance(split, ClassSplit):
-        raise TypeError(f"split must be a ClassSplit, got {type(split).__name__}; split_classes makes one from counts")
-    if average not in ("samples", "classes"):
-        raise ValueError(f'average must be "samples" or "classes", got {average!r}')
-    hits, counts = _hits_and_counts(logits, labels, split.num_classes, top_k)
-
-    found = SplitMetrics(split, counts).of(torch.stack([hits, hits]))
-    return {name: found[name if average == "samples" else f"{name}_class_mean"] for name in SPLITS_AND_ALL}
 
 
 class SplitMetrics:

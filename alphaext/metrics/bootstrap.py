@@ -12,7 +12,6 @@ variance: it borrows that of all such classes of its part of the split, which is
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
@@ -23,20 +22,8 @@ from torch import Tensor
 from ..classes import ClassSplit
 from .accuracy import SplitMetrics
 
-__all__ = ["bootstrap_percentiles", "check_confidence"]
-
 # Hits that are drawn at a time. The draws depend on it: another value, other bits.
 _BLOCK_ELEMENTS = 1 << 22
-
-
-def check_confidence(confidence: object) -> float:
-    """Return ``confidence`` as a ``float`` after checking that it lies in (0, 1)."""
-    if isinstance(confidence, (bool, np.bool_)) or not isinstance(confidence, numbers.Real):
-        raise TypeError(f"confidence must be a number in (0, 1), got {confidence!r}")
-    number = float(confidence)
-    if not 0.0 < number < 1.0:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
-    return number
 
 
 def bootstrap_percentiles(

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..classes import ClassSplit
-from ..utils.checks import names_or_ids
+from ..utils.checks import check_choice, names_or_ids
 from ..utils.files import PathLike
-from ..utils.records import number, read_csv, write_records
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_integral, check_shape
+from ..utils.records import Column, number, read_csv, write_records
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
 from .accuracy import SPLITS_AND_EMPTY
-from .comparison import check_same_samples
-from .evaluation import Predictions, check_predictions, part_of_class, per_class
-
-__all__ = ["ClassRow", "class_table", "read_class_table", "write_class_table"]
+from .comparison import check_pair
+from .evaluation import part_of_class, per_class
+from .predictions import Predictions
 
 
 @runtime_checkable
@@ -119,14 +119,11 @@ def class_table(
         >>> rows[3].name, rows[3].split, rows[3].gain, rows[3].neighbor_names, rows[3].alphas, rows[3].own_alpha
         ('d', 'few', 0.0, ('a', 'b'), (0.25, 0.25), 0.5)
     """
-    parts = check_predictions(before, split, "before")
-    check_predictions(after, split, "after")
+    parts = check_pair(before, after, split)
     num_classes = parts.num_classes
-    check_same_samples(before, after)
     names = names_or_ids(class_names, num_classes)
     trained = _check_counts(counts, num_classes)
-    if sort_by not in _PLAIN:
-        raise ValueError(f"sort_by must be one of {', '.join(_PLAIN)}, got {sort_by!r}")
+    check_choice(sort_by, "sort_by", [*_PLAIN])
     composed = _composition(head, class_means, num_classes, names)
     accuracies = zip(per_class(before).tolist(), per_class(after).tolist(), strict=True)
     part_names = [SPLITS_AND_EMPTY[number] for number in part_of_class(parts).tolist()]
@@ -205,9 +202,7 @@ def _check_header(header: list[str]) -> None:
 
 
 def _row_of(line: list[str]) -> ClassRow:
-    values: dict[str, Any] = {name: _value(name, cell) for name, cell in zip(_PLAIN, line, strict=False)}
-    if values["split"] not in SPLITS_AND_EMPTY:
-        raise ValueError(f"split must be one of {', '.join(SPLITS_AND_EMPTY)}, got {values['split']!r}")
+    values: dict[str, Any] = {name: column.read(name, cell) for (name, column), cell in zip(_PLAIN.items(), line, strict=False)}
     cells = line[len(_PLAIN) :]
     neighbors = [cells[k : k + 3] for k in range(0, len(cells), 3) if cells[k] != ""]
     return ClassRow(
@@ -218,23 +213,9 @@ def _row_of(line: list[str]) -> ClassRow:
     )
 
 
-def _value(name: str, cell: str) -> Any:
-    if name in ("name", "split"):
-        return cell
-    if name in ("class_id", "training_images", "test_samples"):
-        return number(name, cell, int)
-    if cell == "":
-        return None if name in ("own_alpha", "distance") else math.nan
-    return number(name, cell, float)
-
-
 def _check_counts(counts: TensorLike, num_classes: int) -> list[int]:
-    trained = as_tensor(counts, "counts").detach()
+    trained = check_labels(counts, None, "counts")
     check_shape(trained, "counts", (num_classes,))
-    check_integral(trained, "counts")
-    if bool((trained < 0).any()):
-        index = int((trained < 0).nonzero()[0, 0])
-        raise ValueError(f"counts must be at least 0, got {int(trained[index])} for class {index}")
     return trained.tolist()
 
 
@@ -289,7 +270,19 @@ def _sorted(rows: list[ClassRow], sort_by: str, descending: bool) -> list[ClassR
     return sorted(filter(known, rows), key=key, reverse=descending) + [row for row in rows if not known(row)]
 
 
-_PLAIN = [name for name in ClassRow.__dataclass_fields__ if name not in ("neighbors", "neighbor_names", "alphas")]
+_COUNT, _ACCURACY, _MAYBE = Column(int), Column(float, empty=math.nan), Column(float, empty=None)
+_PLAIN = {
+    "class_id": _COUNT,
+    "name": Column(),
+    "split": Column(choices=SPLITS_AND_EMPTY),
+    "training_images": _COUNT,
+    "test_samples": _COUNT,
+    "accuracy_before": _ACCURACY,
+    "accuracy_after": _ACCURACY,
+    "gain": _ACCURACY,
+    "own_alpha": _MAYBE,
+    "distance": _MAYBE,
+}
 _OF_NEIGHBOR = ("neighbor_{}", "neighbor_{}_name", "neighbor_{}_alpha")
 
 
@@ -299,12 +292,11 @@ def _neighbor_columns(most: int) -> list[str]:
 
 def _lines(rows: list[ClassRow]) -> list[list[Any]]:
     """A header and the rows of the CSV file."""
-    header = [*_PLAIN, *_neighbor_columns(max((len(row.neighbors) for row in rows), default=0))]
-    lines: list[list[Any]] = [header]
-    for row in rows:
-        values = [getattr(row, name) for name in _PLAIN]
-        for neighbor in zip(row.neighbors, row.neighbor_names, row.alphas, strict=True):
-            values += neighbor
-        values += [None] * (len(header) - len(values))
-        lines.append(values)
-    return lines
+    most = max((len(row.neighbors) for row in rows), default=0)
+
+    def line(row: ClassRow) -> list[Any]:
+        neighbors = chain.from_iterable(zip(row.neighbors, row.neighbor_names, row.alphas, strict=True))
+        missing = [None] * (len(_OF_NEIGHBOR) * (most - len(row.neighbors)))
+        return [*(getattr(row, name) for name in _PLAIN), *neighbors, *missing]
+
+    return [[*_PLAIN, *_neighbor_columns(most)], *map(line, rows)]

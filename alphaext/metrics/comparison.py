@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from ..classes import ClassSplit
-from ..utils.checks import check_integer
+from ..utils.checks import check_integer, check_number
 from .accuracy import SPLITS, SplitMetrics
-from .bootstrap import bootstrap_percentiles, check_confidence
-from .evaluation import Predictions, check_predictions, part_of_class
-
-__all__ = ["ClassLoss", "Comparison", "Confusion", "PartComparison", "check_same_samples", "compare", "mcnemar_p_value"]
+from .bootstrap import bootstrap_percentiles
+from .evaluation import check_predictions, part_of_class
+from .predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -153,11 +152,9 @@ def compare(
         >>> found.differences["few"], found.parts["few"].verdict, found.parts["many"].verdict
         (1.0, 'better', 'no difference shown')
     """
-    parts = check_predictions(before, split, "before")
-    check_predictions(after, split, "after")
-    check_same_samples(before, after)
+    parts = check_pair(before, after, split)
     resamples = check_integer(resamples, "resamples", minimum=1)
-    confidence = check_confidence(confidence)
+    confidence = check_number(confidence, "confidence", above=0, below=1)
     seed = check_integer(seed, "seed", minimum=0)
     listed = check_integer(listed, "listed", minimum=0)
 
@@ -216,8 +213,10 @@ def mcnemar_p_value(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue)
 
 
-def check_same_samples(before: Predictions, after: Predictions) -> None:
-    """Check that two classifiers were asked about as many samples, with the same labels."""
+def check_pair(before: Predictions, after: Predictions, split: ClassSplit) -> ClassSplit:
+    """Return ``split`` on the CPU after checking that two classifiers were asked about the same samples of its classes."""
+    parts = check_predictions(before, split, "before")
+    check_predictions(after, split, "after")
     if len(before) != len(after):
         raise ValueError(f"before and after must be of the same samples, got {len(before)} and {len(after)} samples")
     different = before.labels != after.labels
@@ -227,6 +226,7 @@ def check_same_samples(before: Predictions, after: Predictions) -> None:
             f"before and after must be of the same samples with the same labels, got labels {int(before.labels[index])} and "
             f"{int(after.labels[index])} at index {index}"
         )
+    return parts
 
 
 def _count_classes(predictions: Predictions, chosen: Tensor) -> Tensor:

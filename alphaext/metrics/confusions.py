@@ -12,12 +12,11 @@ from torch import Tensor
 from ..classes import ClassSplit
 from ..utils.checks import check_integer, names_or_ids
 from ..utils.files import PathLike
-from ..utils.records import read_csv, write_records
+from ..utils.records import Column, read_csv, write_records
 from .accuracy import SPLITS_AND_EMPTY
-from .comparison import check_same_samples
-from .evaluation import Predictions, check_predictions, part_of_class
-
-__all__ = ["ConfusionRow", "confusion_changes", "read_confusions", "write_confusions"]
+from .comparison import check_pair
+from .evaluation import part_of_class
+from .predictions import Predictions
 
 MOST_ROWS = 200
 
@@ -95,9 +94,7 @@ def confusion_changes(
         sea -> fjord 0 1
         fjord -> sea 2 1
     """
-    parts = check_predictions(before, split, "before")
-    check_predictions(after, split, "after")
-    check_same_samples(before, after)
+    parts = check_pair(before, after, split)
     num_classes = parts.num_classes
     names = names_or_ids(class_names, num_classes)
     limit = check_integer(limit, "limit", minimum=0)
@@ -170,13 +167,12 @@ def write_confusions(rows: Iterable[ConfusionRow], path: PathLike, *, overwrite:
 
 
 def _lines(rows: list[ConfusionRow]) -> list[Any]:
-    return [_COLUMNS, *map(astuple, rows)]
+    return [[*_COLUMNS], *map(astuple, rows)]
 
 
-_COLUMNS = tuple(entry.name for entry in fields(ConfusionRow))
-_TEXT = ("true_name", "predicted_name")
-_SPLITS = ("true_split", "predicted_split")
-_CLASSES = ("true_class", "predicted_class")
+_CLASS, _NAME, _SPLIT, _COUNT = Column(int, empty=None), Column(), Column(choices=SPLITS_AND_EMPTY), Column(int)
+_KINDS = (_CLASS, _NAME, _SPLIT, _CLASS, _NAME, _SPLIT, _COUNT, _COUNT, _COUNT, _COUNT)
+_COLUMNS = dict(zip((entry.name for entry in fields(ConfusionRow)), _KINDS, strict=True))
 
 
 def read_confusions(path: PathLike) -> list[ConfusionRow]:
@@ -190,27 +186,9 @@ def read_confusions(path: PathLike) -> list[ConfusionRow]:
 
 
 def _check_header(header: list[str]) -> None:
-    if tuple(header) != _COLUMNS:
+    if header != [*_COLUMNS]:
         raise ValueError(f"its columns must be {', '.join(_COLUMNS)}")
 
 
 def _row_of(line: list[str]) -> ConfusionRow:
-    return ConfusionRow(*(_value(name, cell) for name, cell in zip(_COLUMNS, line, strict=True)))
-
-
-def _value(name: str, cell: str) -> Any:
-    if name in _TEXT:
-        return cell
-    if name in _SPLITS:
-        if cell not in SPLITS_AND_EMPTY:
-            raise ValueError(f"{name} must be one of {', '.join(SPLITS_AND_EMPTY)}, got {cell!r}")
-        return cell
-    if name in _CLASSES and cell == "":
-        return None
-    try:
-        number = int(cell)
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"{name} must be an integer and at least 0, got {cell!r}")
-    return number
+    return ConfusionRow(*(column.read(name, cell) for (name, column), cell in zip(_COLUMNS.items(), line, strict=True)))

@@ -8,6 +8,7 @@ names of :class:`alphaext.training.FitResult`: ``few``, ``medium``, ``many`` and
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,22 +16,11 @@ import torch
 from torch import Tensor
 
 from ..classes import ClassSplit
-from ..utils.checks import check_integer
+from ..utils.checks import check_choice, check_integer, check_kind, check_number
+from ..utils.tensors import TensorLike
 from .accuracy import SPLITS_AND_ALL, SPLITS_AND_EMPTY, SplitMetrics
-from .bootstrap import bootstrap_percentiles, check_confidence
-from .predictions import Predictions, predict, predict_logits
-
-__all__ = [
-    "Predictions",
-    "bootstrap_intervals",
-    "check_predictions",
-    "expected_calibration_error",
-    "part_of_class",
-    "per_class",
-    "predict",
-    "predict_logits",
-    "split_metrics",
-]
+from .bootstrap import bootstrap_percentiles
+from .predictions import Predictions, predict_logits
 
 
 def split_metrics(predictions: Predictions, split: ClassSplit) -> dict[str, float]:
@@ -78,10 +68,49 @@ def per_class(predictions: Predictions, top_k: int = 1) -> Tensor:
         >>> per_class(Predictions(ranks=[0, 1], predicted=[0, 0], labels=[0, 1], num_classes=3))
         tensor([1., 0., nan], dtype=torch.float64)
     """
-    _check_kind(predictions, "predictions")
+    check_kind(predictions, Predictions, "predictions", hint="predict makes them")
     top_k = check_integer(top_k, "top_k", minimum=1, maximum=predictions.num_classes)
     # 0 / 0 is the NaN that is promised.
     return predictions.hits(top_k).to(torch.float64) / predictions.counts()
+
+
+def split_accuracy(
+    logits: TensorLike,
+    labels: TensorLike,
+    split: ClassSplit,
+    *,
+    top_k: int = 1,
+    average: Literal["samples", "classes"] = "samples",
+) -> dict[str, float]:
+    """Return the accuracy on the few, medium and many classes and on all of them, for any ``top_k``.
+
+    Args:
+        logits: floating point [n, N].
+        labels: right class of each sample, integers [n].
+        split: which classes are few, medium and many, by training samples.
+        top_k: default 1; the paper's tables show 1 and 5. Of equal scores the class of lower id comes first.
+        average: ``"samples"`` (default) weighs every sample alike; ``"classes"`` is the mean of the accuracies of the
+            classes that have samples. On test sets with equally many samples a class the two agree.
+
+    Returns:
+        Fractions 0 to 1 (the paper prints 100 times them) under ``few``, ``medium``, ``many`` and ``all``. A part
+        without a sample is NaN, not an error.
+
+    Raises:
+        TypeError, ValueError: as :func:`predict_logits`; ``top_k`` outside ``1 .. N``, an unknown ``average``, a split of
+            another number of classes than N.
+
+    Example:
+        >>> split = ClassSplit(few=[2], medium=[1], many=[0])
+        >>> split_accuracy(torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]), [0, 1], split)
+        {'few': nan, 'medium': 0.0, 'many': 1.0, 'all': 0.5}
+    """
+    check_choice(average, "average", ("samples", "classes"))
+    predictions = predict_logits(logits, labels)
+    parts = check_predictions(predictions, split, "logits")
+    hits = predictions.hits(check_integer(top_k, "top_k", minimum=1, maximum=predictions.num_classes))
+    found = SplitMetrics(parts, predictions.counts()).of(torch.stack([hits, hits]))
+    return {name: found[name if average == "samples" else f"{name}_class_mean"] for name in SPLITS_AND_ALL}
 
 
 def bootstrap_intervals(
@@ -125,7 +154,7 @@ def bootstrap_intervals(
         torch.stack([predictions.hits(1), predictions.hits(5)]),
         None,
         resamples=check_integer(resamples, "resamples", minimum=1),
-        confidence=check_confidence(confidence),
+        confidence=check_number(confidence, "confidence", above=0, below=1),
         seed=check_integer(seed, "seed", minimum=0),
     )
 
@@ -191,16 +220,10 @@ def check_predictions(predictions: Predictions, split: ClassSplit, name: str = "
         TypeError: predictions or a split that are none.
         ValueError: another number of classes.
     """
-    _check_kind(predictions, name)
-    if not isinstance(split, ClassSplit):
-        raise TypeError(f"split must be a ClassSplit, got {type(split).__name__}; split_classes makes one from counts")
+    check_kind(predictions, Predictions, name, hint="predict makes them")
+    check_kind(split, ClassSplit, "split", hint="split_classes makes one from counts")
     if split.num_classes != predictions.num_classes:
         raise ValueError(
             f"split must be of the classes that {name} are of, got {split.num_classes} and {predictions.num_classes} classes"
         )
     return split.cpu()
-
-
-def _check_kind(predictions: Predictions, name: str) -> None:
-    if not isinstance(predictions, Predictions):
-        raise TypeError(f"{name} must be Predictions, got {type(predictions).__name__}; predict makes them")

@@ -6,21 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from ..utils.checks import check_integer
+from ..utils.checks import check_choice, check_integer, check_kind
 from ..utils.text import percent
 from .accuracy import SPLITS_AND_ALL
 from .class_table import ClassRow
 from .comparison import Comparison
-
-__all__ = [
-    "class_rows_table",
-    "comparison_table",
-    "losses_table",
-    "metrics_table",
-]
 
 _VERDICT_STYLES = {"better": "green", "worse": "red"}
 
@@ -56,17 +49,12 @@ def metrics_table(
         >>> [[str(cell) for cell in column.cells] for column in table.columns]
         [['before'], ['1'], ['10.0 ±1.5'], ['40.0'], ['66.1'], ['-']]
     """
-    if interval_style not in ("plus_minus", "range"):
-        raise ValueError(f'interval_style must be "plus_minus" or "range", got {interval_style!r}')
-    if average not in ("samples", "classes"):
-        raise ValueError(f'average must be "samples" or "classes", got {average!r}')
+    check_choice(interval_style, "interval_style", ("plus_minus", "range"))
+    check_choice(average, "average", ("samples", "classes"))
     unknown = [name for name in intervals or {} if name not in metrics]
     if unknown:
         raise ValueError(f"intervals must be of classifiers that metrics has, got {', '.join(map(repr, unknown))}")
-    table = _table(title)
-    table.add_column("classifier", overflow="fold")
-    for column in ("top", *SPLITS_AND_ALL):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _table(title, "classifier", *map(_number, ("top", *SPLITS_AND_ALL)))
     suffix = "" if average == "samples" else "_class_mean"
     for name, values in metrics.items():
         found = (intervals or {}).get(name, {})
@@ -91,12 +79,9 @@ def comparison_table(comparison: Comparison, *, title: str | None = None) -> Tab
     Raises:
         TypeError: something else than a comparison.
     """
-    _check(comparison, Comparison, "comparison")
-    table = _table(title)
-    table.add_column("classes")
-    for column in ("samples", "before", "after", "difference", "gained", "lost", "to few", "p"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("verdict")
+    check_kind(comparison, Comparison, "comparison")
+    numbers = ("samples", "before", "after", "difference", "gained", "lost", "to few", "p")
+    table = _table(title, "classes", *map(_number, numbers), "verdict")
     for name, part in comparison.parts.items():
         low, high = comparison.intervals[name]
         difference = percent(comparison.differences[name], sign=True)
@@ -132,17 +117,14 @@ def losses_table(comparison: Comparison, *, class_names: Sequence[str] | None = 
         TypeError: something else than a comparison.
         ValueError: fewer names than classes.
     """
-    _check(comparison, Comparison, "comparison")
+    check_kind(comparison, Comparison, "comparison")
     largest = max((c for loss in comparison.paid for c in (loss.class_id, *(c for c, _ in loss.went_to))), default=-1)
     if class_names is not None and largest >= len(class_names):
         raise ValueError(
             f"class_names must be one a class, got {len(class_names)} names, and class {largest} in the comparison"
         )
-    table = _table(title)
-    table.add_column("class", overflow="fold")
-    for column in ("samples", "before", "after", "gained", "lost", "to few"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("lost samples are taken for", overflow="fold")
+    numbers = ("samples", "before", "after", "gained", "lost", "to few")
+    table = _table(title, "class", *map(_number, numbers), "lost samples are taken for")
 
     def name_of(class_id: int) -> str:
         return str(class_id) if class_names is None else class_names[class_id]
@@ -180,39 +162,42 @@ def class_rows_table(rows: Sequence[ClassRow], *, limit: int | None = None, titl
     """
     rows = list(rows)
     for row in rows:
-        _check(row, ClassRow, "rows")
+        check_kind(row, ClassRow, "rows")
     if limit is not None:
         rows = rows[: check_integer(limit, "limit", minimum=0)]
-    composed = any(row.neighbors for row in rows)
-    measured = any(row.distance is not None for row in rows)
-    table = _table(title)
-    table.add_column("class", overflow="fold")
-    table.add_column("split")
-    for column in ("trained", "tested", "before", "after", "gain", *(["alpha"] * composed), *(["distance"] * measured)):
-        table.add_column(column, justify="right", no_wrap=True)
-    if composed:
-        table.add_column("neighbours (alpha)", overflow="fold")
-    for row in rows:
-        cells = [
-            row.split,
-            f"{row.training_images:,}",
-            f"{row.test_samples:,}",
-            percent(row.accuracy_before),
-            percent(row.accuracy_after),
-            percent(row.gain, sign=True),
-        ]
-        if composed:
-            cells.append("-" if row.own_alpha is None else f"{row.own_alpha:.2f}")
-        if measured:
-            cells.append("-" if row.distance is None else f"{row.distance:.3g}")
-        neighbors = zip(row.neighbor_names, row.alphas, strict=True)
-        composition = [Text(", ".join(f"{name} ({alpha:.2f})" for name, alpha in neighbors))] if composed else []
-        table.add_row(Text(row.name), *cells, *composition)
+    columns = {
+        "class": [Text(row.name) for row in rows],
+        "split": [row.split for row in rows],
+        "trained": [f"{row.training_images:,}" for row in rows],
+        "tested": [f"{row.test_samples:,}" for row in rows],
+        "before": [percent(row.accuracy_before) for row in rows],
+        "after": [percent(row.accuracy_after) for row in rows],
+        "gain": [percent(row.gain, sign=True) for row in rows],
+    }
+    if any(row.neighbors for row in rows):
+        columns["alpha"] = ["-" if row.own_alpha is None else f"{row.own_alpha:.2f}" for row in rows]
+    if any(row.distance is not None for row in rows):
+        columns["distance"] = ["-" if row.distance is None else f"{row.distance:.3g}" for row in rows]
+    if any(row.neighbors for row in rows):
+        columns["neighbours (alpha)"] = [_composition(row) for row in rows]
+    texts = ("class", "split", "neighbours (alpha)")
+    table = _table(title, *(name if name in texts else _number(name) for name in columns))
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     return table
 
 
-def _table(title: str | None) -> Table:
-    return Table(title=None if title is None else Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
+def _composition(row: ClassRow) -> Text:
+    return Text(", ".join(f"{name} ({alpha:.2f})" for name, alpha in zip(row.neighbor_names, row.alphas, strict=True)))
+
+
+def _table(title: str | None, *columns: str | Column) -> Table:
+    shown = [Column(column, overflow="fold") if isinstance(column, str) else column for column in columns]
+    return Table(*shown, title=None if title is None else Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _number(name: str) -> Column:
+    return Column(name, justify="right", no_wrap=True)
 
 
 def _with_interval(value: float | None, interval: tuple[float, float] | None, style: str) -> Text:
@@ -225,8 +210,3 @@ def _with_interval(value: float | None, interval: tuple[float, float] | None, st
 
 def _p_value(p_value: float) -> str:
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def _check(value: object, kind: type, name: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__}")

@@ -60,19 +60,36 @@ def check_choice(value: str, name: str, choices: Sequence[str]) -> str:
     return value
 
 
+def check_kind(value: object, kind: type, name: str, *, hint: str = "") -> None:
+    """Check that ``value`` is a ``kind``; the error ends with ``hint``, which says how to make one."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__}{hint and '; '}{hint}")
+
+
 def check_number(
-    value: object, name: str, *, above: float | None = None, minimum: float | None = None, maximum: float | None = None
+    value: object,
+    name: str,
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    below: float | None = None,
+    maximum: float | None = None,
 ) -> float:
     """Return ``value`` as a ``float`` after checking that it is a finite number (not a bool) within the bounds."""
-    allowed = f"finite and above {above}" if above is not None else f"finite and at least {minimum}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    bounds = (
+        ("above", above, operator.gt),
+        ("at least", minimum, operator.ge),
+        ("below", below, operator.lt),
+        ("at most", maximum, operator.le),
+    )
+    given = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
+    allowed = " and ".join(["finite", *(f"{words} {bound:g}".replace("e+0", "e") for words, bound, _ in given)])
+    if _is_bool(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, {allowed}, got {value!r}")
-    bad = not math.isfinite(value) or (above is not None and value <= above) or (minimum is not None and value < minimum)
-    if bad:
+    number = float(value)
+    if not math.isfinite(number) or not all(holds(number, bound) for _, bound, holds in given):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    if maximum is not None and float(value) > maximum:
-        raise ValueError(f"{name} must be at most {f'{maximum:g}'.replace('e+0', 'e')}, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_class_names(names: Sequence[str], num_classes: int | None, *, distinct: bool = True) -> tuple[str, ...]:

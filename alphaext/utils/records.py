@@ -6,15 +6,50 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .checks import check_choice
 from .files import PathLike, check_output_file, whole_file, write_json
 
-__all__ = ["number", "read_csv", "write_csv", "write_records"]
+__all__ = ["Column", "number", "read_csv", "write_csv", "write_records"]
 
 _Record = TypeVar("_Record")
+
+_NOT_ALLOWED = object()
+
+
+@dataclass(frozen=True)
+class Column:
+    """What the cells of a column hold.
+
+    Attributes:
+        kind: ``str``, ``int`` (0 or larger) or ``float``.
+        choices: the texts that are allowed; none for any text.
+        empty: the value of an empty cell. Without it an empty cell is read as any other.
+
+    Example:
+        >>> Column(int, empty=None).read("epoch", ""), Column(int).read("epoch", "12")
+        (None, 12)
+    """
+
+    kind: type[str] | type[int] | type[float] = str
+    choices: tuple[str, ...] = ()
+    empty: Any = _NOT_ALLOWED
+
+    def read(self, name: str, cell: str) -> Any:
+        """The value of a cell of the column ``name``; a ValueError says what it must be."""
+        if cell == "" and self.empty is not _NOT_ALLOWED:
+            return self.empty
+        if self.choices:
+            check_choice(cell, name, self.choices)
+        if self.kind is str:
+            return cell
+        value = number(name, cell, self.kind)
+        if self.kind is int and value < 0:
+            raise ValueError(f"{name} must be an integer and at least 0, got {cell!r}")
+        return value
 
 
 def write_records(

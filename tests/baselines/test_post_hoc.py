@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alphaext.baselines.post_hoc import TAUS, choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from alphaext.classes import ClassSplit, split_classes
-from alphaext.metrics.accuracy import split_accuracy
+from alphaext.metrics import split_accuracy
 from alphaext.training.few_bias import choose_few_bias, few_bias
 
 COUNTS = torch.tensor([300, 200, 90, 50, 12, 6])

@@ -17,7 +17,7 @@ from alphaext.baselines.balanced_sampling import ClassBalancedSampler
 from alphaext.baselines.choices import RETRAINING_PRESETS
 from alphaext.baselines.retraining import crt, lws
 from alphaext.classes import ClassSplit, class_means, split_classes
-from alphaext.metrics.accuracy import split_accuracy
+from alphaext.metrics import split_accuracy
 from alphaext.training import cached_logits
 from alphaext.utils.seeds import seeded_generator
 

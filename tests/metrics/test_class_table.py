@@ -20,7 +20,8 @@ from torch import nn
 from alphaext import AlphaNet, ClassSplit
 from alphaext.metrics.class_table import ClassRow, class_table, write_class_table
 from alphaext.metrics.comparison import compare
-from alphaext.metrics.evaluation import Predictions, bootstrap_intervals, per_class, predict_logits, split_metrics
+from alphaext.metrics.evaluation import bootstrap_intervals, per_class, split_metrics
+from alphaext.metrics.predictions import Predictions, predict_logits
 from alphaext.metrics.terminal import class_rows_table, comparison_table, losses_table, metrics_table
 from alphaext.utils.text import percent
 
@@ -173,7 +174,7 @@ OTHER = predict_logits(torch.eye(5), [0, 1, 2, 3, 4])
         ({"split": ClassSplit(few=[1], medium=[], many=[0])}, ValueError, "split must be of the classes that before are of"),
         ({"counts": [1, 2]}, ValueError, "counts must have shape [5], got [2]"),
         ({"counts": [1.0] * 5}, TypeError, "counts must be integers"),
-        ({"counts": [1, 2, 3, 4, -5]}, ValueError, "counts must be at least 0, got -5 for class 4"),
+        ({"counts": [1, 2, 3, 4, -5]}, ValueError, "counts must be at least 0, got -5 at index 4"),
         ({"class_names": ["a", "b"]}, ValueError, "class_names must have one name a class, got 2 names for num_classes = 5"),
         ({"class_names": "abcde"}, TypeError, "class_names must be a sequence of texts"),
         ({"class_names": [0, 1, 2, 3, 4]}, TypeError, "class_names must be a sequence of texts"),
@@ -269,9 +270,9 @@ def test_class_rows_table() -> None:
 
 def test_tables_refuse() -> None:
     metrics = {"before": split_metrics(BEFORE, SPLIT)}
-    with pytest.raises(ValueError, match='interval_style must be "plus_minus" or "range", got \'bars\''):
+    with pytest.raises(ValueError, match="interval_style must be one of plus_minus, range, got 'bars'"):
         metrics_table(metrics, interval_style="bars")
-    with pytest.raises(ValueError, match='average must be "samples" or "classes", got \'all\''):
+    with pytest.raises(ValueError, match="average must be one of samples, classes, got 'all'"):
         metrics_table(metrics, average="all")
     with pytest.raises(ValueError, match="intervals must be of classifiers that metrics has, got 'after'"):
         metrics_table(metrics, intervals={"after": {}})

@@ -14,7 +14,8 @@ from scipy.stats import binomtest
 
 from alphaext import ClassSplit, split_classes
 from alphaext.metrics.comparison import ClassLoss, Confusion, _part, compare, mcnemar_p_value
-from alphaext.metrics.evaluation import Predictions, predict_logits, split_metrics
+from alphaext.metrics.evaluation import split_metrics
+from alphaext.metrics.predictions import Predictions, predict_logits
 from alphaext.utils.files import write_json
 
 
@@ -260,9 +261,9 @@ GOOD = by_hand([0, 1, 2], [0, 1, 2], 3)
             "the classes that after are of, got 3 and 4 classes",
         ),
         ([0, 1, 2], {}, TypeError, "after must be Predictions, got list"),
-        (GOOD, {"split": None}, TypeError, "split must be a ClassSplit, got NoneType"),
+        (GOOD, {"split": None}, TypeError, "split must be ClassSplit, got NoneType"),
         (GOOD, {"resamples": 0}, ValueError, "resamples must be at least 1, got 0"),
-        (GOOD, {"confidence": 95}, ValueError, "confidence must be in (0, 1), got 95"),
+        (GOOD, {"confidence": 95}, ValueError, "confidence must be finite and above 0 and below 1, got 95"),
         (GOOD, {"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         (GOOD, {"listed": -1}, ValueError, "listed must be at least 0, got -1"),
     ],

@@ -270,7 +270,7 @@ def test_options_that_disagree_are_refused():
     refused("regularize must be finite and at least 0", regularize=-1.0)
     refused("prior_correction needs base samples", prior_correction=True, negative_ratio=0.0)
     refused("regularize", TypeError, regularize="much")
-    refused("regularize must be at most 1e6", regularize=1e300)
+    refused("regularize must be finite and at least 0 and at most 1e6", regularize=1e300)
     refused("prior_correction needs base samples", prior_correction=True, negative_ratio=0.001)
     for samples in itertools.islice([7, 8], 2):
         with pytest.raises(ValueError, match="labels has no sample of the few classes"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from alphaext.classes import ClassSplit
-from alphaext.metrics.accuracy import split_accuracy
+from alphaext.metrics import split_accuracy
 from alphaext.training import cached_logits, selection
 from alphaext.training.selection import BaselineResult, Policy, Rescaling, Validation
 
