@@ -49,7 +49,11 @@ class Train(CommonOptions, DataOptions, ModelOptions):
         "instance", choices=("instance", "class_balanced", "square_root"), help="how an epoch's images are drawn"
     )
     label_smoothing: float = option(0.0, help="share of the target spread over all classes")
-    amp: str | None = option(None, choices=("bfloat16", "float16"), help="mixed precision")
+    precision: str = option(
+        "float32",
+        choices=("float32", "bfloat16"),
+        help="what the network computes in; bfloat16 is faster where the processor has it",
+    )
     sync_batch_norm: bool = option(False, help="batch normalisation over all processes; GPUs only")
     select: str | None = option(
         None, choices=("best_all", "last"), help="which epoch; without, best_all where there are validation images"

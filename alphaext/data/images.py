@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Self
 
-__all__ = ["ArrayImages", "DatasetImages", "FileImages", "ImageReadError", "LabelledImages", "decode_image"]
-
 # More classes than any data set has; a larger label is a mistake (a date, an image's own number) that would otherwise ask for
 # gigabytes of counts.
 MOST_CLASSES = 2**24
@@ -271,11 +269,7 @@ class ArrayImages(_RowImages):
         self.pixels = pixels
 
     def stored(self, index: int) -> bytes:
-        return self._pixels(index).tobytes()
-
-    def load(self, index: int) -> Image:
-        from_array = _pillow().fromarray
-        return from_array(np.ascontiguousarray(self._pixels(index)))
+        return self.pixels[self._row(index)].tobytes()
 
     def decode(self, index: int, stored: bytes) -> Image:
         pixels = np.frombuffer(stored, dtype=np.uint8).reshape(self.pixels.shape[1:])
@@ -290,9 +284,6 @@ class ArrayImages(_RowImages):
             _update(digest, self.pixels[rows[start : start + 1024]].tobytes())
         _update(digest, self._label_bytes())
         return digest.hexdigest()
-
-    def _pixels(self, index: int) -> npt.NDArray[np.uint8]:
-        return self.pixels[self._row(index)]
 
 
 class DatasetImages(_RowImages):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,6 @@ from ..utils.checks import check_class_names
 from ..utils.files import PathLike, check_output_file, whole_file
 from ..utils.tensors import TensorLike, check_labels
 from .images import MOST_CLASSES, FileImages
-
-__all__ = ["read_list", "write_list"]
 
 
 def read_list(
@@ -54,17 +52,22 @@ def read_list(
     file = os.fspath(path)
     names = None if class_names is None else check_class_names(class_names, num_classes)
     classes = num_classes if names is None else len(names)
-    paths, labels, lines = _parse_list(file, _read_text(file))
-    if not paths:
+    lines = [(number, line) for number, line in enumerate(_read_text(file).split("\n"), start=1) if line.strip()]
+    if not lines:
         raise ValueError(f"{file} lists no images")
+    paths, labels = zip(*(_parsed(file, number, line) for number, line in lines), strict=True)
     label_ids = np.array(labels, dtype=np.int64)
     if classes is not None and label_ids.max() >= classes:
         first = int(np.argmax(label_ids >= classes))
         raise ValueError(
-            f"{file}, line {lines[first]}: label must be below num_classes = {classes}, got {labels[first]} "
+            f"{file}, line {lines[first][0]}: label must be below num_classes = {classes}, got {labels[first]} "
             f"for {paths[first]!r} (the largest label of the list is {int(label_ids.max())})"
         )
-    _check_repeats(file, paths, labels, lines)
+    for earlier, later in _relabelled(paths, labels):
+        raise ValueError(
+            f"{file}, line {lines[later][0]}: {paths[later]!r} has label {labels[later]}, but label {labels[earlier]} in line "
+            f"{lines[earlier][0]}"
+        )
     return FileImages(existing_folder(root, "root"), paths, label_ids, classes, names)
 
 
@@ -80,52 +83,37 @@ def _read_text(file: str) -> str:
     return text
 
 
-def _parse_list(file: str, text: str) -> tuple[list[str], list[int], list[int]]:
-    """The paths, labels and line numbers of a list."""
-    paths: list[str] = []
-    labels: list[int] = []
-    lines: list[int] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        fields = line.rsplit(None, 1)
-        if not fields:
-            continue
-        problem = ""
-        if len(fields) < 2:
-            problem = "must be 'path label'"
-        elif not (fields[1].isascii() and fields[1].isdecimal()):
-            problem = f"label must be an integer from 0 on, got {fields[1]!r}"
-        elif len(fields[1]) > 9 or int(fields[1]) >= MOST_CLASSES:
-            problem = f"label must be below {MOST_CLASSES}, got {fields[1]}"
-        else:
-            path = fields[0].lstrip()
-            if path.startswith("/"):
-                problem = "path must be relative to the root, got an absolute one"
-            elif ".." in path and ".." in path.split("/"):
-                problem = "path must stay in the root, but it has '..'"
-        if problem:
-            raise ValueError(f"{file}, line {number}: {problem}; the line is {_shown(line)}")
-        paths.append(path)
-        labels.append(int(fields[1]))
-        lines.append(number)
-    return paths, labels, lines
-
-
-def _check_repeats(file: str, paths: list[str], labels: list[int], lines: list[int]) -> None:
-    if len(set(paths)) == len(paths):
-        return
-    first: dict[str, int] = {}
-    for index, path in enumerate(paths):
-        earlier = first.setdefault(path, index)
-        if labels[earlier] != labels[index]:
-            raise ValueError(
-                f"{file}, line {lines[index]}: {path!r} has label {labels[index]}, "
-                f"but label {labels[earlier]} in line {lines[earlier]}"
-            )
-
-
-def _shown(line: str) -> str:
+def _parsed(file: str, number: int, line: str) -> tuple[str, int]:
+    """The path and the label of a line."""
+    *paths, label = line.rsplit(None, 1)
+    path = paths[0].lstrip() if paths else ""
+    if not paths:
+        problem = "must be 'path label'"
+    elif not (label.isascii() and label.isdecimal()):
+        problem = f"label must be an integer from 0 on, got {label!r}"
+    elif len(label) > 9 or int(label) >= MOST_CLASSES:
+        problem = f"label must be below {MOST_CLASSES}, got {label}"
+    elif leaves_root(path):
+        problem = "path must be relative to the root and stay in it"
+    else:
+        return path, int(label)
     line = line.rstrip("\r")
-    return repr(line if len(line) <= 200 else f"{line[:200]}...")
+    shown = repr(line if len(line) <= 200 else f"{line[:200]}...")
+    raise ValueError(f"{file}, line {number}: {problem}; the line is {shown}")
+
+
+def leaves_root(path: str) -> bool:
+    """Whether a path leads out of the folder that it is relative to."""
+    return path.startswith("/") or (".." in path and ".." in path.split("/"))
+
+
+def _relabelled(paths: Sequence[str], labels: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Places of one path with different labels: where it comes first, and where with another label."""
+    first: dict[str, int] = {}
+    for place, path in enumerate(paths):
+        earlier = first.setdefault(path, place)
+        if labels[earlier] != labels[place]:
+            yield earlier, place
 
 
 def write_list(path: PathLike, names: Sequence[str], labels: TensorLike, *, overwrite: bool = False) -> None:
@@ -160,12 +148,12 @@ def write_list(path: PathLike, names: Sequence[str], labels: TensorLike, *, over
     for name in names:
         if not name or name != name.strip() or any(character in name for character in "\n\r\0"):
             raise ValueError(f"names must be non-empty, without line ends and without blanks at their ends, got {name!r}")
-        if name.startswith("/") or ".." in name.split("/"):
+        if leaves_root(name):
             raise ValueError(f"names must be paths relative to a root and stay in it, got {name!r}")
-    first: dict[str, int] = {}
-    for name, label in zip(names, label_list, strict=True):
-        if first.setdefault(name, label) != label:
-            raise ValueError(f"names must have one label each, got {first[name]} and {label} for {name!r}")
+    for earlier, later in _relabelled(names, label_list):
+        raise ValueError(
+            f"names must have one label each, got {label_list[earlier]} and {label_list[later]} for {names[later]!r}"
+        )
     target = check_output_file(path, "path", overwrite=overwrite)
     text = "".join(f"{name} {label}\n" for name, label in zip(names, label_list, strict=True))
     try:

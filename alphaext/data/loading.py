@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,14 +16,6 @@ from .images import ImageReadError, LabelledImages
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-__all__ = [
-    "Batch",
-    "ImageBatch",
-    "Transform",
-    "image_batches",
-    "image_seed",
-]
 
 
 class Transform(Protocol):
@@ -65,6 +57,14 @@ class ImageBatch:
         """The same in memory that a GPU reads by itself; ``DataLoader`` calls this."""
         return self if self.images is None else replace(self, images=self.images.pin_memory())
 
+    def whole(self) -> Tensor:
+        """The images, or the error of the first that there is none of."""
+        if self.unreadable:
+            raise self.unreadable[0][1]
+        if self.images is None:
+            raise ValueError(self.failure)
+        return self.images
+
 
 def image_seed(seed: int, pass_number: int, index: int) -> int:
     """The seed of a random transform, which depends on nothing but the extraction's seed, the pass and the image's index."""
@@ -76,53 +76,38 @@ def image_seed(seed: int, pass_number: int, index: int) -> int:
 def image_batches(
     images: LabelledImages,
     transform: Transform,
-    batches: Iterable[Batch],
+    batches: Iterable[Sequence[tuple[int, int]]],
     *,
-    seed: int,
     workers: int,
     pin_memory: bool,
-) -> Iterator[Iterator[ImageBatch]]:
-    """Read and transform ``batches`` in their order.
-
-    Args:
-        images: decoded one by one.
-        transform: of each image.
-        batches: which images go together.
-        seed: of a random transform.
-        workers: processes that do it, each some batches ahead; 0: this process does, one batch when it is asked for. They are
-            gone when the block ends, however it ends.
-        pin_memory: whether the batches go to a GPU.
-
-    Yields:
-        An iterator over the batches.
-    """
-    reader = worker_reader(
-        _ReadBatches(images, transform, seed),
-        sampler=_Order(batches),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-    )
-    with reader as begin:
-        yield begin()
-
-
-@contextmanager
-def worker_reader(dataset: Dataset[Any], **options: Any) -> Iterator[Callable[[], Iterator[Any]]]:
-    """A block with a function that begins to go through a data set, as often as it is called.
+) -> Iterator[Callable[[], Iterator[ImageBatch]]]:
+    """A block with a function that goes through ``batches``, as often as it is called, always with the same workers.
 
     However the block ends, the workers are gone afterwards.
 
     Args:
-        dataset: what is read.
-        options: of torch's ``DataLoader``.
-    """
-    # Without a generator, each iteration would draw from the global random state.
-    loader: DataLoader[Any] = DataLoader(dataset, generator=torch.Generator("cpu").manual_seed(0), **options)
-    iterator: Iterator[Any] | None = None
+        images: decoded one by one.
+        transform: of each image.
+        batches: for each image its index and the seed of its transform.
+        workers: processes that read and transform, each some batches ahead; 0: this process does, a batch at a time.
+        pin_memory: whether the batches go to a GPU.
 
-    def begin() -> Iterator[Any]:
+    Yields:
+        A function that returns an iterator over the batches, in their order.
+    """
+    loader: DataLoader[ImageBatch] = DataLoader(
+        _Reader(images, transform),
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        # Without a generator, each iteration would draw from the global random state.
+        generator=torch.Generator("cpu").manual_seed(0),
+    )
+    iterator: Iterator[ImageBatch] | None = None
+
+    def begin() -> Iterator[ImageBatch]:
         nonlocal iterator
         with torch.device("cpu"):  # it draws a seed, on the user's default device, from that generator
             iterator = iter(loader)
@@ -137,67 +122,41 @@ def worker_reader(dataset: Dataset[Any], **options: Any) -> Iterator[Callable[[]
             stop()
 
 
-class _Order:
-    """Batches as a sampler."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches)
-
-
-class _ReadBatches(Dataset[ImageBatch]):
+class _Reader(Dataset[ImageBatch]):
     """Reads whole batches. Errors come back as values: as exceptions they would arrive as the text of a worker's traceback."""
 
-    def __init__(self, images: LabelledImages, transform: Transform, seed: int) -> None:
-        self._images, self._transform, self._seed = images, transform, seed
+    def __init__(self, images: LabelledImages, transform: Transform) -> None:
+        self._images, self._transform = images, transform
 
-    def __getitem__(self, batch: Batch) -> ImageBatch:
-        tensors: list[Tensor] = []
-        indices: list[int] = []
+    def __getitem__(self, batch: Sequence[tuple[int, int]]) -> ImageBatch:
+        tensors: dict[int, Tensor] = {}
         unreadable: list[tuple[int, ImageReadError]] = []
-        for index in batch.images:
+        for place, (index, seed) in enumerate(batch):
             try:
                 image = self._images.load(index)
             except ImageReadError as error:
                 unreadable.append((index, error))
                 continue
             try:
-                tensor = self._transformed(image, batch.pass_number, index)
+                tensors[place] = self._transform.seeded(image, seed) if self._transform.random else self._transform(image)
+                _check_transformed(tensors[place], next(iter(tensors.values())))
             except MemoryError:
                 raise
             except Exception as error:
                 failure = f"the transform fails on image {self._images.name(index)!r}: {type(error).__name__}: {error}"
                 return ImageBatch(None, (), (), failure)
-            wrong = self._why_wrong(tensor, tensors)
-            if wrong:
-                failure = f"the transform must {wrong}, for image {self._images.name(index)!r}"
-                return ImageBatch(None, (), (), failure)
-            tensors.append(tensor)
-            indices.append(index)
         # In a worker, this stacks in the memory that it shares with the main process.
-        stacked = default_collate(tensors) if tensors else None
-        return ImageBatch(stacked, tuple(indices), tuple(unreadable))
-
-    def _transformed(self, image: Image, pass_number: int, index: int) -> Tensor:
-        if self._transform.random:
-            return self._transform.seeded(image, image_seed(self._seed, pass_number, index))
-        return self._transform(image)
-
-    @staticmethod
-    def _why_wrong(tensor: object, others: list[Tensor]) -> str:
-        if not isinstance(tensor, Tensor):
-            return f"return a tensor, got a {type(tensor).__name__}"
-        if not tensor.is_floating_point():
-            return f"return floating point, got {tensor.dtype}"
-        if others and tensor.shape != others[0].shape:
-            return f"give all images one shape, got {list(others[0].shape)} and {list(tensor.shape)}"
-        return ""
+        stacked = default_collate(list(tensors.values())) if tensors else None
+        return ImageBatch(stacked, tuple(batch[place][0] for place in tensors), tuple(unreadable))
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _check_transformed(tensor: object, first: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"it must return a tensor, got a {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"it must return floating point, got {tensor.dtype}")
+    if tensor.shape != first.shape:
+        raise ValueError(f"it must give all images one shape, got {list(first.shape)} and {list(tensor.shape)}")
 
 
 @dataclass(frozen=True)

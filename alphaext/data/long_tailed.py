@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-
 import torch
 
-from ..utils.checks import check_integer
+from ..utils.checks import check_integer, check_kind, check_number
 from .images import LabelledImages
-
-__all__ = ["long_tailed_counts", "make_long_tailed"]
 
 
 def long_tailed_counts(most: int, num_classes: int, imbalance_factor: float) -> list[int]:
@@ -36,7 +31,7 @@ def long_tailed_counts(most: int, num_classes: int, imbalance_factor: float) -> 
     """
     most = check_integer(most, "most", minimum=1)
     num_classes = check_integer(num_classes, "num_classes", minimum=1)
-    factor = _check_factor(imbalance_factor)
+    factor = check_number(imbalance_factor, "imbalance_factor", minimum=1)
     if num_classes == 1:
         return [most]
     counts = [int(most * (1 / factor) ** (i / (num_classes - 1))) for i in range(num_classes)]
@@ -72,8 +67,7 @@ def make_long_tailed(
         >>> make_long_tailed(images, 10).labels.bincount()
         tensor([100,  31,  10])
     """
-    if not isinstance(images, LabelledImages):
-        raise TypeError(f"images must be LabelledImages, got {type(images).__name__}")
+    check_kind(images, LabelledImages, "images")
     available = torch.bincount(images.labels, minlength=images.num_classes)
     if int(available.min()) == 0:
         raise ValueError(f"images must have images of every class, got none of class {int(available.argmin())}")
@@ -93,12 +87,3 @@ def make_long_tailed(
     labels = images.labels[by_class]
     place = torch.arange(len(images), device="cpu") - (available.cumsum(0) - available)[labels]
     return images.subset(by_class[place < counts[labels]].sort().values)
-
-
-def _check_factor(imbalance_factor: object) -> float:
-    if isinstance(imbalance_factor, bool) or not isinstance(imbalance_factor, numbers.Real):
-        raise TypeError(f"imbalance_factor must be a number, got {imbalance_factor!r}")
-    factor = float(imbalance_factor)
-    if not 1 <= factor < math.inf:
-        raise ValueError(f"imbalance_factor must be at least 1, got {imbalance_factor!r}")
-    return factor

@@ -11,25 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..utils.checks import check_class_names
+from ..utils.checks import check_choice, check_class_names
 from ..utils.files import PathLike
-from .images import ArrayImages, DatasetImages, FileImages, ImageReadError, LabelledImages
-from .list_files import existing_folder, read_list, write_list
-from .long_tailed import long_tailed_counts, make_long_tailed
-
-__all__ = [
-    "ImageReadError",
-    "LabelledImages",
-    "from_torchvision",
-    "long_tailed_counts",
-    "make_long_tailed",
-    "open_images",
-    "read_arrays",
-    "read_cifar",
-    "read_image_folder",
-    "read_list",
-    "write_list",
-]
+from .images import ArrayImages, DatasetImages, FileImages, LabelledImages
+from .list_files import existing_folder, read_list
 
 # Those of torchvision's ImageFolder, so that both see the same images.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -65,6 +50,7 @@ def open_images(
     Example:
         >>> import tempfile
         >>> from pathlib import Path
+        >>> from alphaext.data import write_list
         >>> folder = Path(tempfile.mkdtemp())
         >>> write_list(folder / "train.txt", ["cat/1.jpg", "dog/1.jpg"], [0, 1])
         >>> open_images(folder / "train.txt", root=folder)
@@ -248,11 +234,9 @@ def _array(archive: Any, file: Path, key: str, role: str) -> npt.NDArray[Any]:
         raise ValueError(f"{file} has no array {key!r} for {role}; it has {', '.join(sorted(archive.files)) or 'none'}")
     try:
         array = archive[key]
-    except ValueError as error:
+    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
         if "allow_pickle" in str(error):
             raise TypeError(f"{file}: {role} ({key!r}) must be an array of numbers or text, got Python objects") from None
-        raise ValueError(f"{file}: {role} ({key!r}) cannot be read: {error}") from error
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise ValueError(f"{file}: {role} ({key!r}) cannot be read: {error}") from error
     if array.ndim == 0:
         raise ValueError(f"{file}: {role} ({key!r}) must have one entry an image or class, got a single value")
@@ -331,10 +315,8 @@ def read_cifar(name: str, root: PathLike, part: str, download: bool = False) -> 
         ...     print(str(error)[:47])
         no whole copy of cifar100 in 'no such folder' (
     """
-    if name not in ("cifar10", "cifar100"):
-        raise ValueError(f"name must be cifar10 or cifar100, got {name!r}")
-    if part not in ("train", "test"):
-        raise ValueError(f"part must be train or test, got {part!r}")
+    check_choice(name, "name", ("cifar10", "cifar100"))
+    check_choice(part, "part", ("train", "test"))
     try:
         from torchvision import datasets
     except ImportError as error:

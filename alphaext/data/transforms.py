@@ -7,8 +7,6 @@ cached features keep it, so that they are never mistaken for those of another tr
 from __future__ import annotations
 
 import json
-import math
-import numbers
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,23 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..utils.checks import check_integer
+from ..utils.checks import check_choice, check_flag, check_integer, check_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-__all__ = [
-    "CIFAR_MEAN",
-    "CIFAR_STD",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "ImageTransform",
-    "make_transform",
-    "small_test_transform",
-    "small_train_transform",
-    "test_transform",
-    "train_transform",
-]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Of ImageNet's training images, red, green, blue, in 0..1; what torchvision's and Kang et al.'s models were trained with."""
@@ -142,7 +127,7 @@ def test_transform(
         >>> transform(Image.new("RGB", (400, 300))).shape, transform.random
         (torch.Size([3, 224, 224]), False)
     """
-    return ImageTransform(_named("test", image_size=image_size, resize=resize, mean=mean, std=std, channels=channels))
+    return ImageTransform(dict(name="test", image_size=image_size, resize=resize, mean=mean, std=std, channels=channels))
 
 
 # pytest takes whatever begins with test_, in any test file that imports it.
@@ -180,7 +165,7 @@ def train_transform(
         (True, True)
     """
     options = {"image_size": image_size, "mean": mean, "std": std, "channels": channels, "flip": flip, "jitter": jitter}
-    return ImageTransform(_named("train", **options))
+    return ImageTransform({"name": "train", **options})
 
 
 def small_test_transform(
@@ -204,7 +189,7 @@ def small_test_transform(
         >>> small_test_transform(28, channels=1)(Image.new("L", (28, 28), 255)).unique()
         tensor([1.])
     """
-    return ImageTransform(_named("small test", image_size=image_size, mean=mean, std=std, channels=channels))
+    return ImageTransform(dict(name="small test", image_size=image_size, mean=mean, std=std, channels=channels))
 
 
 def small_train_transform(
@@ -238,7 +223,7 @@ def small_train_transform(
     size = check_integer(image_size, "image_size", minimum=1)
     pad = size // 8 if padding is None else padding
     options = {"image_size": size, "mean": mean, "std": std, "channels": channels, "padding": pad, "flip": flip}
-    return ImageTransform(_named("small train", **options))
+    return ImageTransform({"name": "small train", **options})
 
 
 def make_transform(description: Mapping[str, Any]) -> ImageTransform:
@@ -266,67 +251,46 @@ _OPTIONS = {
 _RANDOM = ("train", "small train")
 
 
-def _named(kind: str, **options: Any) -> dict[str, Any]:
-    return {"name": kind, **options}
-
-
 def _checked(description: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name and the options of a description, each in one form only, so that equal transforms have equal descriptions."""
     if not isinstance(description, Mapping):
         raise TypeError(f"description must be a dict, got {type(description).__name__}")
-    kind = description.get("name")
-    if kind not in _OPTIONS:
-        raise ValueError(f"a transform's name must be one of {', '.join(_OPTIONS)}, got {kind!r}")
+    kind: Any = description.get("name")
+    check_choice(kind, "a transform's name", [*_OPTIONS])
     wanted, given = set(_OPTIONS[kind]), set(description) - {"name"}
     if wanted != given:
         parts = (("lacks", wanted - given), ("has unknown", given - wanted))
         wrong = " and ".join(f"{verb} {', '.join(sorted(map(str, names)))}" for verb, names in parts if names)
         raise ValueError(f"the description of a {kind!r} transform {wrong}")
-    options = {name: description[name] for name in _OPTIONS[kind]}
-    channels = options["channels"] = check_integer(options["channels"], "channels", minimum=1)
+    channels = check_integer(description["channels"], "channels", minimum=1)
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
-    size = options["image_size"] = check_integer(options["image_size"], "image_size", minimum=1)
-    options["mean"] = _per_channel(options["mean"], "mean", channels)
-    options["std"] = _per_channel(options["std"], "std", channels)
-    if min(options["std"]) <= 0:
-        raise ValueError(f"std must be above 0, got {options['std']}")
-    if "resize" in options:
-        options["resize"] = check_integer(options["resize"], "resize", minimum=1)
-        if options["resize"] < size:
-            raise ValueError(f"resize must be at least image_size = {size}, got {options['resize']}")
-    if "padding" in options:
-        options["padding"] = check_integer(options["padding"], "padding", minimum=0, maximum=size)
-    if not isinstance(options.get("flip", False), bool):
-        raise TypeError(f"flip must be True or False, got {options['flip']!r}")
-    if "jitter" in options:
-        options["jitter"] = _number(options["jitter"], "jitter")
-        if not 0 <= options["jitter"] <= 1:
-            raise ValueError(f"jitter must be in [0, 1], got {options['jitter']}")
-    return kind, options
+    size = check_integer(description["image_size"], "image_size", minimum=1)
+    checks: dict[str, Callable[[Any], Any]] = {
+        "image_size": lambda _: size,
+        "channels": lambda _: channels,
+        "mean": lambda values: _per_channel(values, "mean", channels),
+        "std": lambda values: _per_channel(values, "std", channels, above=0),
+        "resize": lambda value: check_integer(value, "resize", minimum=size),
+        "padding": lambda value: check_integer(value, "padding", minimum=0, maximum=size),
+        "flip": lambda value: check_flag(value, "flip"),
+        "jitter": lambda value: check_number(value, "jitter", minimum=0, maximum=1),
+    }
+    return kind, {name: checks[name](description[name]) for name in _OPTIONS[kind]}
 
 
-def _per_channel(values: object, name: str, channels: int) -> list[float]:
+def _per_channel(values: object, name: str, channels: int, above: float | None = None) -> list[float]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
-    numbers_ = [_number(value, name) for value in values]
-    if len(numbers_) == 1:
-        return numbers_ * channels
-    if len(numbers_) == 3 and channels == 1:
+    checked = [check_number(value, name, above=above) for value in values]
+    if len(checked) == 1:
+        return checked * channels
+    if len(checked) == 3 and channels == 1:
         # Rounded, so that the same list does not give two descriptions on two platforms.
-        return [round(sum(numbers_) / 3, 6)]
-    if len(numbers_) != channels:
-        raise ValueError(f"{name} must have a value for each of {channels} channels, or one for all, got {numbers_}")
-    return numbers_
-
-
-def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return number
+        return [round(sum(checked) / 3, 6)]
+    if len(checked) != channels:
+        raise ValueError(f"{name} must have a value for each of {channels} channels, or one for all, got {checked}")
+    return checked
 
 
 def _compose(kind: str, options: Mapping[str, Any]) -> Callable[[Any], Any]:

@@ -16,23 +16,20 @@ import torch
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    TextColumn,
 )
 from torch import Tensor
 
 from ..data.images import LabelledImages
-from ..data.loading import Batch, ImageBatch, Transform, image_batches
+from ..data.loading import ImageBatch, Transform, image_batches, image_seed
 from ..models.zoo import SplitModel
-from ..utils.checks import check_integer
+from ..utils.checks import check_choice, check_integer, check_kind
 from ..utils.files import PathLike
 from ..utils.modules import cudnn_choice
 from ..utils.processes import Group, process_group
-from ..utils.progress import ImagesPerSecond, progress_bar
+from ..utils.progress import ImagesPerSecond, task_bar
 from .folder import ExtractionFolder, wait_for
 from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable
 from .store import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
-
-__all__ = ["extract"]
 
 # How long processes work before they tell each other how far they are and whether all is well: far below the time after which a
 # waiting process gives another up, far above what the telling takes.
@@ -127,11 +124,15 @@ def extract(
             if state is not None:
                 share = [state["missing"][position] for position in group.share(len(state["missing"]))]
                 work = _Work(split_model, images, transform, seed, place, group.device)
-                with _progress_bar(progress, len(images) * plan.passes, state["done"], group) as report:
+                columns = (MofNCompleteColumn(), BarColumn(), ImagesPerSecond())
+                total, shown = len(images) * plan.passes, progress if group.is_main else False
+                with task_bar(shown, "{task.description}", *columns, total=total, done=state["done"]) as report:
                     _in_rounds(group, work.shards(share, workers), report)
-                    joining = place.join(images.labels, class_names) if group.is_main else iter(())
-                    _in_rounds(group, joining, lambda count: report(0, "joining"))
-                    report(0, "extracted")
+                    report(0, description="joining")
+                    with group.together():
+                        if group.is_main:
+                            place.join(images.labels, class_names)
+                    report(0, description="extracted")
         with group.together():
             wait_for(place.path / SIDECAR_FILE, several=several)
             features = read_features(place.path)
@@ -162,15 +163,14 @@ class _Work:
         wait_for(self.place.path / IDENTITY_FILE, several=self.place.several)
         if not numbers:
             return
-        reading = image_batches(
-            self.images,
-            self.transform,
-            _Batches(self.place.plan, numbers),
-            seed=self.seed,
-            workers=workers,
-            pin_memory=self.device.type == "cuda",
+        wanted = (
+            [(index, image_seed(self.seed, batch.pass_number, index)) for index in batch.images]
+            for number in numbers
+            for batch in self.place.plan.batches(number)
         )
-        with reading as batches, _on_device(self.split_model, self.device):
+        reading = image_batches(self.images, self.transform, wanted, workers=workers, pin_memory=self.device.type == "cuda")
+        with reading as begin, _on_device(self.split_model, self.device):
+            batches = begin()
             yield 0  # the workers are there; what starts threads may do so now
             for number in numbers:
                 yield from self._shard(number, batches)
@@ -236,24 +236,13 @@ class _Work:
         )
 
 
-class _Batches:
-    """The batches of some shards, made when they are asked for: a list of all would not be small."""
-
-    def __init__(self, plan: ShardPlan, numbers: Sequence[int]) -> None:
-        self._plan, self._numbers = plan, numbers
-
-    def __iter__(self) -> Iterator[Batch]:
-        for number in self._numbers:
-            yield from self._plan.batches(number)
-
-
-def _in_rounds(group: Group, steps: Iterator[int], report: Callable[[int], None]) -> None:
+def _in_rounds(group: Group, steps: Iterator[int], report: Callable[..., None]) -> None:
     """Take all steps of every process, meeting now and then: an error in one soon ends all, and none waits long for a slow one.
 
     Args:
         group: the processes.
         steps: of this process; each says how much it did.
-        report: told, again and again, how much was done by all of them together.
+        report: told, again and again, how much more was done by all of them together.
     """
     own, others, finished = 0, 0, False
     try:
@@ -264,10 +253,11 @@ def _in_rounds(group: Group, steps: Iterator[int], report: Callable[[int], None]
                     step = next(steps, None)
                     finished = step is None
                     own += step or 0
-                    report(own + others)
+                    report(step or 0, description="extracting")
             states = group.all_gather_object([own, finished])
-            others = sum(done for done, _ in states) - own
-            report(own + others)
+            total = sum(done for done, _ in states)
+            report(total - own - others)
+            others = total - own
             if all(done for _, done in states):
                 return
     finally:
@@ -281,8 +271,7 @@ def _checked(
 ) -> tuple[ShardPlan, dict[str, Any]]:
     """How the work is cut, and all that the features depend on."""
     _check_types(split_model, images, transform)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_choice(dtype, "dtype", DTYPES)
     batch_size = check_integer(batch_size, "batch_size", minimum=1)
     passes = check_integer(passes, "passes", minimum=1)
     if passes > 1 and not transform.random:
@@ -291,14 +280,10 @@ def _checked(
         )
     seed = check_integer(seed, "seed", minimum=0)
     _check_labels(images, split_model.num_classes)
-    try:
-        description = as_json(transform.description)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"transform.description must be what JSON can hold: {error}") from error
     identity = {
         "model": split_model.fingerprint(),
         "images": images.fingerprint(),
-        "transform": description,
+        "transform": as_json(transform.description, "transform.description"),
         "dtype": dtype,
         "width": split_model.in_features,
         "num_classes": split_model.num_classes,
@@ -310,13 +295,9 @@ def _checked(
     return ShardPlan.of(len(images), passes, batch_size), identity
 
 
-def _check_types(split_model: object, images: object, transform: object) -> None:
-    if not isinstance(split_model, SplitModel):
-        raise TypeError(f"split_model must be a SplitModel, got {type(split_model).__name__}; split_model(model) makes one")
-    if not isinstance(images, LabelledImages):
-        raise TypeError(
-            f"images must be LabelledImages, got {type(images).__name__}; open_images or from_torchvision makes them"
-        )
+def _check_types(split_model: SplitModel, images: LabelledImages, transform: object) -> None:
+    check_kind(split_model, SplitModel, "split_model", hint="split_model(model) makes one")
+    check_kind(images, LabelledImages, "images", hint="open_images or from_torchvision makes them")
     needed = ("description", "random", "seeded") if getattr(transform, "random", False) else ("description", "random")
     lacking = [name for name in needed if not hasattr(transform, name)]
     if lacking or not callable(transform) or not isinstance(getattr(transform, "description", None), Mapping):
@@ -379,25 +360,3 @@ def _on_device(split_model: SplitModel, device: torch.device) -> Iterator[None]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
-
-
-@contextmanager
-def _progress_bar(progress: bool | None, images: int, done: int, group: Group) -> Iterator[Callable[..., None]]:
-    """A bar over all images; the ``done`` ones were found done and tell nothing of the speed.
-
-    Yields a function to be told how many others are done by now, and if it is not extracting, what is being done.
-    """
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), ImagesPerSecond())
-    bar = progress_bar(progress, *columns, main=group.is_main)
-    task = bar.add_task("extracting", total=images, completed=done)
-
-    def report(count: int, doing: str = "extracting") -> None:
-        # Not before the first report: the bar's thread must not run while workers are forked.
-        bar.start()
-        bar.update(task, description=doing, completed=max(done + count, bar.tasks[0].completed))
-
-    try:
-        yield report
-    finally:
-        if not bar.disable:
-            bar.stop()

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal
 from torch import Tensor
 
 from ..utils.environment import versions
 from ..utils.files import folder_lock, read_json, write_json
 from .shards import (
+    FORMAT,
     IDENTITY_FILE,
     PARTS_FOLDER,
     Shard,
     ShardPlan,
-    Unreadable,
-    digest_of,
     read_identity,
     read_shard,
     remove_parts,
     shard_path,
-    write_identity,
     write_shard,
 )
-from .store import FEATURES_FILE, LABELS_FILE, SIDECAR_FILE, array_file, differences, printable, sidecar_of
-
-__all__ = ["ExtractionFolder", "wait_for"]
+from .store import FEATURES_FILE, LABELS_FILE, SIDECAR_FILE, differences, printable, sidecar_of, write_array
 
 # A network file system may show a file to another machine only after a while.
 _SECONDS_TO_APPEAR = 60.0
@@ -54,7 +53,7 @@ class ExtractionFolder:
         self.path, self.identity, self.plan = path, identity, plan
         self.skip_unreadable, self.several = skip_unreadable, several
         self.width, self.dtype = int(identity["width"]), str(identity["dtype"])
-        self._digest = digest_of(identity)
+        self._digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def start(self, held: ExitStack) -> dict[str, Any] | None:
         """Take the folder and find out what is left to do.
@@ -80,7 +79,7 @@ class ExtractionFolder:
         if self._is_complete():
             return None
         if not self._check_same_as_begun():
-            write_identity(self.path, self.identity)
+            write_json(self.path / IDENTITY_FILE, {"format": FORMAT, "identity": self.identity})
         (self.path / PARTS_FOLDER).mkdir(exist_ok=True)
         self._remove_temporaries()
         missing, done = [], 0
@@ -96,8 +95,8 @@ class ExtractionFolder:
         """Write a shard, whole or not at all."""
         write_shard(shard_path(self.path, number), shard, self.plan.place(number), self._digest)
 
-    def join(self, labels: Tensor, class_names: Sequence[str] | None) -> Iterator[int]:
-        """Put the shards together, one in memory at a time, write the sidecar and remove the shards; yields 0 all the while.
+    def join(self, labels: Tensor, class_names: Sequence[str] | None) -> None:
+        """Put the shards together, one in memory at a time, write the sidecar and remove the shards.
 
         Args:
             labels: of the images, int64 [m].
@@ -107,39 +106,28 @@ class ExtractionFolder:
             ValueError: a shard is gone or damaged, or no image at all can be read.
             OSError: the disk is full.
         """
-        readable = np.ones(self.plan.num_images, dtype=bool)
-        unreadable: dict[int, Unreadable] = {}
-        devices: set[str] = set()
-        seconds = 0.0
-        for number in range(len(self.plan)):
-            shard = self._shard(number, features=False)
-            # An image that could not be read in one pass is left out of all: the rows of each pass are the same images.
-            unreadable.update((image.index, image) for image in shard.unreadable)
-            readable[[image.index for image in shard.unreadable]] = False
-            devices.add(shard.device)
-            seconds += shard.seconds
-            yield 0
+        shards = [self._shard(number, features=False) for number in range(len(self.plan))]
+        # An image that could not be read in one pass is left out of all: the rows of each pass are the same images.
+        unreadable = {image.index: image for shard in shards for image in shard.unreadable}
         left_out = [unreadable[index] for index in sorted(unreadable)]
+        readable = np.ones(self.plan.num_images, dtype=bool)
+        readable[[*unreadable]] = False
         if not readable.any():
             first = left_out[0]
             raise ValueError(f"none of the {len(readable)} images can be read; the first, {first.name!r}: {first.reason}")
         shape = (int(readable.sum()) * self.plan.passes, self.width)
-        with array_file(self.path / FEATURES_FILE, self.dtype, shape) as file:
-            for number in range(len(self.plan)):
-                shard = self._shard(number, features=True)
-                file.write(shard.features[readable[shard.indices]])
-                yield 0
-        with array_file(self.path / LABELS_FILE, "int64", shape[:1]) as labels_file:
-            for _ in range(self.plan.passes):
-                labels_file.write(labels.numpy()[readable])
+        whole = (self._shard(number, features=True) for number in range(len(self.plan)))
+        blocks = (shard.features[readable[shard.indices]] for shard in whole)
+        digest = write_array(self.path / FEATURES_FILE, self.dtype, shape, blocks)
+        write_array(self.path / LABELS_FILE, "int64", shape[:1], [labels.numpy()[readable]] * self.plan.passes)
         about = {
-            **sidecar_of(shape, self.dtype, int(self.identity["num_classes"]), class_names, file.sha256),
+            **sidecar_of(shape, self.dtype, int(self.identity["num_classes"]), class_names, digest),
             **self.identity,
             "skipped": [
                 {"index": image.index, "name": printable(image.name), "reason": printable(image.reason)} for image in left_out
             ],
-            "device": ", ".join(sorted(devices)),
-            "seconds": round(seconds, 3),
+            "device": ", ".join(sorted({shard.device for shard in shards})),
+            "seconds": round(sum(shard.seconds for shard in shards), 3),
             "versions": versions("alphaext", "torch", "torchvision", "numpy", "python"),
         }
         write_json(self.path / SIDECAR_FILE, about)
@@ -199,11 +187,8 @@ class ExtractionFolder:
 
     def _remove_temporaries(self) -> None:
         """Remove what a killed process was writing."""
-        temporaries = [*(self.path / PARTS_FOLDER).glob(".*.tmp")]
-        for name in (FEATURES_FILE, LABELS_FILE, SIDECAR_FILE, IDENTITY_FILE):
-            temporaries += self.path.glob(f".{name}.*.tmp")
-        for path in temporaries:
-            path.unlink(missing_ok=True)
+        for temporary in [*self.path.glob(".*.tmp"), *(self.path / PARTS_FOLDER).glob(".*.tmp")]:
+            temporary.unlink(missing_ok=True)
 
     def _tidy_up(self) -> None:
         if (self.path / PARTS_FOLDER).exists() or (self.path / IDENTITY_FILE).exists():
@@ -219,8 +204,8 @@ class ExtractionFolder:
             half = ', or dtype="float16"' if self.dtype == "float32" else ""
             raise OSError(
                 errno.ENOSPC,
-                f"{_size(needed)} of disk are needed while the features of {rows:,} images are written, and {_size(free)} are "
-                f"free: make room, or take another folder{half}",
+                f"{decimal(needed)} of disk are needed while the features of {rows:,} images are written, and "
+                f"{decimal(free)} are free: make room, or take another folder{half}",
                 os.fspath(self.path),
             )
 
@@ -241,11 +226,3 @@ def wait_for(path: Path, *, several: bool) -> None:
         time.sleep(0.2)
         with suppress(OSError):
             os.listdir(path.parent)  # makes a network file system look again
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"

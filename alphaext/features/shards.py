@@ -7,13 +7,11 @@ interruption.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.loading import Batch
-from ..utils.files import read_json, whole_file, write_json
-
-__all__ = [
-    "IDENTITY_FILE",
-    "PARTS_FOLDER",
-    "Shard",
-    "ShardPlan",
-    "Unreadable",
-    "count_done",
-    "digest_of",
-    "read_identity",
-    "read_shard",
-    "remove_parts",
-    "shard_path",
-    "write_identity",
-    "write_shard",
-]
+from ..utils.files import read_json, whole_file
 
 PARTS_FOLDER = "parts"
 IDENTITY_FILE = "extraction.json"
@@ -47,7 +29,7 @@ IDENTITY_FILE = "extraction.json"
 # What a kill can lose: seconds of work on a GPU, minutes on a CPU. Enough for a file each: ImageNet makes 5,000.
 IMAGES_PER_SHARD = 256
 
-_FORMAT = "alphaext extraction 1"
+FORMAT = "alphaext extraction 1"
 
 
 @dataclass(frozen=True)
@@ -183,17 +165,6 @@ def read_shard(path: Path, place: Batch, identity: str, shape: tuple[int, str], 
     return shard
 
 
-def digest_of(identity: Mapping[str, Any]) -> str:
-    """SHA-256 of an identity, by which shards know what they belong to."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Note in ``folder`` what is being extracted into it."""
-    path = folder / IDENTITY_FILE
-    write_json(path, {"format": _FORMAT, "identity": identity})
-
-
 def read_identity(folder: Path) -> dict[str, Any]:
     """What is being extracted into ``folder``.
 
@@ -204,8 +175,8 @@ def read_identity(folder: Path) -> dict[str, Any]:
     path = folder / IDENTITY_FILE
     noted = read_json(path, "the note of an extraction")
     identity = noted.get("identity")
-    if noted.get("format") != _FORMAT or not isinstance(identity, dict):
-        raise ValueError(f"{os.fspath(path)} is not the note of an extraction of this version ({_FORMAT!r})")
+    if noted.get("format") != FORMAT or not isinstance(identity, dict):
+        raise ValueError(f"{os.fspath(path)} is not the note of an extraction of this version ({FORMAT!r})")
     return identity
 
 
@@ -216,17 +187,11 @@ def count_done(folder: Path) -> tuple[int, int, int]:
         FileNotFoundError, ValueError: as :func:`read_identity`.
     """
     identity = read_identity(folder)
-    digest, done = digest_of(identity), 0
     try:
         plan = ShardPlan.of(int(identity["num_images"]), int(identity["passes"]), int(identity["batch_size"]))
-        shape = int(identity["width"]), str(identity["dtype"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(folder / IDENTITY_FILE)} is not the note of an extraction: {error}") from error
-    for number in range(len(plan)):
-        place = plan.place(number)
-        with suppress(FileNotFoundError, ValueError):
-            read_shard(shard_path(folder, number), place, digest, shape, features=False)
-            done += len(place.images)
+    done = sum(len(plan.place(number).images) for number in range(len(plan)) if shard_path(folder, number).exists())
     return done, plan.num_images, plan.passes
 
 

@@ -11,11 +11,10 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +22,13 @@ import torch
 from torch import Tensor
 
 from .. import classes
-from ..utils.checks import check_class_names, check_integer
-from ..utils.files import PathLike, file_digest, read_json, whole_file, without_nan, write_json
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels
+from ..data.images import LabelledImages
+from ..data.loading import Transform
+from ..models.split import SplitModel
+from ..utils.checks import check_choice, check_class_names, check_integer
+from ..utils.files import PathLike, check_output_folder, file_digest, read_json, whole_file, without_nan, write_json
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_labels, check_rows
 from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done
-
-__all__ = ["DTYPES", "Features", "read_features", "write_features"]
 
 FEATURES_FILE, LABELS_FILE, SIDECAR_FILE = "features.npy", "labels.npy", "features.json"
 FORMAT = "alphaext features 1"
@@ -40,19 +40,6 @@ DTYPES = ("float16", "float32")
 _OWN = ("format", "complete", "rows", "width", "dtype", "num_classes", "class_names", "features_sha256")
 
 _BLOCK_BYTES = 2**22
-
-
-class HasFingerprint(Protocol):
-    """A model (:class:`alphaext.models.SplitModel`) or images (:class:`alphaext.data.LabelledImages`)."""
-
-    def fingerprint(self) -> str: ...
-
-
-class HasDescription(Protocol):
-    """A transform, such as :class:`alphaext.data.ImageTransform`."""
-
-    @property
-    def description(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,9 +141,9 @@ def read_parts(folder: PathLike, *parts: str) -> dict[str, Features]:
 def read_features(
     folder: PathLike,
     *,
-    model: HasFingerprint | str | None = None,
-    images: HasFingerprint | str | None = None,
-    transform: HasDescription | Mapping[str, Any] | None = None,
+    model: SplitModel | str | None = None,
+    images: LabelledImages | str | None = None,
+    transform: Transform | Mapping[str, Any] | None = None,
 ) -> Features:
     """Open cached features; their rows are not read.
 
@@ -191,14 +178,14 @@ def read_features(
             f"{str(path / SIDECAR_FILE)!r} is not the sidecar of whole features of this version: format must be {FORMAT!r} and "
             f"complete true, got {metadata.get('format')!r} and {metadata.get('complete')!r}"
         )
-    _check_asked("model", metadata, path, None if model is None else _fingerprint(model, "model"))
-    _check_asked("images", metadata, path, None if images is None else _fingerprint(images, "images"))
-    _check_asked("transform", metadata, path, None if transform is None else _description(transform))
+    for name, wanted in {"model": model, "images": images, "transform": transform}.items():
+        if wanted is not None:
+            _check_asked(name, _as_noted(name, wanted), metadata, path)
     try:
         return _opened(path, metadata)
     except KeyError as error:
         raise ValueError(f"{str(path / SIDECAR_FILE)!r} lacks {error}") from None
-    except (TypeError, ValueError, EOFError) as error:
+    except (TypeError, ValueError, EOFError, FileNotFoundError) as error:
         raise ValueError(f"{str(path)!r} does not hold whole features: {error}") from error
 
 
@@ -237,22 +224,21 @@ def write_features(
         >>> write_features(folder, torch.rand(3, 4).half(), [0, 1, 1], num_classes=2).features.shape
         (3, 4)
     """
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    path = check_output_folder(folder, "folder")
+    if path.exists() and any(path.iterdir()):
         raise ValueError(f"folder must be new or empty, got {str(path)!r}, which exists already")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"folder must be in a directory that exists, got {str(path)!r}")
     num_classes = check_integer(num_classes, "num_classes", minimum=1)
     names = None if class_names is None else check_class_names(class_names, num_classes)
     label_ids = check_labels(labels, num_classes).cpu()
-    source = features if isinstance(features, (Tensor, np.ndarray)) else as_tensor(features, "features")
-    if source.ndim != 2 or 0 in source.shape:
-        raise ValueError(f"features must have shape [n, D] with at least one row and one column, got {list(source.shape)}")
-    empty = as_tensor(source[:0], "features")
-    check_floating(empty, "features")
+    source, empty = check_rows(features, "features", "D")
+    if 0 in source.shape:
+        raise ValueError(f"features must have at least one row and one column, got {list(source.shape)}")
     if len(source) != len(label_ids):
         raise ValueError(f"features and labels must have one entry a row, got {len(source)} and {len(label_ids)}")
-    more = _checked_metadata(metadata)
+    more = as_json(metadata or {}, "metadata")
+    own = [name for name in more if name in _OWN]
+    if own:
+        raise ValueError(f"metadata must leave {', '.join(_OWN)} to this function, got {', '.join(own)}")
 
     dtype = "float16" if empty.dtype == torch.float16 else "float32"
     shape = (len(source), int(source.shape[1]))
@@ -260,13 +246,9 @@ def write_features(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     temporary.mkdir()
     try:
-        with array_file(temporary / FEATURES_FILE, dtype, shape) as file:
-            for start, block in _blocks(source, shape[1]):
-                check_finite(block, "features", first_row=start)
-                file.write(block.numpy())
-        with array_file(temporary / LABELS_FILE, "int64", (len(label_ids),)) as labels_file:
-            labels_file.write(label_ids.numpy())
-        sidecar = sidecar_of(shape, dtype, num_classes, names, file.sha256)
+        digest = write_array(temporary / FEATURES_FILE, dtype, shape, _blocks(source, shape[1]))
+        write_array(temporary / LABELS_FILE, "int64", shape[:1], [label_ids.numpy()])
+        sidecar = sidecar_of(shape, dtype, num_classes, names, digest)
         write_json(temporary / SIDECAR_FILE, {**sidecar, **more})
         os.replace(temporary, path)
     finally:
@@ -274,52 +256,29 @@ def write_features(
     return read_features(path)
 
 
-class ArrayFile:
-    """An ``.npy`` file that is being written block by block; :func:`array_file` opens one.
-
-    Attributes:
-        rows: written so far.
-        sha256: of the file so far.
-    """
-
-    def __init__(self, file: IO[bytes], dtype: str, shape: tuple[int, ...]) -> None:
-        self._file, self._dtype, self._shape = file, np.dtype(dtype).newbyteorder("<"), shape
-        self._digest = hashlib.sha256()
-        self.rows = 0
-        header = io.BytesIO()
-        about = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(header, about)
-        self._put(header.getvalue())
-
-    def write(self, block: npt.NDArray[Any]) -> None:
-        """Append the rows of ``block``."""
-        if block.shape[1:] != self._shape[1:]:
-            raise ValueError(f"block must have rows of shape {list(self._shape[1:])}, got {list(block.shape)}")
-        self._put(block.astype(self._dtype, copy=False).tobytes())
-        self.rows += len(block)
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def _put(self, content: bytes) -> None:
-        self._file.write(content)
-        self._digest.update(content)
-
-
-@contextmanager
-def array_file(path: Path, dtype: str, shape: tuple[int, ...]) -> Iterator[ArrayFile]:
-    """An ``.npy`` file of a known shape, to be written block by block; it is there, whole, when the block of code ends.
+def write_array(path: Path, dtype: str, shape: tuple[int, ...], blocks: Iterable[npt.NDArray[Any]]) -> str:
+    """Write an ``.npy`` file block by block, whole or not at all; returns its SHA-256 in hexadecimal digits.
 
     Raises:
         OSError: it cannot be written; the error names the file.
-        ValueError: more or fewer rows were written than the shape says; the file is not there then.
+        ValueError: ``blocks`` have other rows, or more or fewer of them, than ``shape`` says; the file is not there then.
     """
+    stored, digest, rows = np.dtype(dtype).newbyteorder("<"), hashlib.sha256(), 0
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": stored.str, "fortran_order": False, "shape": shape})
     with whole_file(path) as file:
-        array = ArrayFile(file, dtype, shape)
-        yield array
-        if array.rows != shape[0]:
-            raise ValueError(f"{os.fspath(path)} must get {shape[0]} rows, got {array.rows}")
+        file.write(header.getvalue())
+        digest.update(header.getvalue())
+        for block in blocks:
+            if block.shape[1:] != shape[1:]:
+                raise ValueError(f"blocks must have rows of shape {list(shape[1:])}, got {list(block.shape)}")
+            content = block.astype(stored, copy=False).tobytes()
+            file.write(content)
+            digest.update(content)
+            rows += len(block)
+        if rows != shape[0]:
+            raise ValueError(f"{os.fspath(path)} must get {shape[0]} rows, got {rows}")
+    return digest.hexdigest()
 
 
 def sidecar_of(
@@ -335,25 +294,14 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _blocks(source: Tensor | npt.NDArray[Any], width: int) -> Iterator[tuple[int, Tensor]]:
-    """Rows of ``source``, some megabytes at a time, as float16 or float32 on the CPU, with the number of the first."""
+def _blocks(source: Tensor | npt.NDArray[Any], width: int) -> Iterator[npt.NDArray[Any]]:
+    """The rows of ``source``, checked, some megabytes at a time: float16, or float32."""
     rows = max(1, _BLOCK_BYTES // (4 * width))
     for start in range(0, len(source), rows):
         block = as_tensor(source[start : start + rows], "features").detach().cpu()
-        yield start, block if block.dtype == torch.float16 else block.to(torch.float32)
-
-
-def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    if metadata is None:
-        return {}
-    own = [name for name in metadata if name in _OWN]
-    if own:
-        raise ValueError(f"metadata must leave {', '.join(_OWN)} to this function, got {', '.join(own)}")
-    try:
-        more: dict[str, Any] = json.loads(json.dumps(without_nan(dict(metadata)), ensure_ascii=False).encode())
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"metadata must be what JSON can hold: {error}") from error
-    return more
+        block = block if block.dtype == torch.float16 else block.to(torch.float32)
+        check_finite(block, "features", first_row=start)
+        yield block.numpy()
 
 
 def _check_folder(path: Path) -> None:
@@ -385,30 +333,30 @@ def _why_unfinished(path: Path) -> str:
     return f"{str(path)!r} is no folder of cached features: it has no {SIDECAR_FILE}{hint}"
 
 
-def _fingerprint(value: HasFingerprint | str, name: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not hasattr(value, "fingerprint"):
-        raise TypeError(f"{name} must have a fingerprint, or be one, got {type(value).__name__}")
-    return value.fingerprint()
+def _as_noted(name: str, value: Any) -> Any:
+    """``value`` as a sidecar has it: the fingerprint of a model or of images, the description of a transform."""
+    said = "description" if name == "transform" else "fingerprint"
+    found = getattr(value, said, value)
+    noted = found() if callable(found) else found
+    if not isinstance(noted, Mapping if name == "transform" else str):
+        raise TypeError(f"{name} must have a {said}, or be one, got {type(value).__name__}")
+    return as_json({name: noted}, name)[name]
 
 
-def _description(transform: HasDescription | Mapping[str, Any]) -> dict[str, Any]:
-    described = transform if isinstance(transform, Mapping) else getattr(transform, "description", None)
-    if not isinstance(described, Mapping):
-        raise TypeError(f"transform must have a description, or be one, got {type(transform).__name__}")
-    return as_json(described)
+def as_json(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """``value`` as it comes back from a JSON file: tuples as lists, keys as text.
 
-
-def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """``value`` as it comes back from a JSON file: tuples as lists, keys as text."""
-    back: dict[str, Any] = json.loads(json.dumps(without_nan(dict(value))))
+    Raises:
+        TypeError: JSON cannot hold it; ``name`` says in the error what it is.
+    """
+    try:
+        back: dict[str, Any] = json.loads(json.dumps(without_nan(dict(value)), ensure_ascii=False).encode())
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be what JSON can hold: {error}") from error
     return back
 
 
-def _check_asked(name: str, metadata: Mapping[str, Any], path: Path, wanted: Any) -> None:
-    if wanted is None:
-        return
+def _check_asked(name: str, wanted: Any, metadata: Mapping[str, Any], path: Path) -> None:
     if metadata.get(name) is None:
         raise ValueError(f"the features in {str(path)!r} do not say of which {name} they are, so this cannot be checked")
     found = differences({name: wanted}, {name: metadata[name]})
@@ -433,31 +381,21 @@ def _opened(path: Path, metadata: dict[str, Any]) -> Features:
     rows, width = (check_integer(metadata[name], name, minimum=1) for name in ("rows", "width"))
     num_classes = check_integer(metadata["num_classes"], "num_classes", minimum=1)
     dtype, names = metadata["dtype"], metadata["class_names"]
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_choice(dtype, "dtype", DTYPES)
     class_names = None if names is None else check_class_names(names, num_classes)
     passes = check_integer(metadata.get("passes", 1), "passes", minimum=1)
     if rows % passes:
         raise ValueError(f"rows must be a multiple of the {passes} passes, got {rows}")
-    features = _mapped(path / FEATURES_FILE)
+    # A memory map of a file that is too short for its header is an error of NumPy's.
+    features = np.load(path / FEATURES_FILE, mmap_mode="r", allow_pickle=False)
     expected = np.dtype(dtype).newbyteorder("<")
     if not isinstance(features, np.memmap) or features.shape != (rows, width) or features.dtype != expected:
         seen = f"{features.dtype} {list(features.shape)}"
         raise ValueError(f"{FEATURES_FILE} must be {dtype} {[rows, width]}, as {SIDECAR_FILE} says, got {seen}")
     if not features.flags.c_contiguous:
         raise ValueError(f"{FEATURES_FILE} must be stored row by row")
-    labels = np.array(_mapped(path / LABELS_FILE))
+    labels = np.array(np.load(path / LABELS_FILE, mmap_mode="r", allow_pickle=False))
     if labels.dtype != np.int64 or labels.shape != (rows,):
         raise ValueError(f"{LABELS_FILE} must be int64 {[rows]}, got {labels.dtype} {list(labels.shape)}")
     label_ids = check_labels(labels, num_classes)
     return Features(features, label_ids, num_classes, class_names, metadata, path)
-
-
-def _mapped(path: Path) -> npt.NDArray[Any]:
-    with suppress(FileNotFoundError):
-        # A memory map of a file that is too short for its header is an error of NumPy's.
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError(f"{path.name} is not an array")
-        return array
-    raise ValueError(f"{path.name} is missing")

@@ -122,7 +122,8 @@ def class_table(
     parts = check_pair(before, after, split)
     num_classes = parts.num_classes
     names = names_or_ids(class_names, num_classes)
-    trained = _check_counts(counts, num_classes)
+    trained = check_labels(counts, None, "counts")
+    check_shape(trained, "counts", (num_classes,))
     check_choice(sort_by, "sort_by", [*_PLAIN])
     composed = _composition(head, class_means, num_classes, names)
     accuracies = zip(per_class(before).tolist(), per_class(after).tolist(), strict=True)
@@ -132,14 +133,16 @@ def class_table(
             class_id=c,
             name=names[c],
             split=part_names[c],
-            training_images=trained[c],
+            training_images=images,
             test_samples=samples,
             accuracy_before=was,
             accuracy_after=now,
             gain=now - was,
             **composed.get(c, {}),
         )
-        for c, (samples, (was, now)) in enumerate(zip(before.counts().tolist(), accuracies, strict=True))
+        for c, (images, samples, (was, now)) in enumerate(
+            zip(trained.tolist(), before.counts().tolist(), accuracies, strict=True)
+        )
     ]
     return _sorted(rows, sort_by, descending)
 
@@ -211,12 +214,6 @@ def _row_of(line: list[str]) -> ClassRow:
         neighbor_names=tuple(name for _, name, _ in neighbors),
         alphas=tuple(number("neighbor_alpha", alpha, float) for _, _, alpha in neighbors),
     )
-
-
-def _check_counts(counts: TensorLike, num_classes: int) -> list[int]:
-    trained = check_labels(counts, None, "counts")
-    check_shape(trained, "counts", (num_classes,))
-    return trained.tolist()
 
 
 def _composition(

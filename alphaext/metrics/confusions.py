@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import product
 from typing import Any
 
 import torch
@@ -129,11 +130,9 @@ def _counts(before: Predictions, after: Predictions) -> tuple[Tensor, Tensor, Te
 
 def _totals(true: Tensor, predicted: Tensor, was: Tensor, now: Tensor) -> Iterator[ConfusionRow]:
     change = now - was
-    for row, true_split in enumerate(SPLITS_AND_EMPTY):
-        for column, predicted_split in enumerate(SPLITS_AND_EMPTY):
-            own = (true == row) & (predicted == column)
-            if not bool(own.any()):
-                continue
+    for (row, true_split), (column, predicted_split) in product(enumerate(SPLITS_AND_EMPTY), repeat=2):
+        own = (true == row) & (predicted == column)
+        if bool(own.any()):
             counts = (was[own], now[own], (-change[own]).clamp(min=0), change[own].clamp(min=0))
             yield ConfusionRow(None, "", true_split, None, "", predicted_split, *(int(values.sum()) for values in counts))
 

@@ -7,17 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..utils.checks import check_integer
+from ..utils.checks import check_integer, check_kind
 from ..utils.modules import evaluating
 from ..utils.progress import task_bar
-from ..utils.tensors import TensorLike, as_tensor, check_device, check_finite, check_floating, check_labels, check_shape
+from ..utils.tensors import (
+    TensorLike,
+    as_tensor,
+    check_device,
+    check_finite,
+    check_floating,
+    check_labels,
+    check_rows,
+    check_shape,
+)
 from .accuracy import label_ranks
-
-__all__ = ["Predictions", "predict", "predict_logits"]
 
 # Rows of features that are read and moved to the device at a time, if the caller does not say.
 _BLOCK_ROWS = 4096
@@ -120,8 +126,7 @@ class Predictions:
             >>> Predictions.from_dict(predictions.to_dict())
             Predictions(samples=1, num_classes=2)
         """
-        if not isinstance(entries, Mapping):
-            raise TypeError(f"entries must be a dictionary, got {type(entries).__name__}")
+        check_kind(entries, Mapping, "entries")
         names = ("ranks", "predicted", "labels", "num_classes")
         missing = [name for name in names if name not in entries]
         if missing:
@@ -168,9 +173,8 @@ def predict(
         >>> predictions.predicted, predictions.ranks
         (tensor([0, 1]), tensor([1, 0]))
     """
-    if not isinstance(classifier, nn.Module):
-        raise TypeError(f"classifier must be a torch.nn.Module, got {type(classifier).__name__}")
-    source, floating = _check_rows(features, "features", "D")
+    check_kind(classifier, nn.Module, "classifier")
+    source, floating = check_rows(features, "features", "D")
     samples, width = int(source.shape[0]), int(source.shape[1])
     if samples == 0:
         raise ValueError("features must not be empty")
@@ -178,9 +182,7 @@ def predict(
     targets = _check_targets(labels, num_classes, samples, "features")
     if takes is not None and takes != width:
         raise ValueError(f"features must have shape [n, {takes}] for this classifier, got [{samples}, {width}]")
-    if block_rows is None:
-        block_rows = _BLOCK_ROWS
-    block_rows = check_integer(block_rows, "block_rows", minimum=1)
+    block_rows = check_integer(_BLOCK_ROWS if block_rows is None else block_rows, "block_rows", minimum=1)
     block_rows += -block_rows % _PRODUCT_ROWS
     own = _first_floating(classifier)
     place = check_device((floating if own is None else own).device if device is None else device)
@@ -230,7 +232,7 @@ def predict_logits(logits: TensorLike, labels: TensorLike) -> Predictions:
         >>> predict_logits(torch.tensor([[1.0, 3.0, 2.0], [2.0, 2.0, 2.0]]), [2, 1]).ranks
         tensor([1, 1])
     """
-    source, _ = _check_rows(logits, "logits", "N")
+    source, _ = check_rows(logits, "logits", "N")
     samples, num_classes = int(source.shape[0]), int(source.shape[1])
     if num_classes == 0:
         raise ValueError(f"logits must have at least one column, got [{samples}, 0]")
@@ -300,17 +302,6 @@ def _scores(classifier: nn.Module, block: Tensor, num_classes: int | None) -> Te
     return logits
 
 
-def _check_rows(values: TensorLike, name: str, width: str) -> tuple[Tensor | np.ndarray[Any, Any], Tensor]:
-    """``values`` [n, width] to be read by slices, and an empty slice, which has its dtype and device."""
-    source = values if isinstance(values, (Tensor, np.ndarray)) else as_tensor(values, name)
-    if source.ndim != 2:
-        raise ValueError(f"{name} must have shape [n, {width}], got {list(source.shape)}")
-    # Of a memory map, this reads no data.
-    empty = as_tensor(source[:0], name)
-    check_floating(empty, name)
-    return source, empty
-
-
 def _check_targets(labels: TensorLike, num_classes: int | None, samples: int, name: str) -> Tensor:
     targets = check_labels(labels, num_classes).cpu()
     if len(targets) != samples:
@@ -320,8 +311,6 @@ def _check_targets(labels: TensorLike, num_classes: int | None, samples: int, na
 
 def _check_confidence(confidence: TensorLike, samples: int) -> Tensor:
     values = as_tensor(confidence, "confidence").detach().cpu()
-    if values.numel() == 0 and samples == 0:
-        values = values.float()  # an empty list has no dtype of its own
     check_floating(values, "confidence")
     check_shape(values, "confidence", (samples,))
     outside = ~((values >= 0) & (values <= 1))  # NaN too

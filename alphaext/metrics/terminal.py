@@ -126,14 +126,12 @@ def losses_table(comparison: Comparison, *, class_names: Sequence[str] | None = 
     numbers = ("samples", "before", "after", "gained", "lost", "to few")
     table = _table(title, "class", *map(_number, numbers), "lost samples are taken for")
 
-    def name_of(class_id: int) -> str:
-        return str(class_id) if class_names is None else class_names[class_id]
-
+    names = range(largest + 1) if class_names is None else class_names
     for loss in comparison.paid:
-        shown = [f"{name_of(class_id)} ({count})" for class_id, count in loss.went_to[:5]]
+        shown = [f"{names[class_id]} ({count})" for class_id, count in loss.went_to[:5]]
         more = len(loss.went_to) - len(shown)
         table.add_row(
-            Text(name_of(loss.class_id)),
+            Text(str(names[loss.class_id])),
             f"{loss.samples:,}",
             percent(loss.before),
             percent(loss.after),

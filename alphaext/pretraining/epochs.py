@@ -6,29 +6,23 @@ epoch, and takes its share of each batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
-from ..data.images import ImageReadError, LabelledImages
-from ..data.loading import worker_reader
+from ..data.images import LabelledImages
+from ..data.loading import image_batches
 from ..data.transforms import ImageTransform
-from ..utils.processes import Group
+from ..utils.processes import Group, processors_per_process
 from ..utils.seeds import derived_seed
-
-__all__ = ["SAMPLINGS", "EpochBatches", "default_workers", "epoch_order", "image_reader"]
 
 SAMPLINGS = ("instance", "class_balanced", "square_root")
 
 # Kang et al. (ICLR 2020) load with as many.
 _MOST_WORKERS = 12
-
-_Item: TypeAlias = tuple[Tensor, int] | ImageReadError
 
 
 def epoch_order(labels: Tensor, sampling: str, seed: int, epoch: int) -> Tensor:
@@ -137,59 +131,16 @@ def image_reader(
         A function that returns an iterator over the batches: images ``[b, C, H, W]`` and labels int64 ``[b]``, on the device.
         It raises ImageReadError for an image that cannot be read.
     """
-    reader = worker_reader(
-        _Transformed(images, transform),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
-    with reader as begin:
+    with image_batches(images, transform, batches, workers=workers, pin_memory=device.type == "cuda") as begin:
 
         def read() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in begin():
-                if isinstance(batch, ImageReadError):
-                    raise batch
-                inputs, labels = batch
+                inputs, labels = batch.whole(), images.labels[list(batch.indices)]
                 yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
         yield read
 
 
-class _Transformed(Dataset[_Item]):
-    """Images, each transformed with a seed of its own. One that cannot be read comes as the error.
-
-    Raised in a worker, the error would come back with the worker's traceback as its message.
-    """
-
-    def __init__(self, images: LabelledImages, transform: ImageTransform) -> None:
-        self.images, self.transform = images, transform
-
-    def __getitem__(self, item: tuple[int, int]) -> _Item:
-        index, seed = item
-        try:
-            image, label = self.images[index]
-        except ImageReadError as error:
-            return error
-        return self.transform.seeded(image, seed), label
-
-
-def _collate(items: list[_Item]) -> tuple[Tensor, Tensor] | ImageReadError:
-    pairs = []
-    for item in items:
-        if isinstance(item, ImageReadError):
-            return item
-        pairs.append(item)
-    labels = torch.tensor([label for _, label in pairs], dtype=torch.int64, device="cpu")
-    return torch.stack([image for image, _ in pairs]), labels
-
-
 def default_workers() -> int:
     """Worker processes for each of the processes that train on this machine: one a processor, at most twelve."""
-    processors = len(os.sched_getaffinity(0))
-    try:
-        processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    except ValueError:
-        processes = 1
-    return min(_MOST_WORKERS, processors // processes)
+    return min(_MOST_WORKERS, processors_per_process())

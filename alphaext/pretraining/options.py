@@ -9,15 +9,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.checks import check_choice, check_integer, check_number
+from ..utils.checks import check_choice, check_flag, check_integer, check_number
+from ..utils.modules import PRECISIONS
 from .epochs import SAMPLINGS
 
-__all__ = ["JointOptions"]
-
-_SCHEDULES = ("cosine", "step", "constant")
-_OPTIMIZERS = ("sgd", "adamw")
+_INTEGERS = {
+    "epochs": (1, 2**31),
+    "batch_size": (1, 2**31),
+    "warmup_epochs": (0, 2**31),
+    "lr_step": (1, 2**31),
+    "few_below": (0, 2**40),
+    "many_above": (0, 2**40),
+    "seed": (0, 2**63 - 1),
+}
+_NUMBERS: dict[str, dict[str, float]] = {
+    "lr": {"above": 0},
+    "lr_factor": {"above": 0},
+    "momentum": {"minimum": 0},
+    "weight_decay": {"minimum": 0},
+    "label_smoothing": {"minimum": 0, "below": 1},
+}
+_FLAGS = ("nesterov", "drop_last", "sync_batch_norm", "channels_last", "deterministic")
+_CHOICES = {
+    "schedule": ("cosine", "step", "constant"),
+    "optimizer": ("sgd", "adamw"),
+    "sampling": SAMPLINGS,
+    "precision": PRECISIONS,
+}
 _SELECTIONS = ("best_all", "last")
-_PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class JointOptions:
     optimizer: str = "sgd"
     sampling: str = "instance"
     label_smoothing: float = 0.0
-    amp: str | None = None
+    precision: str = "float32"
     drop_last: bool = True
     sync_batch_norm: bool = False
     channels_last: bool = True
@@ -49,46 +68,24 @@ class JointOptions:
 
     def __post_init__(self) -> None:
         # Kept as Python's own numbers: checkpoints hold them, and NumPy's would make those unreadable without unpickling.
-        bounds = {
-            "epochs": (1, 2**31),
-            "batch_size": (1, 2**31),
-            "warmup_epochs": (0, 2**31),
-            "lr_step": (1, 2**31),
-            "few_below": (0, 2**40),
-            "many_above": (0, 2**40),
-            "seed": (0, 2**63 - 1),
-        }
-        for name, (minimum, maximum) in bounds.items():
+        for name, (minimum, maximum) in _INTEGERS.items():
             object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum, maximum=maximum))
-        for name in ("lr", "lr_factor"):
-            object.__setattr__(self, name, check_number(getattr(self, name), name, above=0))
-        for name in ("momentum", "weight_decay", "label_smoothing"):
-            object.__setattr__(self, name, check_number(getattr(self, name), name, minimum=0))
-        for name in ("nesterov", "drop_last", "sync_batch_norm", "channels_last", "deterministic"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        check_choice(self.schedule, "schedule", _SCHEDULES)
-        check_choice(self.optimizer, "optimizer", _OPTIMIZERS)
-        check_choice(self.sampling, "sampling", SAMPLINGS)
-        if self.amp is not None and self.amp not in _PRECISIONS:
-            raise ValueError(f"amp must be None, 'bfloat16' or 'float16', got {self.amp!r}")
+        for name, bounds in _NUMBERS.items():
+            object.__setattr__(self, name, check_number(getattr(self, name), name, **bounds))
+        for name in _FLAGS:
+            check_flag(getattr(self, name), name)
+        for name, choices in _CHOICES.items():
+            check_choice(getattr(self, name), name, choices)
         if self.select is not None:
             check_choice(self.select, "select", _SELECTIONS)
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be less than epochs={self.epochs}, got {self.warmup_epochs}")
-        if self.label_smoothing >= 1:
-            raise ValueError(f"label_smoothing must be below 1, got {self.label_smoothing:g}")
         if self.nesterov and (self.momentum == 0 or self.optimizer != "sgd"):
             raise ValueError(
                 f"nesterov needs optimizer='sgd' and a momentum above 0, got {self.optimizer!r} and momentum={self.momentum:g}"
             )
         if self.few_below > self.many_above + 1:
             raise ValueError(f"few_below must be at most many_above + 1 = {self.many_above + 1}, got {self.few_below}")
-
-    @property
-    def precision(self) -> torch.dtype | None:
-        """What ``amp`` computes in."""
-        return None if self.amp is None else _PRECISIONS[self.amp]
 
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
         """The learning rate of a step (0 is the first of ``steps``) of an epoch (1 is the first)."""
@@ -111,9 +108,7 @@ class JointOptions:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
-            # A gradient scaler leaves it to a fused SGD to step over infinite gradients. Where the first step has them, that
-            # SGD then goes on from a momentum that nothing was written to (seen in torch 2.14): noise becomes weights.
-            fused=self.amp != "float16",
+            fused=True,
         )
 
     def identity(self) -> dict[str, Any]:

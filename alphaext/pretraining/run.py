@@ -22,7 +22,7 @@ from ..data.transforms import ImageTransform
 from ..metrics.accuracy import SplitMetrics, label_ranks
 from ..models.split import run_model
 from ..utils.files import whole_file, write_json
-from ..utils.modules import cudnn_choice, evaluating
+from ..utils.modules import computing_in, cudnn_choice, evaluating
 from ..utils.processes import Group
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining
@@ -31,22 +31,16 @@ from ..utils.tensors import tensor_bytes
 from .epochs import EpochBatches, image_reader
 from .options import JointOptions
 
-__all__ = ["JointRun"]
-
 _STATE, _MODEL, _HISTORY = "training.pt", "model.pth", "history.json"
 
 # The one part of a training's identity that changes while it goes on.
 _WEIGHTS = "the digest of the model's weights before training"
 
 # A look at the loss makes the CPU wait for the GPU, so there it is looked at now and then.
-_STEPS_BETWEEN_LOOKS = {"cpu": 1}
-_STEPS_BETWEEN_LOOKS_ELSEWHERE = 16
+_STEPS_BETWEEN_LOOKS = 16
 
 # Of the auxiliary classifiers that GoogLeNet and Inception have while they are trained (Szegedy et al., CVPR 2015).
 _AUXILIARY_WEIGHT = 0.3
-
-# Below this scale of the loss, float16 gradients overflow because they are infinite, not because they are large.
-_SMALLEST_SCALE = 2.0**-20
 
 
 class JointRun(ResumableTraining):
@@ -71,10 +65,11 @@ class JointRun(ResumableTraining):
         workers: int,
         group: Group,
     ) -> None:
-        content = {"model": dict, "optimizer": dict, "scaler": dict, "selected": dict}
+        content = {"model": dict, "optimizer": dict, "selected": dict}
         super().__init__("the file of a training", content)
         self.model, self.options, self.group = model, options, group
         self.images, self.transform = data
+        self.sources = {"images": data} if validation is None else {"images": data, "val_images": validation}
         self.validation, self.folder, self.workers = validation, folder, workers
         self.select = options.select or ("last" if validation is None else "best_all")
         _check_batches(model, options, len(self.images), group)
@@ -83,7 +78,6 @@ class JointRun(ResumableTraining):
         self.num_outputs = self._count_outputs()
         self.identity = self._identify()
         self.optimizer = options.make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
-        self.scaler = torch.amp.GradScaler(group.device.type, enabled=options.amp == "float16")
         self.batches = EpochBatches(
             self.images.labels, options.sampling, options.batch_size, options.seed, group, options.drop_last
         )
@@ -94,10 +88,7 @@ class JointRun(ResumableTraining):
     def _count_outputs(self) -> int:
         """The model's outputs, found with one image of either kind; the labels must be among them."""
         outputs = 0
-        for name, data in (("images", (self.images, self.transform)), ("val_images", self.validation)):
-            if data is None:
-                continue
-            images, transform = data
+        for name, (images, transform) in self.sources.items():
             example = transform.seeded(images.load(0), 0)[None].to(self.group.device)
             with evaluating(self.model), self._autocast():
                 logits = run_model(self.model, example)
@@ -113,9 +104,9 @@ class JointRun(ResumableTraining):
     def _identify(self) -> dict[str, Any]:
         """What must be equal for one training to go on from another's file."""
         identity = {**self.options.identity(), "select": self.select}
-        for name, data in (("images", (self.images, self.transform)), ("val_images", self.validation)):
-            identity[f"the fingerprint of {name}"] = None if data is None else data[0].fingerprint()
-            identity[f"the transform of {name}"] = None if data is None else json.dumps(data[1].description, sort_keys=True)
+        for name, (images, transform) in self.sources.items():
+            identity[f"the fingerprint of {name}"] = images.fingerprint()
+            identity[f"the transform of {name}"] = json.dumps(transform.description, sort_keys=True)
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             digest.update(f"{name} {parameter.requires_grad}\n".encode())
@@ -136,8 +127,7 @@ class JointRun(ResumableTraining):
         return SplitMetrics(split, torch.bincount(self.validation[0].labels, minlength=self.num_outputs))
 
     def _autocast(self) -> torch.autocast:
-        precision = self.options.precision
-        return torch.autocast(self.group.device.type, dtype=precision, enabled=precision is not None)
+        return computing_in(self.options.precision, self.group.device)
 
     def check_folder(self) -> None:
         """A model that is not of a training in this folder is never overwritten."""
@@ -161,7 +151,6 @@ class JointRun(ResumableTraining):
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
         self.resumed_from = len(self.history)
         self.selected = (state["selected"] or state["model"]) if group.is_main else None
 
@@ -172,7 +161,7 @@ class JointRun(ResumableTraining):
             return
         reader = image_reader(self.images, self.transform, self.batches, workers=self.workers, device=group.device)
         steps, columns = len(self.batches), (BarColumn(), TextColumn("{task.description}"))
-        shown = (None if group.is_main else False) if progress is None else progress and group.is_main
+        shown = progress if group.is_main else False
         try:
             with (
                 torch.random.fork_rng([group.device] if group.device.type == "cuda" else []),
@@ -205,7 +194,7 @@ class JointRun(ResumableTraining):
         """One epoch; returns its mean loss over the images of all processes."""
         options, device = self.options, self.group.device
         steps, sizes = len(self.batches), self.batches.sizes
-        between = _STEPS_BETWEEN_LOOKS.get(device.type, _STEPS_BETWEEN_LOOKS_ELSEWHERE)
+        between = 1 if device.type == "cpu" else _STEPS_BETWEEN_LOOKS
         network.train()
         began, images, total = time.monotonic(), 0, 0.0
         losses: list[Tensor] = []
@@ -216,9 +205,8 @@ class JointRun(ResumableTraining):
             self.optimizer.zero_grad(set_to_none=True)
             with self._autocast():
                 loss = self._loss(network(inputs.contiguous(memory_format=self.layout)), labels)
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            loss.backward()
+            self.optimizer.step()
             losses.append(loss.detach())
             images += sizes[step]
             if len(losses) == between or step + 1 == steps:
@@ -234,16 +222,15 @@ class JointRun(ResumableTraining):
         return total / images
 
     def _loss(self, output: Any, labels: Tensor) -> Tensor:
-        smoothing = self.options.label_smoothing
         if isinstance(output, Tensor):
-            return functional.cross_entropy(output, labels, label_smoothing=smoothing)
-        if not isinstance(output, tuple) or not hasattr(output, "logits"):
+            outputs = [output]
+        elif isinstance(output, tuple) and hasattr(output, "logits"):
+            outputs = [output.logits, *(other for other in output if isinstance(other, Tensor) and other is not output.logits)]
+        else:
             raise ValueError(f"model must return a tensor of logits in training mode too, got a {type(output).__name__}")
-        others = [entry for entry in output if isinstance(entry, Tensor) and entry is not output.logits]
-        loss = functional.cross_entropy(output.logits, labels, label_smoothing=smoothing)
-        for other in others:
-            loss = loss + _AUXILIARY_WEIGHT * functional.cross_entropy(other, labels, label_smoothing=smoothing)
-        return loss
+        smoothing = self.options.label_smoothing
+        loss, *others = [functional.cross_entropy(logits, labels, label_smoothing=smoothing) for logits in outputs]
+        return sum((_AUXILIARY_WEIGHT * other for other in others), loss)
 
     def _look(self, losses: Tensor, epoch: int, first: int, rate: float) -> list[float]:
         """The losses of the steps from ``first`` on, means over the processes, which all find out if one is not finite."""
@@ -251,9 +238,6 @@ class JointRun(ResumableTraining):
         for step, mean in enumerate(means, start=first + 1):
             if not math.isfinite(mean):
                 raise _diverged(f"the loss is {mean} in epoch {epoch}, step {step} of {len(self.batches)}", rate)
-        if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
-            place = f"epoch {epoch}, by step {first + len(means)} of {len(self.batches)}"
-            raise _diverged(f"the float16 gradients overflow at any scale in {place}", rate)
         return means
 
     def _check_weights(self, epoch: int, rate: float) -> None:
@@ -264,7 +248,7 @@ class JointRun(ResumableTraining):
             name = list(state)[int((~finite).nonzero()[0, 0])]
             raise _diverged(f"{name} is no longer finite after epoch {epoch}, step {len(self.batches)}", rate)
 
-    def _validate(self, epoch: int) -> Tensor:
+    def _validate(self, epoch: int, rate: float) -> Tensor:
         """Of each class, validation images ranked first, and among the first five: int64 ``[2, N]``, over all processes."""
         assert self.validation is not None
         (images, transform), group, device = self.validation, self.group, self.group.device
@@ -285,9 +269,7 @@ class JointRun(ResumableTraining):
                 for row, best in enumerate((1, 5)):
                     hits[row] += torch.bincount(labels[ranks < best], minlength=self.num_outputs).cpu()
         if int(group.sum(broken)):
-            steps = len(self.batches)
-            rate = self.options.learning_rate(epoch, steps - 1, steps)
-            raise _diverged(f"the logits of validation images are NaN after epoch {epoch}, step {steps}", rate)
+            raise _diverged(f"the logits of validation images are NaN after epoch {epoch}, step {len(self.batches)}", rate)
         return group.sum(hits)
 
     def _record(self, loss: float, epoch: int) -> None:
@@ -299,7 +281,7 @@ class JointRun(ResumableTraining):
         self._check_weights(epoch, rate)
         entry: dict[str, float] = {"epoch": epoch, "loss": loss, "lr": rate}
         if self.metrics is not None:
-            entry.update(self.metrics.of(self._validate(epoch)))
+            entry.update(self.metrics.of(self._validate(epoch, rate)))
         score = entry["epoch"] if self.select == "last" else entry["all"]
         self.add_epoch(entry, score, lambda: _plain_state(self.model) if self.group.is_main else None)
 
@@ -308,7 +290,6 @@ class JointRun(ResumableTraining):
             self.folder / _STATE,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
             # Empty where it is the model as it is now: it need not be there twice.
             selected={} if self.selected_epoch == len(self.history) else self.selected,
         )

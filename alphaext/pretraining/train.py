@@ -13,14 +13,12 @@ from torch import nn
 
 from ..data.images import LabelledImages
 from ..data.transforms import ImageTransform
-from ..utils.checks import check_integer
-from ..utils.files import PathLike, folder_lock
+from ..utils.checks import check_integer, check_kind
+from ..utils.files import PathLike, check_output_folder, folder_lock
 from ..utils.processes import process_group
 from .epochs import default_workers
 from .options import JointOptions
 from .run import JointRun
-
-__all__ = ["TrainResult", "train_model"]
 
 
 @dataclass
@@ -71,7 +69,7 @@ def train_model(
     optimizer: str = "sgd",
     sampling: str = "instance",
     label_smoothing: float = 0.0,
-    amp: str | None = None,
+    precision: str = "float32",
     drop_last: bool = True,
     sync_batch_norm: bool = False,
     channels_last: bool = True,
@@ -121,7 +119,8 @@ def train_model(
         sampling: ``"instance"`` (as there), ``"class_balanced"`` or ``"square_root"``; see
             :func:`alphaext.pretraining.epochs.epoch_order`. An epoch always has as many images as the data set.
         label_smoothing: a share of the target spread over all classes; none there.
-        amp: mixed precision: ``"bfloat16"``, or ``"float16"`` with a scaled loss.
+        precision: ``"float32"`` (as there), or ``"bfloat16"``: products and convolutions in bfloat16, weights, their gradients
+            and the loss in float32.
         drop_last: leave an incomplete last batch out (as there; each epoch leaves out others), unless it is the only one.
             Otherwise it is kept, but not with less than two images a process.
         sync_batch_norm: statistics of batch normalisation over all processes instead of each its own; GPUs only.
@@ -175,7 +174,7 @@ def train_model(
         optimizer=optimizer,
         sampling=sampling,
         label_smoothing=label_smoothing,
-        amp=amp,
+        precision=precision,
         drop_last=drop_last,
         sync_batch_norm=sync_batch_norm,
         channels_last=channels_last,
@@ -198,7 +197,7 @@ def train_model(
     if options.select == "best_all" and validation is None:
         raise ValueError("select='best_all' needs val_images and val_transform")
     workers = default_workers() if workers is None else check_integer(workers, "workers", minimum=0)
-    folder = _check_folder(output_folder)
+    folder = check_output_folder(output_folder, "output_folder")
     with process_group(device) as group, ExitStack() as stack:
         with group.together():
             run = JointRun(model, options, (images, transform), validation, folder, workers, group)
@@ -222,26 +221,14 @@ def train_model(
     )
 
 
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+def _check_model(model: nn.Module) -> None:
+    check_kind(model, nn.Module, "model")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model must have parameters that require gradients, this {type(model).__name__} has none")
 
 
-def _check_images(images: object, transform: object, name: str, transform_name: str) -> None:
-    if not isinstance(images, LabelledImages):
-        raise TypeError(f"{name} must be LabelledImages, as open_images returns them, got {type(images).__name__}")
-    if not isinstance(transform, ImageTransform):
-        raise TypeError(f"{transform_name} must be an ImageTransform, got {type(transform).__name__}")
+def _check_images(images: LabelledImages, transform: ImageTransform, name: str, transform_name: str) -> None:
+    check_kind(images, LabelledImages, name, hint="open_images makes them")
+    check_kind(transform, ImageTransform, transform_name)
     if len(images) == 0:
         raise ValueError(f"{name} must not be empty")
-
-
-def _check_folder(output_folder: PathLike) -> Path:
-    folder = Path(output_folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_folder must be a folder, got the file {str(folder)!r}")
-    if not folder.absolute().parent.is_dir():
-        raise ValueError(f"output_folder must be in a folder that exists, got {str(folder)!r}")
-    return folder

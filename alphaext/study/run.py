@@ -117,7 +117,8 @@ def run_study(
             "few_below": few_below,
             "many_above": many_above,
             "options": settings.identity(),
-        }
+        },
+        "the study",
     )
     folder = Path(output)
     earlier = _check_output(folder, identity, overwrite)

@@ -60,6 +60,13 @@ def check_choice(value: str, name: str, choices: Sequence[str]) -> str:
     return value
 
 
+def check_flag(value: object, name: str) -> bool:
+    """Return ``value`` after checking that it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def check_kind(value: object, kind: type, name: str, *, hint: str = "") -> None:
     """Check that ``value`` is a ``kind``; the error ends with ``hint``, which says how to make one."""
     if not isinstance(value, kind):

@@ -96,6 +96,16 @@ def check_output_file(path: PathLike, name: str, *, overwrite: bool = False) -> 
     return target
 
 
+def check_output_folder(path: PathLike, name: str) -> Path:
+    """Check before any work that ``path`` can be a folder: in one that exists, and no file."""
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{name} must be a folder, got the file {str(target)!r}")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"{name} must be in a folder that exists, got {str(target)!r}")
+    return target
+
+
 _locked: set[IO[bytes]] = set()
 
 

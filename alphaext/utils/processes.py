@@ -183,6 +183,11 @@ def process_group(device: str | torch.device | None = None, *, timeout: float = 
         dist.destroy_process_group()
 
 
+def processors_per_process() -> int:
+    """The processors that each of ``torchrun``'s processes on this machine has to itself; one process alone has all."""
+    return len(os.sched_getaffinity(0)) // max(1, _number(os.environ.get("LOCAL_WORLD_SIZE", "1"), "LOCAL_WORLD_SIZE"))
+
+
 def _place() -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this machine."""
     environment = os.environ

@@ -59,10 +59,16 @@ def task_bar(
         ``description="epoch 3"``.
     """
     columns = columns or (MofNCompleteColumn(), BarColumn())
-    with progress_bar(progress, TextColumn(text), *columns) as bar:
-        task = bar.add_task("", total=total, completed=done)
+    bar = progress_bar(progress, TextColumn(text), *columns)
+    task = bar.add_task("", total=total, completed=done)
 
-        def report(steps: int = 1, **changes: Any) -> None:
-            bar.update(task, advance=steps, **changes)
+    def report(steps: int = 1, **changes: Any) -> None:
+        # Not before the first report: the bar's thread must not run while workers are forked.
+        bar.start()
+        bar.update(task, advance=steps, **changes)
 
+    try:
         yield report
+    finally:
+        if not bar.disable:
+            bar.stop()

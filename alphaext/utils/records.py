@@ -25,7 +25,7 @@ class Column:
     """What the cells of a column hold.
 
     Attributes:
-        kind: ``str``, ``int`` (0 or larger) or ``float``.
+        kind: ``int`` (0 or larger) or ``float``; None for text.
         choices: the texts that are allowed; none for any text.
         empty: the value of an empty cell. Without it an empty cell is read as any other.
 
@@ -34,7 +34,7 @@ class Column:
         (None, 12)
     """
 
-    kind: type[str] | type[int] | type[float] = str
+    kind: type[int] | type[float] | None = None
     choices: tuple[str, ...] = ()
     empty: Any = _NOT_ALLOWED
 
@@ -44,7 +44,7 @@ class Column:
             return self.empty
         if self.choices:
             check_choice(cell, name, self.choices)
-        if self.kind is str:
+        if self.kind is None:
             return cell
         value = number(name, cell, self.kind)
         if self.kind is int and value < 0:

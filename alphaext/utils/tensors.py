@@ -109,6 +109,17 @@ def _is_empty_list(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 0
 
 
+def check_rows(values: TensorLike, name: str, width: str) -> tuple[Tensor | npt.NDArray[Any], Tensor]:
+    """``values`` [n, width] to be read by slices, and an empty slice, which has its dtype and device."""
+    source = values if isinstance(values, (Tensor, np.ndarray)) else as_tensor(values, name)
+    if source.ndim != 2:
+        raise ValueError(f"{name} must have shape [n, {width}], got {list(source.shape)}")
+    # Of a memory map, this reads no data.
+    empty = as_tensor(source[:0], name)
+    check_floating(empty, name)
+    return source, empty
+
+
 def check_class_ids(ids: TensorLike, num_classes: int | None, name: str) -> Tensor:
     """Return ``ids`` as int64 after checking that they are 1-D, in range, and that none is repeated."""
     tensor = check_labels(ids, num_classes, name)

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from alphaext.classes import split_classes
-from alphaext.data.images import ArrayImages, DatasetImages, FileImages, decode_image
-from alphaext.data.sources import (
+from alphaext.data import (
     ImageReadError,
     LabelledImages,
     from_torchvision,
@@ -36,6 +35,7 @@ from alphaext.data.sources import (
     read_list,
     write_list,
 )
+from alphaext.data.images import ArrayImages, DatasetImages, FileImages, decode_image
 
 PIL = pytest.importorskip("PIL", reason="images need Pillow")
 Image = pytest.importorskip("PIL.Image", reason="images need Pillow")
@@ -131,10 +131,10 @@ def test_line_separators_of_unicode_end_no_line(tmp_path: Path) -> None:
         ("a/1.jpg,0", "must be 'path label'"),
         ("a/1.jpg 20240131", "label must be below 16777216, got 20240131"),
         ("a/1.jpg 99999999999999999999999", "label must be below 16777216, got 99999999999999999999999"),
-        ("/data/a/1.jpg 0", "path must be relative to the root, got an absolute one; the line is '/data/a/1.jpg 0'"),
-        ("../a/1.jpg 0", "path must stay in the root, but it has '..'"),
-        ("a/../../1.jpg 0", "path must stay in the root, but it has '..'"),
-        ("a/.. 0", "path must stay in the root, but it has '..'"),
+        ("/data/a/1.jpg 0", "path must be relative to the root and stay in it; the line is '/data/a/1.jpg 0'"),
+        ("../a/1.jpg 0", "path must be relative to the root and stay in it"),
+        ("a/../../1.jpg 0", "path must be relative to the root and stay in it"),
+        ("a/.. 0", "path must be relative to the root and stay in it"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
@@ -799,9 +799,9 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = open_images("cifar100:train", root=tmp_path)
     assert len(images) == 5 and images.name(3) == "cifar100:train[3]" and images[0][0].size == (32, 32)
     assert len(open_images("cifar100:test", root=tmp_path)) == 2
-    with pytest.raises(ValueError, match="name must be cifar10 or cifar100, got 'cifar20'"):
+    with pytest.raises(ValueError, match="name must be one of cifar10, cifar100, got 'cifar20'"):
         read_cifar("cifar20", tmp_path, "train")
-    with pytest.raises(ValueError, match="part must be train or test, got 'val'"):
+    with pytest.raises(ValueError, match="part must be one of train, test, got 'val'"):
         open_images("cifar100:val", root=tmp_path)
     with pytest.raises(ValueError, match="needs root"):
         open_images("cifar100:train")
@@ -876,10 +876,10 @@ def test_counts_are_the_published_ones() -> None:
     [
         ((0, 3, 10), ValueError, "most must be at least 1"),
         ((10, 0, 10), ValueError, "num_classes must be at least 1"),
-        ((10, 3, 0.5), ValueError, "imbalance_factor must be at least 1, got 0.5"),
-        ((10, 3, float("nan")), ValueError, "imbalance_factor must be at least 1, got nan"),
-        ((10, 3, float("inf")), ValueError, "imbalance_factor must be at least 1, got inf"),
-        ((10, 3, "10"), TypeError, "imbalance_factor must be a number, got '10'"),
+        ((10, 3, 0.5), ValueError, "imbalance_factor must be finite and at least 1, got 0.5"),
+        ((10, 3, float("nan")), ValueError, "imbalance_factor must be finite and at least 1, got nan"),
+        ((10, 3, float("inf")), ValueError, "imbalance_factor must be finite and at least 1, got inf"),
+        ((10, 3, "10"), TypeError, "imbalance_factor must be a number, finite and at least 1, got '10'"),
         ((10, 3, 20), ValueError, "imbalance_factor must be at most most = 10.*got 20"),
     ],
 )

@@ -243,14 +243,14 @@ def test_any_description_comes_back(size: int, more: int, channels: int, mean: f
         ({"crop": 3}, ValueError, "the description of a 'test' transform has unknown crop"),
         ({"image_size": 0}, ValueError, "image_size must be at least 1, got 0"),
         ({"image_size": 2.5}, TypeError, "image_size must be an integer, got 2.5"),
-        ({"resize": 16}, ValueError, "resize must be at least image_size = 24, got 16"),
+        ({"resize": 16}, ValueError, "resize must be at least 24, got 16"),
         ({"channels": 4}, ValueError, "channels must be 1 or 3, got 4"),
         ({"mean": 0.5}, TypeError, "mean must be a sequence of numbers, got 0.5"),
         ({"mean": "0.5"}, TypeError, "mean must be a sequence of numbers"),
-        ({"mean": ["0.5"]}, TypeError, "mean must be a number, got '0.5'"),
+        ({"mean": ["0.5"]}, TypeError, "mean must be a number, finite, got '0.5'"),
         ({"mean": [0.5, 0.5]}, ValueError, "mean must have a value for each of 3 channels, or one for all"),
         ({"mean": [float("nan")]}, ValueError, "mean must be finite, got nan"),
-        ({"std": [0.0]}, ValueError, "std must be above 0"),
+        ({"std": [0.0]}, ValueError, "std must be finite and above 0"),
         ({"std": []}, ValueError, "std must have a value for each"),
     ],
 )
@@ -271,8 +271,12 @@ def test_incomplete_descriptions_are_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: train_transform(jitter=1.5), ValueError, r"jitter must be in \[0, 1\], got 1.5"),
-        (lambda: train_transform(jitter="a"), TypeError, "jitter must be a number, got 'a'"),
+        (lambda: train_transform(jitter=1.5), ValueError, "jitter must be finite and at least 0 and at most 1, got 1.5"),
+        (
+            lambda: train_transform(jitter="a"),
+            TypeError,
+            "jitter must be a number, finite and at least 0 and at most 1, got 'a'",
+        ),
         (lambda: train_transform(flip=1), TypeError, "flip must be True or False, got 1"),
         (lambda: small_train_transform(32, padding=-1), ValueError, "padding must be between 0 and 32, got -1"),
         (lambda: small_train_transform(0), ValueError, "image_size must be at least 1"),

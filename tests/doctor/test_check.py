@@ -17,8 +17,8 @@ from rich.console import Console
 from torch import nn
 
 from alphaext.classes import split_classes
+from alphaext.data import ImageReadError, LabelledImages, from_torchvision, read_image_folder, write_list
 from alphaext.data.images import ArrayImages, FileImages
-from alphaext.data.sources import ImageReadError, LabelledImages, from_torchvision, read_image_folder, write_list
 from alphaext.doctor import images as image_reading
 from alphaext.doctor.check import DataReport, Finding, check_classifier_order, check_data
 from alphaext.doctor.report import plural

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_images import WIDTH, RandomTransform, TinyImages, TinyModel, TinyTransform, loaded, tiny_model
 
+from alphaext.data import read_list
 from alphaext.data.images import ImageReadError
-from alphaext.data.loading import _ReadBatches, image_seed
-from alphaext.data.sources import read_list
+from alphaext.data.loading import _Reader, image_seed
 from alphaext.features import folder as extraction_folder
 from alphaext.features import shards
 from alphaext.features.extraction import extract
@@ -208,8 +208,8 @@ def test_workers_change_no_bit(tmp_path, transform):
 def test_what_workers_need_can_be_sent_to_them():
     """As spawned workers have it, which know nothing of this process."""
     images = TinyImages(10, unreadable=(2,))
-    reader = pickle.loads(pickle.dumps(_ReadBatches(images, RandomTransform(), seed=3)))
-    batch = pickle.loads(pickle.dumps(reader[shards.Batch(1, range(1, 4))]))
+    reader = pickle.loads(pickle.dumps(_Reader(images, RandomTransform())))
+    batch = pickle.loads(pickle.dumps(reader[[(i, image_seed(3, 1, i)) for i in (1, 2, 3)]]))
     expected = [RandomTransform().seeded(super(TinyImages, images).load(i), image_seed(3, 1, i)) for i in (1, 3)]
     assert torch.equal(batch.images, torch.stack(expected)) and batch.indices == (1, 3)
     assert [(index, error.name) for index, error in batch.unreadable] == [(2, "tiny.npz[2]")]
@@ -341,9 +341,7 @@ def test_too_little_room_is_refused_at_the_start(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(extraction_folder.shutil, "disk_usage", lambda path: usage._replace(free=3_210_000))
     log = tmp_path / "log"
-    with pytest.raises(
-        OSError, match=r"16\.8 MB of disk are needed .* 30 images .*, and 3\.21 MB are free: make room"
-    ) as error:
+    with pytest.raises(OSError, match=r"16\.8 MB of disk are needed .* 30 images .*, and 3\.2 MB are free: make room") as error:
         run(tmp_path / "f", TinyImages(30, log))
     assert error.value.errno == errno.ENOSPC and loaded(log) == []
 
@@ -367,7 +365,7 @@ def test_shards_of_another_extraction_do_not_count(tmp_path):
         until_joined(tmp_path / name, model=model)
     shutil.copy(tmp_path / "b" / "parts" / "000001.npz", tmp_path / "a" / "parts" / "000001.npz")
     shutil.copy(tmp_path / "a" / "parts" / "000002.npz", tmp_path / "a" / "parts" / "000000.npz")
-    with pytest.raises(ValueError, match="is not finished: 14 of 30 images are done"):
+    with pytest.raises(ValueError, match="is not finished"):
         read_features(tmp_path / "a")
     check_equal(run(tmp_path / "a"), direct(TinyImages(30)))
 
@@ -623,9 +621,9 @@ class Uneven(TinyTransform):
     ("transform", "message"),
     [
         (Fails(), r"the transform fails on image 'tiny.npz\[0\]': RuntimeError: no such channel"),
-        (Bare(), r"the transform must return a tensor, got a ndarray, for image 'tiny.npz\[0\]'"),
-        (Whole(), "the transform must return floating point, got torch.uint8"),
-        (Uneven(), r"the transform must give all images one shape, got \[1, 6, \d+\] and \[1, 6, \d+\]"),
+        (Bare(), r"the transform fails on image 'tiny.npz\[0\]': TypeError: it must return a tensor, got a ndarray"),
+        (Whole(), "TypeError: it must return floating point, got torch.uint8"),
+        (Uneven(), r"ValueError: it must give all images one shape, got \[1, 6, \d+\] and \[1, 6, \d+\]"),
     ],
 )
 def test_a_transform_that_does_not_work_is_told_with_the_image(tmp_path, workers, transform, message):
@@ -637,7 +635,7 @@ def test_a_transform_that_does_not_work_is_told_with_the_image(tmp_path, workers
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model": TinyModel()}, TypeError, r"must be a SplitModel, got TinyModel; split_model\(model\) makes one"),
+        ({"model": TinyModel()}, TypeError, r"must be SplitModel, got TinyModel; split_model\(model\) makes one"),
         ({"images": [1, 2]}, TypeError, "images must be LabelledImages, got list"),
         ({"images": TinyImages(0)}, ValueError, "images must not be empty"),
         ({"transform": lambda image: image}, TypeError, "transform must be an ImageTransform.*got function"),
