@@ -265,7 +265,7 @@ LINEAR = nn.Linear(4, 3)
 @pytest.mark.parametrize(
     ("classifier", "features", "labels", "options", "error", "message"),
     [
-        (torch.ones(3, 4), torch.zeros(2, 4), [0, 1], {}, TypeError, "classifier must be a torch.nn.Module, got Tensor"),
+        (torch.ones(3, 4), torch.zeros(2, 4), [0, 1], {}, TypeError, "classifier must be Module, got Tensor"),
         (LINEAR, torch.zeros(2, 5), [0, 1], {}, ValueError, r"features must have shape [n, 4] for this classifier, got [2, 5]"),
         (
             nn.Sequential(LINEAR),
@@ -361,7 +361,7 @@ def test_predictions_by_hand_are_checked(changed: dict[str, object], error: type
 def test_from_dict_names_what_is_missing() -> None:
     with pytest.raises(ValueError, match="got no predicted, labels"):
         Predictions.from_dict({"ranks": [0], "num_classes": 2})
-    with pytest.raises(TypeError, match="entries must be a dictionary, got list"):
+    with pytest.raises(TypeError, match="entries must be Mapping, got list"):
         Predictions.from_dict([0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         Predictions(**GOOD).hits(0)  # type: ignore[arg-type]
