@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .utils.checks import check_integer, format_ids
+from .utils.checks import check_integer, check_kind, format_ids
 from .utils.tensors import (
     TensorLike,
     as_tensor,
@@ -198,6 +198,14 @@ def split_classes(counts: TensorLike, *, few_below: int = 20, many_above: int = 
     if bool(empty.all()):
         raise ValueError("counts must be above 0 for some class, all are 0")
     return ClassSplit.of_masks((samples < few_below) & ~empty, (samples > many_above) & ~empty, empty)
+
+
+def check_split(split: ClassSplit, num_classes: int) -> ClassSplit:
+    """Return ``split`` on the CPU after checking that it is one of ``num_classes`` classes."""
+    check_kind(split, ClassSplit, "split", hint="split_classes makes one from counts")
+    if split.num_classes != num_classes:
+        raise ValueError(f"split must be of the classifier's {num_classes} classes, got one of {split.num_classes}")
+    return split.cpu()
 
 
 def class_means(features: TensorLike, labels: TensorLike, num_classes: int | None = None) -> Tensor:

@@ -144,9 +144,9 @@ def native_training(problem: Problem, repeats: int, **options: Any) -> dict[str,
     for _ in range(repeats):
         problem.head.load_state_dict(state)
         run = problem.run(**settings)
-        run.prepare(None, None, native=True, logits=logits)
+        run.prepare(None, logits=logits)
         before = time.thread_time()
-        seconds.append(timed(lambda run=run: run.train(None, lambda entry: None)))  # type: ignore[misc]
+        seconds.append(timed(lambda run=run: run.train(None, lambda **_: None)))  # type: ignore[misc]
         clocks.append(time.thread_time() - before)
     problem.head.load_state_dict(state)
     steps = run.engine.steps_per_epoch * settings["epochs"]
@@ -358,8 +358,8 @@ def inaturalist_part(arguments: argparse.Namespace) -> dict[str, Any]:
     problem = make_problem(INATURALIST)
     memory = machine.PeakMemory("cpu")
     run = problem.run(epochs=1, lr=1e-3, select="last")
-    prepare = timed(lambda: run.prepare(None, None, native=True))
-    train = timed(lambda: run.train(None, lambda entry: None))
+    prepare = timed(lambda: run.prepare(None))
+    train = timed(lambda: run.train(None, lambda **_: None))
     return {
         "in_features": INATURALIST.in_features,
         "steps": run.engine.steps_per_epoch,

@@ -7,54 +7,89 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from torch import Tensor, nn
 
-from ..training.cached_logits import Samples
+from ..classes import ClassSplit, class_counts, split_classes
+from ..training.cached_logits import check_samples, data_digest
 from ..training.options import TrainingOptions
 from ..training.selection import BaselineResult, Policy, Validation
+from ..utils.checks import check_together
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining
-from ..utils.tensors import tensor_digest
+from ..utils.tensors import TensorLike, check_finite
 from .balanced_sampling import ClassBalancedSampler
 
+# Elements of a block of features that are checked at a time.
+_BLOCK_ELEMENTS = 1 << 22
 
-class Model(Protocol):
+
+class Model(ABC):
     """What is trained: its tensors, and how a step moves them."""
 
-    first_candidate: int  # the first epoch that can be selected
+    first_candidate = 1  # the first epoch that can be selected
+    blocks = 0  # of what :meth:`prepare` does
     parameters: list[Tensor]
     momentum: list[Tensor]
-    blocks: int  # of what :meth:`prepare` does
 
-    def prepare(self, report: Callable[[], None]) -> None: ...
+    def prepare(self, report: Callable[[], None]) -> None:  # noqa: B027 (not all have something to prepare)
+        """Compute what all steps need, block by block."""
 
+    @abstractmethod
     def step(self, indices: Tensor, lr: float) -> Tensor:
         """Train on the samples ``indices``; the sum of their losses."""
 
+    @abstractmethod
     def accuracy(self, validation: Validation) -> dict[str, float]: ...
 
 
 class BalancedTraining(ResumableTraining):
-    """One training: the epochs, the best so far, and the checkpoint they go into."""
+    """One training: what it is given, checked, the epochs, the best so far, and the checkpoint they go into."""
+
+    model: Model
 
     def __init__(
         self,
         name: str,
-        model: Model,
+        weight: Tensor,
+        features: TensorLike,
+        labels: TensorLike,
         options: TrainingOptions,
-        sampler: ClassBalancedSampler,
-        validation: Validation | None,
-        policy: Policy,
+        images_per_class: int,
+        *,
+        original: tuple[Tensor, Tensor | None] | None,
+        val_features: TensorLike | None,
+        val_labels: TensorLike | None,
+        split: ClassSplit | None,
+        select: str | None,
+        min_all: float | None,
     ) -> None:
+        """Of ``weight`` only the shape matters; ``original`` is the classifier to compare with, and all others are crt's."""
         super().__init__(f"one of {name}'s", {"parameters": list, "momentum": list, "selected": list})
-        self.name, self.model, self.options, self.sampler = name, model, options, sampler
-        self.validation, self.policy = validation, policy
+        self.name, self.options = name, options
+        self.samples = check_samples(weight, features, labels)
+        self.sampler = sampler = ClassBalancedSampler(
+            self.samples.labels, len(weight), seed=options.seed, images_per_class=images_per_class
+        )
+        check_together(val_features=val_features, val_labels=val_labels)
+        split = split_classes(class_counts(self.samples.labels, len(weight))) if split is None else split
+        self.validation: Validation | None = None
+        self.before: dict[str, float] | None = None
+        if val_features is not None and val_labels is not None:
+            self.validation = Validation(val_features, val_labels, split, weight)
+            self.before = None if original is None else self.validation.of_layer(*original)
+        measured = None if self.validation is None else self.validation.samples.labels
+        self.policy = Policy.of(select, min_all, measured, split.few).bounded(self.before)
+        rows = max(1, _BLOCK_ELEMENTS // max(weight.shape[1], 1))
+        for start in range(0, len(self.samples.features), rows):
+            # A diverging training would not tell what is not finite from a large learning rate.
+            check_finite(self.samples.features[start : start + rows], self.samples.name, first_row=start)
         self.batch_size = min(options.batch_size, len(sampler))
         # As Kang et al.: what fills no batch is left out, for a batch of few samples would move the classifier as far.
         self.steps = len(sampler) // self.batch_size
@@ -69,11 +104,15 @@ class BalancedTraining(ResumableTraining):
             "seed": options.seed,
         }
 
-    def train(self, path: Path | None, progress: bool | None, data: dict[str, str]) -> None:
-        """Train what is left of the epochs; ``data`` tells data sets apart, for the checkpoint."""
-        parameter = self.model.parameters[0]
+    def train(self, model: Model, path: Path | None, progress: bool | None, *classifier: Tensor | None) -> None:
+        """Train ``model`` for what is left of the epochs; ``classifier`` is what it is frozen on, for the checkpoint."""
+        self.model, parameter = model, model.parameters[0]
+        parts, val = list(classifier), None
+        if self.validation is not None:
+            parts, val = [*parts, self.validation.split.few, self.validation.split.many], self.validation.samples
         self.identity = {"baseline": self.name, **self.settings, "select": self.policy.select, "min_all": self.policy.min_all}
-        self.identity |= {"dtype": str(parameter.dtype), "tensors": len(self.model.parameters), **data}
+        self.identity |= {"dtype": str(parameter.dtype), "tensors": len(model.parameters)}
+        self.identity |= {"classifier and data": data_digest(self.samples, val, *parts)}
         if path is not None and path.exists():
             state = self.load(path, parameter.device)
             self.model.parameters[:], self.model.momentum[:] = state["parameters"], state["momentum"]
@@ -90,18 +129,22 @@ class BalancedTraining(ResumableTraining):
             for epoch in range(first, self.options.epochs + 1):
                 lr = self.options.lr * self.options.lr_multiplier(epoch)
                 self._record({"epoch": epoch, "loss": self._train_epoch(epoch, lr, report), "lr": lr})
-                report(0, description=_description(self.history[-1]))
+                report(0, description=f"epoch {epoch}  {self.last_epoch()}")
                 if path is not None:
                     self.save(path, parameters=self.model.parameters, momentum=self.model.momentum)
 
-    def result(
-        self, linear: nn.Linear, original: dict[str, float] | None, settings: dict[str, Any], started: float
-    ) -> BaselineResult:
+    def result(self, linear: nn.Linear, settings: dict[str, Any], started: float) -> BaselineResult:
         """What came of it."""
-        chosen = {"epoch": self.selected_epoch}
-        seconds = time.monotonic() - started
-        policy = str(self.policy)
-        return BaselineResult(self.name, linear, chosen, self.history, policy, self.settings | settings, seconds, original)
+        return BaselineResult(
+            name=self.name,
+            linear=linear,
+            chosen={"epoch": self.selected_epoch},
+            table=self.history,
+            policy=str(self.policy),
+            settings=self.settings | settings,
+            seconds=time.monotonic() - started,
+            original=self.before,
+        )
 
     def _train_epoch(self, epoch: int, lr: float, report: Callable[[], None]) -> float:
         """Train one epoch; its mean loss."""
@@ -123,22 +166,5 @@ class BalancedTraining(ResumableTraining):
         """Measure an epoch and take it up."""
         if self.validation is not None:
             entry.update(self.model.accuracy(self.validation))
-        score = float(entry["epoch"]) if self.policy.select == "last" else self.policy.score(entry)
-        self.add_epoch(entry, score, lambda: [tensor.clone() for tensor in self.model.parameters])
-
-
-def fingerprint(samples: Samples, validation: Validation | None, *tensors: Tensor | None) -> str:
-    """Tells data sets apart: a digest of labels and given tensors, and of a thousand rows of the features."""
-    parts = [tensor for tensor in tensors if tensor is not None]
-    for some in (samples, None if validation is None else validation.samples):
-        if some is not None:
-            parts += [some.labels, some.features[:: max(1, len(some.features) // 1000)]]
-    if validation is not None:
-        parts += [validation.split.few, validation.split.medium, validation.split.many]
-    return tensor_digest(parts)[:16]
-
-
-def _description(entry: Mapping[str, Any]) -> str:
-    """An epoch in a few words, for the bar."""
-    text = f"epoch {entry['epoch']}  loss {entry['loss']:.3f}"
-    return f"{text}  few {100 * entry['few']:.1f}  all {100 * entry['all']:.1f}" if "all" in entry else text
+        if self.add_epoch(entry, self.policy.score(entry)):
+            self.selected = [tensor.clone() for tensor in self.model.parameters]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classes import ClassSplit, split_classes
+from ..training.options import CHOOSING
 from ..training.selection import BaselineResult, Policy, Rescaling, Validation
 from ..utils.checks import check_number, format_ids
 from ..utils.linear import linear_parameters, make_linear, wide
@@ -194,7 +195,7 @@ def _chosen_tau(
     weight, bias = linear_parameters(linear)
     own = Rescaling(None, None if bias is None else wide(bias))
     original, *accuracies = validation.accuracies(wide(weight), [own, *changes])
-    policy = Policy.of(select, min_all, validation, original)
+    policy = Policy.of(select, min_all, validation.samples.labels, validation.split.few, CHOOSING).bounded(original)
     best = policy.choose(accuracies, taus)
     table = [{"tau": tau, **accuracy} for tau, accuracy in zip(taus, accuracies, strict=True)]
     seconds = time.monotonic() - started

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 
 from ..classes import ClassSplit, split_classes
 from ..classes import class_counts as count_classes
 from ..training.few_bias import choose_few_bias, few_bias
-from ..training.selection import BaselineResult, Rescaling, Validation
-from ..utils.checks import check_choice
-from ..utils.linear import linear_parameters, wide
+from ..training.selection import BaselineResult, Validation
+from ..utils.checks import check_choice, check_together
+from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike
 from .choices import BASELINE_OPTIONS, BASELINES
 from .nearest_mean import ncm
@@ -87,28 +88,22 @@ def run_baseline(
     unknown = sorted(set(own) - set(BASELINE_OPTIONS[name]))
     if unknown:
         raise TypeError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(BASELINE_OPTIONS[name])}")
-    if (val_features is None) != (val_labels is None):
-        raise ValueError("val_features and val_labels must be given together")
-    given = {"features": features, "labels": labels, "linear": linear}
-    for what in _NEEDS[name]:
-        if given[what] is None:
-            raise ValueError(f"{what} must be given for {name}")
+    check_together(val_features=val_features, val_labels=val_labels)
     if class_counts is None and labels is not None:
         class_counts = count_classes(labels, None if linear is None else len(linear_parameters(linear)[0]))
     if split is None and class_counts is not None and (val_features is not None or name == "few-bias"):
         split = split_classes(class_counts, few_below=few_below, many_above=many_above)
+    given = {"features": features, "labels": labels, "linear": linear, "class_counts": class_counts, "split": split}
+    measured = val_features is not None and name not in _TRAINED
+    for what in (*_NEEDS[name], *(["split"] if measured else [])):
+        if given[what] is None:
+            raise ValueError(f"{what}{_COUNTED.get(what, '')} must be given for {name}")
     value = _CHOSEN.get(name)
     choosing = value is not None and value not in own
     if choosing and val_features is None:
         raise ValueError(f"val_features and val_labels must be given for {name} to choose {value} by; or give {value} itself")
-    counted: dict[str, Any] = {"class_counts": class_counts, "split": split}
-    measured = val_features is not None and name not in ("crt", "lws")
-    for what in (*(["class_counts"] * (name == "logit-adjustment")), *(["split"] * (name == "few-bias" or measured))):
-        if counted[what] is None:
-            other = "class_counts or labels, to count" if what == "split" else "labels, to count"
-            raise ValueError(f"{what} (or {other}) must be given for {name}")
-    call = _Call(linear, features, labels, class_counts, split)
-    if choosing or name in ("crt", "lws"):
+    call = SimpleNamespace(**given)
+    if choosing or name in _TRAINED:
         data = {"val_features": val_features, "val_labels": val_labels, "split": split, "select": select, "min_all": min_all}
         return _CHOOSE[name](call, data | own)
     made, settings = _MAKE[name](call, own)
@@ -117,19 +112,9 @@ def run_baseline(
     original = None
     if val_features is not None and val_labels is not None and split is not None:
         validation = Validation(val_features, val_labels, split, made.weight)
-        table = [{**chosen, **_accuracy(made, validation)}]
-        original = None if linear is None else _accuracy(linear, validation)
+        table = [{**chosen, **validation.of_layer(*linear_parameters(made))}]
+        original = None if linear is None else validation.of_layer(*linear_parameters(linear))
     return BaselineResult(name, made, chosen, table, "fixed", settings, time.monotonic() - started, original)
-
-
-class _Call(NamedTuple):
-    """What a baseline is made of; ``Any`` where :func:`run_baseline` has seen that it is there."""
-
-    linear: Any
-    features: Any
-    labels: Any
-    class_counts: Any
-    split: Any
 
 
 _NEEDS = {
@@ -137,19 +122,16 @@ _NEEDS = {
     "tau": ("linear",),
     "crt": ("features", "labels"),
     "lws": ("linear", "features", "labels"),
-    "logit-adjustment": ("linear",),
-    "few-bias": ("linear",),
+    "logit-adjustment": ("linear", "class_counts"),
+    "few-bias": ("linear", "split"),
 }
+_COUNTED = {"class_counts": " (or labels, to count)", "split": " (or class_counts or labels, to count)"}
 
-
-def _accuracy(linear: nn.Module, validation: Validation) -> dict[str, float]:
-    weight, bias = linear_parameters(linear)
-    return validation.accuracies(wide(weight), [Rescaling(None, None if bias is None else wide(bias))])[0]
-
+_TRAINED = ("crt", "lws")
 
 _CHOSEN = {"tau": "tau", "logit-adjustment": "tau", "few-bias": "offset"}
 
-_CHOOSE: dict[str, Callable[[_Call, dict[str, Any]], BaselineResult]] = {
+_CHOOSE: dict[str, Callable[[Any, dict[str, Any]], BaselineResult]] = {
     "tau": lambda call, options: choose_tau(call.linear, **options),
     "crt": lambda call, options: crt(call.features, call.labels, len(call.class_counts), linear=call.linear, **options),
     "lws": lambda call, options: lws(call.linear, call.features, call.labels, **options),
@@ -157,7 +139,7 @@ _CHOOSE: dict[str, Callable[[_Call, dict[str, Any]], BaselineResult]] = {
     "few-bias": lambda call, options: choose_few_bias(call.linear, **options),
 }
 
-_MAKE: dict[str, Callable[[_Call, dict[str, Any]], tuple[nn.Linear, dict[str, Any]]]] = {
+_MAKE: dict[str, Callable[[Any, dict[str, Any]], tuple[nn.Linear, dict[str, Any]]]] = {
     "ncm": lambda call, options: (
         ncm(call.features, call.labels, len(call.class_counts), **options),
         {"metric": "cosine", "center": False, "normalize": False} | options,

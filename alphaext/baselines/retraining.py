@@ -10,29 +10,26 @@ import math
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..classes import ClassSplit, split_classes
+from ..classes import ClassSplit
 from ..training import cached_logits
-from ..training.cached_logits import Samples, check_samples
 from ..training.options import TrainingOptions
-from ..training.selection import BaselineResult, Policy, Rescaling, Validation
+from ..training.selection import BaselineResult, Rescaling, Validation
 from ..utils.checks import check_integer
 from ..utils.linear import linear_parameters, make_linear, wide
 from ..utils.resume import check_checkpoint
 from ..utils.seeds import seeded_generator
-from ..utils.tensors import TensorLike, as_tensor, check_device, check_finite, check_floating, check_labels, check_shape
-from .balanced_sampling import ClassBalancedSampler
-from .balanced_training import BalancedTraining, fingerprint
+from ..utils.tensors import TensorLike, as_tensor, check_device, check_floating, check_labels, check_shape
+from .balanced_training import BalancedTraining, Model
 
 __all__ = ["crt", "lws"]
 
 
-_POLICIES = ("best_all", "best_few", "last")
-
-# Elements of a block of features that are checked, or of logits that are computed, at a time.
+# Elements of a block of logits that are computed at a time.
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -126,18 +123,17 @@ def crt(
     shape = torch.empty(num_classes, source.shape[1], dtype=wide(source[:0]).dtype, device="meta")
     if original is not None and original[0].shape != shape.shape:
         raise ValueError(f"linear must have shape {list(shape.shape)}, got {list(original[0].shape)}")
-    samples = check_samples(shape, source, labels)
-    sampler = ClassBalancedSampler(samples.labels, num_classes, seed=options.seed, images_per_class=images_per_class)
-    validation = _validation(val_features, val_labels, split, samples.labels, shape)
-    before = _accuracy_of(original, validation)
-    policy = Policy.of(select, min_all, validation, before, _POLICIES)
-    _check_rows(samples)
-
-    model = _Classifier(samples, shape, options, bool(bias), place)
-    run = BalancedTraining("crt", model, options, sampler, validation, policy)
-    run.train(path, progress, {"data": fingerprint(samples, validation)})
-    weight, *biases = run.selected
-    return run.result(make_linear(weight, biases[0] if biases else None), before, {"bias": bool(bias)}, started)
+    measured: dict[str, Any] = {
+        "val_features": val_features,
+        "val_labels": val_labels,
+        "split": split,
+        "select": select,
+        "min_all": min_all,
+    }
+    training = BalancedTraining("crt", shape, source, labels, options, images_per_class, original=original, **measured)
+    training.train(_Classifier(training, shape, bool(bias), place), path, progress)
+    weight, *biases = training.selected
+    return training.result(make_linear(weight, biases[0] if biases else None), {"bias": bool(bias)}, started)
 
 
 def lws(
@@ -207,45 +203,37 @@ def lws(
     place = own_weight.device if device is None else check_device(device)
     weight = wide(own_weight).to(place)
     bias = None if own_bias is None else wide(own_bias).to(place)
-    samples = check_samples(weight, features, labels)
-    sampler = ClassBalancedSampler(samples.labels, len(weight), seed=options.seed, images_per_class=images_per_class)
-    validation = _validation(val_features, val_labels, split, samples.labels, weight)
-    if validation is not None:
-        validation.keep(weight)
-    before = _accuracy_of((weight, bias), validation)
-    policy = Policy.of(select, min_all, validation, before, _POLICIES)
-    _check_rows(samples)
-
-    model = _Scales(samples, weight, bias, options, sampler)
-    run = BalancedTraining("lws", model, options, sampler, validation, policy)
-    run.train(path, progress, {"classifier and data": fingerprint(samples, validation, weight, bias)})
-    scales = run.selected[0]
+    measured: dict[str, Any] = {
+        "val_features": val_features,
+        "val_labels": val_labels,
+        "split": split,
+        "select": select,
+        "min_all": min_all,
+    }
+    training = BalancedTraining("lws", weight, features, labels, options, images_per_class, original=(weight, bias), **measured)
+    if training.validation is not None:
+        training.validation.keep(weight)
+    training.train(_Scales(training, weight, bias), path, progress, weight, bias)
+    scales = training.selected[0]
     # On the classifier's own device and in its dtype, whatever it was trained on.
     scaled_bias = None if bias is None else (bias * scales).to(own_weight)
-    made = make_linear((weight * scales[:, None]).to(own_weight), scaled_bias)
-    result = run.result(made, before, {}, started)
+    result = training.result(make_linear((weight * scales[:, None]).to(own_weight), scaled_bias), {}, started)
     result.scales = scales.cpu()
     return result
 
 
-class _Classifier:
+class _Classifier(Model):
     """A linear layer, trained from random weights."""
 
-    first_candidate = 1
-    blocks = 0
-
-    def __init__(self, samples: Samples, shape: Tensor, options: TrainingOptions, bias: bool, device: torch.device) -> None:
-        self.samples, self.options = samples, options
-        generator = seeded_generator(options.seed)
+    def __init__(self, training: BalancedTraining, shape: Tensor, bias: bool, device: torch.device) -> None:
+        self.samples, self.options = training.samples, training.options
+        generator = seeded_generator(self.options.seed)
         bound = 1 / math.sqrt(max(shape.shape[1], 1))
         start = [torch.empty(shape.shape, dtype=shape.dtype, device="cpu")]
         if bias:
             start.append(torch.empty(len(shape), dtype=shape.dtype, device="cpu"))
         self.parameters = [tensor.uniform_(-bound, bound, generator=generator).to(device) for tensor in start]
         self.momentum = [torch.zeros_like(parameter) for parameter in self.parameters]
-
-    def prepare(self, report: Callable[[], None]) -> None:
-        pass
 
     def step(self, indices: Tensor, lr: float) -> Tensor:
         weight, options = self.parameters[0], self.options
@@ -263,23 +251,21 @@ class _Classifier:
 
     def accuracy(self, validation: Validation) -> dict[str, float]:
         weight, *biases = self.parameters
-        return validation.accuracies(weight, [Rescaling(None, biases[0] if biases else None)])[0]
+        return validation.of_layer(weight, biases[0] if biases else None)
 
 
-class _Scales:
+class _Scales(Model):
     """One factor a class, on the logits of a frozen classifier."""
 
     first_candidate = 0
 
-    def __init__(
-        self, samples: Samples, weight: Tensor, bias: Tensor | None, options: TrainingOptions, sampler: ClassBalancedSampler
-    ) -> None:
-        self.samples, self.weight, self.bias, self.options = samples, weight, bias, options
+    def __init__(self, training: BalancedTraining, weight: Tensor, bias: Tensor | None) -> None:
+        self.samples, self.weight, self.bias, self.options = training.samples, weight, bias, training.options
         self.parameters = [torch.ones(len(weight), dtype=weight.dtype, device=weight.device)]
         self.momentum = [torch.zeros_like(self.parameters[0])]
-        drawn = torch.zeros(len(samples.labels), dtype=torch.bool, device="cpu")
-        for epoch in range(1, options.epochs + 1):
-            drawn[sampler.draw(epoch)] = True
+        drawn = torch.zeros(len(self.samples.labels), dtype=torch.bool, device="cpu")
+        for epoch in range(1, self.options.epochs + 1):
+            drawn[training.sampler.draw(epoch)] = True
         self._drawn = drawn.nonzero()[:, 0]
         fits = len(self._drawn) * len(weight) * weight.dtype.itemsize <= cached_logits.CACHE_BYTES
         self._rows = max(1, _BLOCK_ELEMENTS // max(weight.shape))
@@ -328,31 +314,6 @@ def _options(epochs: int, batch_size: int, lr: float, momentum: float, weight_de
         lr_schedule="cosine",
         seed=seed,
     )
-
-
-def _validation(
-    val_features: TensorLike | None, val_labels: TensorLike | None, split: ClassSplit | None, labels: Tensor, weight: Tensor
-) -> Validation | None:
-    if (val_features is None) != (val_labels is None):
-        raise ValueError("val_features and val_labels must be given together")
-    if val_features is None or val_labels is None:
-        return None
-    counts = torch.bincount(labels, minlength=len(weight))
-    return Validation(val_features, val_labels, split_classes(counts) if split is None else split, weight)
-
-
-def _accuracy_of(classifier: tuple[Tensor, Tensor | None] | None, validation: Validation | None) -> dict[str, float] | None:
-    if classifier is None or validation is None:
-        return None
-    weight, bias = classifier
-    return validation.accuracies(wide(weight), [Rescaling(None, None if bias is None else wide(bias))])[0]
-
-
-def _check_rows(samples: Samples) -> None:
-    """Check that all training features are finite, which a diverging training would not tell from a large learning rate."""
-    rows = max(1, _BLOCK_ELEMENTS // max(samples.features.shape[1], 1))
-    for start in range(0, len(samples.features), rows):
-        check_finite(samples.features[start : start + rows], samples.name, first_row=start)
 
 
 def _take(tensor: Tensor, indices: Tensor) -> Tensor:

@@ -283,7 +283,8 @@ class JointRun(ResumableTraining):
         if self.metrics is not None:
             entry.update(self.metrics.of(self._validate(epoch, rate)))
         score = entry["epoch"] if self.select == "last" else entry["all"]
-        self.add_epoch(entry, score, lambda: _plain_state(self.model) if self.group.is_main else None)
+        if self.add_epoch(entry, score):
+            self.selected = _plain_state(self.model) if self.group.is_main else None
 
     def _save(self) -> None:
         self.save(

@@ -11,7 +11,6 @@ from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
 from ..head.neighbors import pool_size
 from ..training.builder import Builder
-from ..training.options import read_options
 from ..training.presets import preset_options
 from ..training.result import FitResult
 from ..training.single import Run, train
@@ -93,7 +92,6 @@ def repair(
     )
     available = pool_size(builder.split, options.get("pool", "base"))
     config = preset_options(preset, pool_size=available, validation=val_features is not None) | options
-    of_head, of_training = read_options(config)
-    head = builder.head(of_head, of_training.seed)
-    result = train(Run(head, of_training, builder.data(head, of_training), builder.split), progress=progress)
+    head, of_training, data = builder.prepare(config)
+    result = train(Run(head, of_training, data, builder.split), progress=progress)
     return Repair(head.fold(), head, result, builder.split)

@@ -269,9 +269,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             means=means,
             inputs=inputs,
         )
-        of_head, of_training = read_options(options)
-        head = builder.head(of_head, of_training.seed)
-        data = builder.data(head, of_training)
+        head, of_training, data = builder.prepare(options)
         # Without the samples that are held out there may be fewer many classes.
         run = Run(head, of_training, data, split_of(head, data, self.many_above))
         self.result_ = train(run, progress=bool(self.verbose))

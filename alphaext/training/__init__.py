@@ -8,11 +8,10 @@ from ..utils.lazy import load_at_first_use
 
 if TYPE_CHECKING:
     from .engine import TrainingDiverged
-    from .history import plot_history
     from .many import SweepRun, fit_many
     from .options import HeadOptions, TrainingOptions
     from .presets import PRESETS, preset_options
-    from .result import FitResult
+    from .result import FitResult, plot_history
     from .single import fit
 else:
     __getattr__, __dir__ = load_at_first_use(__name__)

@@ -18,7 +18,7 @@ from .sgd import Sgd
 
 
 class AutogradEngine:
-    """Trains with torch's autograd and any of its optimisers.
+    """Trains with torch's autograd and any of its optimisers; methods as those of the native engine.
 
     With a frozen classifier the steps run on logits: those of few and validation samples are computed once, those of base
     samples once an epoch for the ones drawn.
@@ -47,10 +47,11 @@ class AutogradEngine:
         if options.regularize:
             self._identity = head.identity_outputs()
         self._few_inputs = self._inputs(data.samples, self.sampler.indices[: self.sampler.num_few])
-        self._validation_logits: Tensor | None = None
+        self._original_hits: Tensor | None = None
         if data.validation is not None:
-            self._validation_logits = self._logits(data.validation, torch.arange(len(data.validation.labels), device="cpu"))
-            self._original_hits = self._count(self._validation_logits)
+            indices = torch.arange(len(data.validation.labels), device="cpu")
+            self._validation_logits = self._logits(data.validation, indices)
+            self._original_hits = self._count(self._validation_logits, data.validation)
 
     @torch.no_grad()
     def _logits(self, samples: Samples, indices: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class AutogradEngine:
             for batch, batch_targets in zip(inputs.split(size), targets.split(size), strict=True):
                 total += self._step(batch, batch_targets) * len(batch)
         loss = float(total) / len(inputs)
-        self._check_finite(loss)
+        self._check_finite(loss, epoch, self._lrs[0] * multiplier)
         return loss
 
     def _step(self, batch: Tensor, targets: Tensor) -> Tensor:
@@ -114,31 +115,30 @@ class AutogradEngine:
         self.optimizer.step(closure)  # type: ignore[arg-type]  # closures may return tensors, as torch's own examples do
         return losses[0]
 
-    def _check_finite(self, loss: float) -> None:
+    def _check_finite(self, loss: float, epoch: int, lr: float) -> None:
         finite = self.head._evaluate()[1].isfinite().all(dim=1)
         if not bool(finite.all()):
-            raise TrainingDiverged(f"class {int(self.head.few_classes[int((~finite).nonzero()[0, 0])])}")
+            raise TrainingDiverged(f"class {int(self.head.few_classes[int((~finite).nonzero()[0, 0])])}", epoch, lr)
         with torch.no_grad():
             if not math.isfinite(loss) or not bool(self._scores(self._few_inputs[:1]).isfinite().all()):
-                raise TrainingDiverged("the loss")
+                raise TrainingDiverged("the loss", epoch, lr)
 
     @torch.no_grad()
     def hits(self) -> Tensor | None:
-        if self._validation_logits is None or self.data.validation is None:
+        validation = self.data.validation
+        if validation is None:
             return None
-        logits = self._validation_logits
         if self.mixes_logits:
-            return self._count(self.head.mix_logits(logits))
-        blocks = torch.arange(len(logits), device="cpu").split(8192)
-        return self._count(torch.cat([self.head(self._features(self.data.validation, block)) for block in blocks]))
+            return self._count(self.head.mix_logits(self._validation_logits), validation)
+        blocks = torch.arange(len(validation.labels), device="cpu").split(8192)
+        return self._count(torch.cat([self.head(self._features(validation, block)) for block in blocks]), validation)
 
-    def _count(self, scores: Tensor) -> Tensor:
-        assert self.data.validation is not None
-        labels = self.data.validation.labels
-        return _hits(label_ranks(scores, labels.to(scores.device)).cpu(), labels, self.head.out_features)
+    def _count(self, scores: Tensor, validation: Samples) -> Tensor:
+        ranks = label_ranks(scores, validation.labels.to(scores.device)).cpu()
+        return _hits(ranks, validation.labels, self.head.out_features)
 
     def original_hits(self) -> Tensor | None:
-        return None if self._validation_logits is None else self._original_hits
+        return self._original_hits
 
     def clamped(self) -> int:
         return int(self.head.clamped().sum())

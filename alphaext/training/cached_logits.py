@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import training as ops
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape, tensor_digest
 from .augmentation import DrawnFeatures
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ class Samples:
         assert isinstance(self.features, Tensor)
         return self.features
 
+    @property
+    def num_real(self) -> int:
+        """How many stand before those that were drawn."""
+        return len(self.features.real) if isinstance(self.features, DrawnFeatures) else len(self.features)
+
 
 def check_samples(
     weight: Tensor, features: TensorLike, labels: TensorLike, features_name: str = "features", labels_name: str = "labels"
@@ -66,6 +71,15 @@ def check_samples(
     if len(data) == 0:
         raise ValueError(f"{features_name} must not be empty")
     return Samples(data, targets, features_name)
+
+
+def data_digest(samples: Samples, validation: Samples | None, *tensors: Tensor | None) -> str:
+    """Tells data sets apart: a digest of labels and given tensors, and of a thousand rows of the features."""
+    parts = [tensor for tensor in tensors if tensor is not None]
+    for some in (samples, validation):
+        if some is not None:
+            parts += [some.labels, some.features[:: max(1, len(some.features) // 1000)]]
+    return tensor_digest(parts)[:16]
 
 
 class Columns:
@@ -127,6 +141,11 @@ class Columns:
         columns.few_penalty[self.few_classes.long()] = -torch.inf
         return columns
 
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is kept of a block of logits, as :func:`alphaext.ops.training.cache_logits` takes it."""
+        return self.few_penalty, self.class_ids, self.bias
+
     def __len__(self) -> int:
         return len(self.class_ids)
 
@@ -157,7 +176,9 @@ class TrainingLogits:
         self.few_of_label[rows] = self.columns.few_of_class[labels].to(self.few_of_label.device)
         for part, block_labels, logits in _blocks(self.columns, samples, indices, labels):
             here = slice(first_row + part.start, first_row + part.stop)
-            _keep(self.columns, logits, block_labels, self.logits[here], self.base_logsumexp[here], self.label_logit[here])
+            ops.cache_logits(
+                logits, block_labels, *self.columns.kept, self.logits[here], self.base_logsumexp[here], self.label_logit[here]
+            )
             _check_block(self.base_logsumexp[here], samples, indices[part])
             if self._log_prior is not None:
                 self.label_logit[here] += self._log_prior[block_labels].to(self.label_logit)
@@ -181,8 +202,8 @@ class ValidationLogits:
         indices = torch.arange(count, device="cpu")
         for part, labels, logits in _blocks(columns, samples, indices, samples.labels):
             blocks_here = self.logits[ops.blocks_of(part)]
-            _keep(
-                columns, logits, labels, blocks_here, base_logsumexp[part], self.label_logit[part],
+            ops.cache_logits(
+                logits, labels, *columns.kept, blocks_here, base_logsumexp[part], self.label_logit[part],
                 self.top_logits[part], self.top_ids[part],
             )  # fmt: skip
             _check_block(base_logsumexp[part], samples, indices[part])
@@ -238,11 +259,6 @@ def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor)
             block = samples.features[int(wanted[0]) : int(wanted[-1]) + 1] if contiguous else samples.features[wanted]
             block = nn.functional.pad(block.to(device=weight.device, dtype=weight.dtype), (0, surplus))
             yield part, labels[part], nn.functional.linear(block, weight, bias)[: part.stop - part.start]
-
-
-def _keep(columns: Columns, logits: Tensor, labels: Tensor, *written: Tensor) -> None:
-    """Keep what is needed of a block of logits; ``written`` as in :func:`alphaext.ops.training.cache_logits`."""
-    ops.cache_logits(logits, labels, columns.few_penalty, columns.class_ids, columns.bias, *written)
 
 
 def _check_block(base_logsumexp: Tensor, samples: Samples, indices: Tensor) -> None:

@@ -7,7 +7,6 @@ the native one is allowed (docs/exactness.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from ..metrics.accuracy import label_ranks
 from .cached_logits import Samples
 from .sampling import EpochSampler
-from .sgd import Sgd
 
 ENGINES = ("auto", "native", "autograd")
 
@@ -23,43 +21,8 @@ ENGINES = ("auto", "native", "autograd")
 class TrainingDiverged(FloatingPointError):
     """Something is no longer finite; the message names the class where one can be named."""
 
-
-class Engine(Protocol):
-    """What :func:`alphaext.fit` asks of an engine."""
-
-    name: str
-    steps_per_epoch: int
-
-    @property
-    def sgd(self) -> Sgd | None:
-        """The numbers of the SGD that trains; None for another optimiser."""
-
-    def train(self, epoch: int, multiplier: float) -> float:
-        """Train one epoch at ``multiplier`` times the learning rate; the mean loss."""
-
-    def learning_rate(self, multiplier: float) -> float: ...
-
-    def hits(self) -> Tensor | None:
-        """``[2, N]``: of each class the validation samples ranked first and among the first five; None without validation."""
-
-    def original_hits(self) -> Tensor | None:
-        """The same of the original classifier."""
-
-    def clamped(self) -> int: ...
-
-    def snapshot(self) -> list[Tensor]:
-        """What is trained, copied."""
-
-    def restore(self, snapshot: list[Tensor], decay: float) -> None:
-        """Give the head what ``snapshot`` holds; ``decay`` is what weight decay has left of the start (:class:`DecayOfStart`).
-
-        Once, at the end: the native engine moves a dense first layer from where the training found it.
-        """
-
-    def state(self) -> dict[str, Any]:
-        """All that training goes on from, for a checkpoint."""
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def __init__(self, what: str, epoch: int, lr: float) -> None:
+        super().__init__(f"training diverged: {what} is no longer finite in epoch {epoch} (lr {lr:g}); a smaller lr may help")
 
 
 @dataclass(frozen=True)
@@ -69,7 +32,6 @@ class TrainingData:
     samples: Samples
     sampler: EpochSampler
     validation: Samples | None
-    num_real: int | None = None  # samples before those that were drawn; None where none were
 
 
 @torch.no_grad()

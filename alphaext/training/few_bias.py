@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import time
 from collections.abc import Sequence
 
@@ -12,10 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..classes import ClassSplit
+from ..classes import ClassSplit, check_split
+from ..utils.checks import check_number
 from ..utils.linear import linear_parameters, make_linear, wide
 from ..utils.tensors import TensorLike, check_class_ids, check_finite, check_list
-from .selection import BaselineResult, Policy, Validation, check_split
+from .options import CHOOSING
+from .selection import BaselineResult, Policy, Validation
 
 # Of a choice among thousands of offsets, the rows that the table shows.
 _TABLE_ROWS = 41
@@ -39,7 +39,7 @@ def few_bias(linear: nn.Module, few_classes: TensorLike, offset: float) -> nn.Li
         >>> few_bias(nn.Linear(2, 3, bias=False), few_classes=[2], offset=0.5).bias.detach()
         tensor([0.0000, 0.0000, 0.5000])
     """
-    offset = _check_offset(offset, "offset")
+    offset = check_number(offset, "offset")
     weight, bias = linear_parameters(linear)
     few = check_class_ids(few_classes, len(weight), "few_classes").to(weight.device)
     moved = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device) if bias is None else bias.clone()
@@ -90,11 +90,11 @@ def choose_few_bias(
     for name, ids in (("few", split.few), ("base", split.base)):
         if len(ids) == 0:
             raise ValueError(f"split must have a {name} class for a constant on the few logits to matter, got {split!r}")
-    given = None if offsets is None else sorted({_check_offset(offset, "offsets") for offset in check_list(offsets, "offsets")})
+    given = None if offsets is None else sorted({check_number(offset, "offsets") for offset in check_list(offsets, "offsets")})
     validation = Validation(val_features, val_labels, split, weight)
     gaps = _Gaps(validation, wide(weight), None if bias is None else wide(bias))
     original = gaps.accuracies(np.zeros(1))[0]
-    policy = Policy.of(select, min_all, validation, original)
+    policy = Policy.of(select, min_all, validation.samples.labels, split.few, CHOOSING).bounded(original)
     candidates = gaps.offsets(_rounding(weight)) if given is None else np.array(given)
     accuracies = gaps.accuracies(candidates)
     best = policy.choose(accuracies, np.abs(candidates).tolist())
@@ -184,12 +184,3 @@ class _Gaps:
 def _rounding(weight: Tensor) -> float:
     """How far, relatively, a layer's scores may be from those computed here: sums in another order, a rounded bias."""
     return max(32 * torch.finfo(wide(weight[:0]).dtype).eps, 2 * torch.finfo(weight.dtype).eps)
-
-
-def _check_offset(offset: object, name: str) -> float:
-    message = f"{name} must be finite, got {offset!r}"
-    if isinstance(offset, bool) or not isinstance(offset, numbers.Real):
-        raise TypeError(message)
-    if not math.isfinite(offset):
-        raise ValueError(message)
-    return float(offset)

@@ -8,25 +8,23 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import nn
 
 from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
 from ..utils.checks import check_integer
-from ..utils.progress import progress_bar
+from ..utils.progress import task_bar
 from ..utils.tensors import TensorLike
 from .builder import Builder
 from .native_engine import NativeEngine, SharedLogits
 from .native_group import EngineGroup, group_key
-from .options import HeadOptions, TrainingOptions, read_options
+from .options import read_options
 from .result import FitResult
 from .single import Run
 
@@ -114,151 +112,136 @@ def fit_many(
     trainings: list[_Training] = []
     for number, config in enumerate(configs):
         try:
-            of_head, options = read_options(config)
-            head = builder.head(of_head, options.seed)
-            data = builder.data(head, options)
+            run = Run(*builder.prepare(config), builder.split)
         except (ValueError, TypeError) as error:
             raise type(error)(f"configs[{number}]: {error}") from error
-        path = _path(directory, head, of_head, options, {training.path for training in trainings})
-        trainings.append(_Training(dict(config), Run(head, options, data, builder.split), path))
-    if not trainings:
-        return []
+        path = _path(directory, run.head, config, {training.path for training in trainings})
+        trainings.append(_Training(run, path, SweepRun(dict(config), None, None, "")))
     groups: dict[object, list[_Training]] = {}
     for training in trainings:
-        groups.setdefault(_logits_key(training), []).append(training)
-    found: dict[int, SweepRun] = {}
-    with _progress_bar(progress, sum(t.run.options.epochs for t in trainings)) as advance:
+        groups.setdefault(_logits_key(training.run), []).append(training)
+    with task_bar(progress, "epochs of all trainings", total=sum(t.run.options.epochs for t in trainings)) as report:
         for group in groups.values():
-            for training, run in zip(group, _train_all(group, workers, advance), strict=True):
-                found[id(training)] = run
-    return [found[id(training)] for training in trainings]
+            _train_all(group, workers, report)
+    return [training.outcome for training in trainings]
 
 
-def _logits_key(training: _Training) -> object:
+def _logits_key(run: Run) -> object:
     """What trainings must have in common to share their logits."""
-    options = training.run.options
+    options = run.options
     drawn = (options.augment, options.augment_samples, options.augment_neighbors, options.seed) if options.augment else None
     balanced = options.samples_per_class is not None or options.negative_sampling == "class_balanced"
-    return drawn, balanced if options.prior_correction else None, training.run.head.num_directions
+    return drawn, balanced if options.prior_correction else None, run.head.num_directions
 
 
-@dataclass
+@dataclass(eq=False)
 class _Training:
-    config: dict[str, Any]
     run: Run
     path: Path | None
+    outcome: SweepRun
+
+    def end(self, started: float) -> None:
+        """Note what came of it, and give its engine's memory back."""
+        self.outcome.result = self.run.result("", time.monotonic() - started)
+        self.outcome.head = self.run.head
+        self.run.release()
 
 
 class _Stopped(Exception):
     """Another training was interrupted."""
 
 
-def _train_all(trainings: list[_Training], workers: int, advance: Any) -> list[SweepRun]:
-    heads = [training.run.head for training in trainings]
-    samplers = [training.run.data.sampler for training in trainings]
-    most_epochs = max(training.run.options.epochs for training in trainings)
-    first = trainings[0].run
-    logits = SharedLogits(heads, first.data, range(1, most_epochs + 1), samplers, first.options.prior_correction)
+def _train_all(trainings: list[_Training], workers: int, report: Callable[..., None]) -> None:
+    """Carry out trainings that share their logits."""
+    runs = [training.run for training in trainings]
+    epochs = range(1, max(run.options.epochs for run in runs) + 1)
+    samplers = [run.data.sampler for run in runs]
+    logits = SharedLogits([run.head for run in runs], runs[0].data, epochs, samplers, runs[0].options.prior_correction)
     if logits.device.type == "cuda" and logits.all_at_once:
-        return _train_side_by_side(trainings, logits, advance)
+        _train_side_by_side(trainings, logits, report)
+        return
     if not logits.all_at_once:
         workers = 1  # the rows of base samples are one epoch's: trainings take turns
     stop = threading.Event()
 
-    def train(training: _Training) -> SweepRun:
-        started = time.monotonic()
+    def advance(epochs: int = 1, **_: object) -> None:
+        report(epochs)
+        if stop.is_set():
+            raise _Stopped
 
-        def report(entry: dict[str, float]) -> None:
-            advance(1)
-            if stop.is_set():
-                raise _Stopped
-
-        run = training.run
+    def train(training: _Training) -> None:
+        started, run = time.monotonic(), training.run
         try:
-            if stop.is_set():
-                raise _Stopped
-            run.prepare(training.path, None, native=True, logits=logits)
+            advance(0)
+            run.prepare(training.path, logits=logits)
             advance(len(run.history) - 1)
-            run.train(training.path, report)
+            run.train(training.path, advance)
         except (FloatingPointError, ValueError) as error:  # it diverged, or its checkpoint is of something else
-            return SweepRun(training.config, None, None, str(error))
-        except BaseException:
-            stop.set()
-            raise
-        return _result_of(training, time.monotonic() - started)
+            training.outcome.error = str(error)
+        else:
+            training.end(started)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="alphaext") as pool:
-        futures: list[Future[SweepRun]] = [pool.submit(train, training) for training in trainings]
+        pending = {pool.submit(train, training) for training in trainings}
         try:
-            pending = set(futures)
             while pending:
                 # Woken now and then, so that Ctrl-C reaches this thread while the others work.
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                for error in (future.exception() for future in done):
-                    if error is not None and not isinstance(error, _Stopped):
-                        raise error
+                for future in done:
+                    future.result()
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    return [future.result() for future in futures]
 
 
-def _result_of(training: _Training, seconds: float) -> SweepRun:
-    """What came of a training, which gives its engine's memory back."""
-    result = training.run.result("", seconds)
-    training.run.release()
-    return SweepRun(training.config, training.run.head, result, "")
-
-
-def _train_side_by_side(trainings: list[_Training], logits: SharedLogits, advance: Any) -> list[SweepRun]:
+def _train_side_by_side(trainings: list[_Training], logits: SharedLogits, report: Callable[..., None]) -> None:
     """All trainings of equal sizes and equally many epochs to go together: on a GPU an epoch of them is one launch."""
     started = time.monotonic()
     groups: dict[tuple[object, ...], list[_Training]] = {}
-    errors: dict[int, str] = {}
     for training in trainings:
         run = training.run
         try:
-            run.prepare(training.path, None, native=True, logits=logits)
+            run.prepare(training.path, logits=logits)
         except ValueError as error:
-            errors[id(training)] = str(error)
+            training.outcome.error = str(error)
             continue
-        advance(len(run.history) - 1)
+        report(len(run.history) - 1)
         assert isinstance(run.engine, NativeEngine)
         groups.setdefault((len(run.history), run.options.epochs, *group_key(run.engine)), []).append(training)
     for members in groups.values():
-        _train_group(members, errors, advance)
-    seconds = time.monotonic() - started
-    return [SweepRun(t.config, None, None, errors[id(t)]) if id(t) in errors else _result_of(t, seconds) for t in trainings]
+        _train_group(members, report)
+    for training in trainings:
+        if not training.outcome.error:
+            training.end(started)
 
 
-def _train_group(trainings: list[_Training], errors: dict[int, str], advance: Any) -> None:
+def _train_group(trainings: list[_Training], report: Callable[..., None]) -> None:
     runs = [training.run for training in trainings]
     group = EngineGroup([run.engine for run in runs if isinstance(run.engine, NativeEngine)])
     try:
         for epoch in range(len(runs[0].history), runs[0].options.epochs + 1):
             losses = group.train(epoch, [run.options.lr_multiplier(epoch) for run in runs])
             for training, loss, hits in zip(trainings, losses, group.hits(), strict=True):
-                if id(training) in errors:
+                if training.outcome.error:
                     continue  # it is trained on, on numbers that are none, because the others are
                 assert isinstance(training.run.engine, NativeEngine)
                 training.run.engine.known_hits = hits
                 try:
                     training.run.end_epoch(loss, training.path)
                 except FloatingPointError as error:
-                    errors[id(training)] = str(error)
-                advance(1)
+                    training.outcome.error = str(error)
+                report()
     finally:
         for run in runs:
             run.finish()
 
 
-def _path(
-    directory: Path | None, head: AlphaNet, of_head: HeadOptions, options: TrainingOptions, taken: set[Path | None]
-) -> Path | None:
+def _path(directory: Path | None, head: AlphaNet, config: Mapping[str, Any], taken: set[Path | None]) -> Path | None:
     """The checkpoint of a configuration: the same however it is written, another for each that is given twice."""
     if directory is None:
         return None
+    of_head, options = read_options(config)
     chosen = asdict(of_head) | asdict(options) | {"head": repr(head)}
     if of_head.metric != "random":
         del chosen["neighbor_seed"]  # it changes nothing
@@ -280,15 +263,3 @@ def _check_directory(checkpoint: str | os.PathLike[str] | None) -> Path | None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _progress_bar(progress: bool | None, epochs: int) -> Iterator[Any]:
-    columns = (
-        TextColumn("epochs of all trainings"),
-        MofNCompleteColumn(),
-        BarColumn(),
-    )
-    with progress_bar(progress, *columns) as bar:
-        task = bar.add_task("", total=epochs)
-        yield lambda count: bar.update(task, advance=count)

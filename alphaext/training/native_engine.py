@@ -84,8 +84,9 @@ class NativeEngine:
         dtype = head.weight.dtype
         self._hidden = hidden
         with torch.no_grad():
-            start = _preactivations(head)
-            self._scale = _gradient_scale(head).to(device=self.device, dtype=dtype).contiguous()
+            start = head._evaluate()[0]
+            scale = head.gradient_scale if head.first_layer == "factored" else first_layer_scale(head.z, len(head.w1))
+            self._scale = scale.to(device=self.device, dtype=dtype).contiguous()
             w2, b2 = head.w2.detach().to(self.device), head.b2.detach().to(self.device, copy=True)
             if head.residual is not None:
                 w2 = w2.new_zeros(len(w2), members, 0)
@@ -141,26 +142,30 @@ class NativeEngine:
         """The rows of the cached logits that an epoch trains on, in order."""
         return self.logits.rows_of(self.sampler.indices.index_select(0, self.sampler.draw(epoch)))
 
-    def train(self, epoch: int, multiplier: float) -> float:
-        return self.after_epoch(*self._call(self.rows_of(epoch), self.learning_rate(multiplier)))
+    def train(self, epoch: int, multiplier: float) -> float | TrainingDiverged:
+        """Train one epoch at ``multiplier`` times the learning rate; the mean loss, or why there is none."""
+        lr = self.learning_rate(multiplier)
+        return self.after_epoch(epoch, lr, *self._call(self.rows_of(epoch), lr))
 
-    def after_epoch(self, loss: float, failed_step: int, failed_class: int) -> float:
-        """The mean loss of an epoch that the extension has trained, or TrainingDiverged."""
+    def after_epoch(self, epoch: int, lr: float, loss: float, failed_step: int, failed_class: int) -> float | TrainingDiverged:
+        """The mean loss of an epoch that the extension has trained, or why there is none."""
         self.steps += self.steps_per_epoch
         if failed_step >= 0:
             where = f"step {failed_step + 1} of {self.steps_per_epoch}"
             if failed_class >= 0:
                 where = f"class {int(self.head.few_classes[failed_class])}, {where}"
-            raise TrainingDiverged(where)
+            return TrainingDiverged(where, epoch, lr)
         return loss / len(self.sampler)
 
     def hits(self) -> Tensor | None:
+        """``[2, N]``: of each class the validation samples ranked first and among the first five; None without validation."""
         if self.known_hits is not None:
             known, self.known_hits = self.known_hits, None
             return known
         return None if self.logits.validation is None else self.logits.validation.hits(self._alpha, self.columns)
 
     def original_hits(self) -> Tensor | None:
+        """The same of the original classifier."""
         if self.logits.validation is None:
             return None
         own = torch.zeros_like(self._alpha)
@@ -171,11 +176,16 @@ class NativeEngine:
         return int(clamped_outputs(self._raw[:, : self.head.top_k + 1], self.head.rule, self.head.gamma).sum())
 
     def snapshot(self) -> list[Tensor]:
+        """What is trained, copied."""
         preactivation, w2 = ops.unpack_state(self._state, self.head.num_few, self._hidden)
         return [preactivation.clone(), w2.clone(), self._b2.clone()]
 
     @torch.no_grad()
     def restore(self, snapshot: list[Tensor], decay: float) -> None:
+        """Give the head what ``snapshot`` holds; ``decay`` is what weight decay has left of the start (:class:`DecayOfStart`).
+
+        Once, at the end: a dense first layer is moved from where the training found it.
+        """
         head = self.head
         preactivation, w2, b2 = snapshot
         if head.residual is None:
@@ -192,6 +202,7 @@ class NativeEngine:
         head._move_outputs(preactivation.double() - decay * self._start, decay)
 
     def state(self) -> dict[str, Any]:
+        """All that training goes on from, for a checkpoint."""
         # Copies, because a part of a stacked tensor would be saved with all of it.
         tensors = {"state": self._state, "b2": self._b2, "b2_momentum": self._b2_momentum}
         return {name: tensor.clone() for name, tensor in tensors.items()} | {"steps": self.steps}
@@ -247,12 +258,3 @@ class SharedLogits:
             self.training.fill(self.num_kept, self.samples, indices[base])
             rows[base] = self.num_kept + torch.arange(len(base), device="cpu")
         return rows.to(self.device)
-
-
-@torch.no_grad()
-def _preactivations(head: AlphaNet) -> Tensor:
-    return head.preactivation.detach() if head.first_layer == "factored" else head._evaluate()[0]
-
-
-def _gradient_scale(head: AlphaNet) -> Tensor:
-    return head.gradient_scale if head.first_layer == "factored" else first_layer_scale(head.z, len(head.w1))

@@ -50,26 +50,18 @@ class EngineGroup:
         """Train one epoch of each, at its multiple of its learning rate: the mean losses, or what went wrong."""
         first = self.engines[0]
         rows = [engine.rows_of(epoch) for engine in self.engines]
-        options = [
-            engine.step_options(engine.learning_rate(multiplier))
-            for engine, multiplier in zip(self.engines, multipliers, strict=True)
-        ]
+        lrs = [engine.learning_rate(multiplier) for engine, multiplier in zip(self.engines, multipliers, strict=True)]
+        options = [engine.step_options(lr) for engine, lr in zip(self.engines, lrs, strict=True)]
         cached = first.logits.training
+        state, b2, b2_momentum, raw, alpha = self._stacked.values()
         results = train_epoch_many(
-            *self._of_run(), rows, cached.logits, cached.base_logsumexp, cached.label_logit,
+            state, b2, b2_momentum, raw, alpha, rows, cached.logits, cached.base_logsumexp, cached.label_logit,
             cached.few_of_label, self._columns, self._scale, first.options.batch_size, options, *self._optional,
         )  # fmt: skip
-        losses: list[float | TrainingDiverged] = []
-        for engine, (loss, step, failed) in zip(self.engines, results.tolist(), strict=True):
-            try:
-                losses.append(engine.after_epoch(loss, int(step), int(failed)))
-            except TrainingDiverged as error:
-                losses.append(error)
-        return losses
-
-    def _of_run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        state, b2, b2_momentum, raw, alpha = self._stacked.values()
-        return state, b2, b2_momentum, raw, alpha
+        return [
+            engine.after_epoch(epoch, lr, loss, int(step), int(failed))
+            for engine, lr, (loss, step, failed) in zip(self.engines, lrs, results.tolist(), strict=True)
+        ]
 
     def hits(self) -> list[Tensor | None]:
         """Each engine's :meth:`NativeEngine.hits`."""

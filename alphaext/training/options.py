@@ -120,7 +120,8 @@ class HeadOptions(_Table):
     )
 
 
-SELECTIONS = ("best_all", "best_few", "last")
+CHOOSING = ("best_all", "best_few")
+SELECTIONS = (*CHOOSING, "last")
 
 
 @dataclass(frozen=True)

@@ -43,65 +43,50 @@ class EpochSampler:
         missing = few_classes[counts[few_classes] == 0]
         if len(missing):
             raise ValueError(f"labels has no sample of the few classes {format_ids(missing.tolist())}")
-        is_few_class = torch.zeros(num_classes, dtype=torch.bool, device="cpu")
-        is_few_class[few_classes] = True
-        is_few = is_few_class[labels]
+        is_few = torch.isin(labels, few_classes)
         few, base = is_few.nonzero().flatten(), (~is_few).nonzero().flatten()
         few = few[few >= first_few]
-        self.seed, self._few_classes = options.seed, few_classes
-        no_base = not len(base) or round(options.negative_ratio * len(few)) == 0
-        if options.prior_correction and options.samples_per_class is None and no_base:
+        self.seed, self.num_few, ratio = options.seed, len(few), options.negative_ratio
+        every_class = options.samples_per_class is not None
+        by_class = every_class or options.negative_sampling == "class_balanced"
+        self.negatives = round(ratio * len(few))
+        if every_class and not len(base):
+            raise ValueError("labels has no sample of a base class, but samples_per_class asks for some of every class")
+        if not every_class and options.prior_correction and not (len(base) and self.negatives):
             raise ValueError(
                 "prior_correction needs base samples to know how often an epoch has them, got negative_ratio="
-                f"{options.negative_ratio:g} with {len(few)} few and {len(base)} base samples"
+                f"{ratio:g} with {len(few)} few and {len(base)} base samples"
             )
-        self.samples_per_class = options.samples_per_class
-        if self.samples_per_class is not None:
-            self._group_by_class(labels, few, base, num_classes)
-            return
-        self.num_few = len(few)
-        self.negatives = round(options.negative_ratio * len(few))
-        self.balanced = options.negative_sampling == "class_balanced"
         if self.negatives and not len(base):
-            raise ValueError(
-                f"labels has no sample of a base class, but negative_ratio={options.negative_ratio:g} asks for {self.negatives}"
-            )
-        if self.balanced:
-            base = base[labels[base].sort(stable=True).indices]
-            sizes = counts[~is_few_class]
-            sizes = sizes[sizes > 0]
-        else:
-            sizes = torch.tensor([len(base)] if len(base) else [], dtype=torch.int64, device="cpu")
+            raise ValueError(f"labels has no sample of a base class, but negative_ratio={ratio:g} asks for {self.negatives}")
+        # What an epoch draws from: all base samples, or those of each base class, or those of each class.
+        groups = [base] if len(base) else []
+        if by_class:
+            groups = _by_class(labels, base)
+        if options.samples_per_class is not None:
+            self.negatives = options.samples_per_class * len(groups)
+            groups = [*_by_class(labels, few), *groups]
+        sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64, device="cpu")
+        self.indices = torch.cat([*([] if every_class else [few]), *groups])
         self._group_offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        self._warn_of_replacement(sizes, options.negative_ratio)
-        self.indices = torch.cat([few, base])
-        if self.balanced:
-            shares = torch.where(is_few_class, counts, (counts > 0).to(counts.dtype))
-            self._set_prior(shares, self.negatives / max(len(sizes), 1))
-        else:
-            self._set_prior(counts, self.negatives / max(len(base), 1))
+        # Where every class is drawn from, few samples are no different from base ones.
+        self._whole = 0 if every_class else len(few)
+        self._drawn = self.negatives if options.samples_per_class is None else options.samples_per_class * len(groups)
+        if self.negatives and not every_class:
+            self._warn_of_replacement(sizes, ratio, by_class)
+        shares = (counts > 0).long() if by_class else counts.clone()
+        if not every_class:
+            shares[few_classes] = counts[few_classes]
+        self.log_prior = shares.double().log()
+        base_rate = 1.0 if every_class else self.negatives / max(len(groups) if by_class else len(base), 1)
+        if base_rate > 0:
+            self.log_prior[few_classes] -= math.log(base_rate)
 
-    def _group_by_class(self, labels: Tensor, few: Tensor, base: Tensor, num_classes: int) -> None:
-        if not len(base):
-            raise ValueError("labels has no sample of a base class, but samples_per_class asks for some of every class")
-        assert self.samples_per_class is not None
-        few, base = (part[labels[part].sort(stable=True).indices] for part in (few, base))
-        self.num_few, self.balanced = len(few), True
-        groups = [labels[part].unique_consecutive(return_counts=True) for part in (few, base)]
-        sizes = torch.cat([counts for _, counts in groups])
-        self._classes = torch.cat([classes for classes, _ in groups])
-        self.negatives = self.samples_per_class * len(groups[1][0])
-        self._group_offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        self.indices = torch.cat([few, base])
-        self._set_prior(torch.bincount(self._classes, minlength=num_classes), 1.0)
-
-    def _warn_of_replacement(self, sizes: Tensor, ratio: float) -> None:
-        if not self.negatives:
-            return
+    def _warn_of_replacement(self, sizes: Tensor, ratio: float, balanced: bool) -> None:
         short = int((sizes < -(-self.negatives // len(sizes))).sum())
         if not short:
             return
-        if self.balanced:
+        if balanced:
             text = f"negative_ratio={ratio:g}, class-balanced, asks {short} base classes for more samples than they have"
         else:
             text = f"negative_ratio={ratio:g} asks for {self.negatives} base samples an epoch, but there are {int(sizes[0])}"
@@ -109,20 +94,11 @@ class EpochSampler:
 
     def __len__(self) -> int:
         """Samples of an epoch."""
-        if self.samples_per_class is not None:
-            return self.samples_per_class * len(self._classes)
-        return self.num_few + self.negatives
-
-    def _set_prior(self, shares: Tensor, base_rate: float) -> None:
-        self.log_prior = shares.double().log()
-        if base_rate > 0:
-            self.log_prior[self._few_classes] -= math.log(base_rate)
+        return self._whole + self._drawn
 
     def draw(self, epoch: int) -> Tensor:
         """The numbers of an epoch's samples, ``[len(self)]`` int64, in the order they are trained on."""
-        # Where every class is drawn from, few samples are no different from base ones.
-        whole, drawn = (0, len(self)) if self.samples_per_class is not None else (self.num_few, self.negatives)
-        return sample_epoch(whole, self._group_offsets, drawn, self.seed, epoch)
+        return sample_epoch(self._whole, self._group_offsets, self._drawn, self.seed, epoch)
 
     def used(self, epochs: range) -> Tensor:
         """Where in the data the samples are that take part in ``epochs``: ascending, each once."""
@@ -133,3 +109,9 @@ class EpochSampler:
             if bool(taken.all()):
                 break
         return self.indices[taken].sort().values
+
+
+def _by_class(labels: Tensor, samples: Tensor) -> list[Tensor]:
+    """The samples of each class that has some, in the order of the classes."""
+    samples = samples[labels[samples].sort(stable=True).indices]
+    return list(samples.split(labels[samples].unique_consecutive(return_counts=True)[1].tolist()))

@@ -6,7 +6,6 @@ all measured from logits computed once, block by block, so that no ``[samples, c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..classes import ClassSplit
-from ..metrics.accuracy import label_ranks
+from ..classes import ClassSplit, check_split
+from ..metrics.accuracy import SPLITS_AND_ALL, SplitMetrics, label_ranks
+from ..utils.checks import check_choice
 from ..utils.files import without_nan
+from ..utils.linear import wide
 from ..utils.tensors import TensorLike, check_finite
 from . import cached_logits
 from .cached_logits import check_samples
-from .options import check_min_all, selection_score
+from .options import SELECTIONS, check_min_all, selection_score
 
 __all__ = [
     "BaselineResult",
@@ -31,8 +32,6 @@ __all__ = [
 
 # Elements of a block of logits: few enough to stay in a processor's cache between the product and the candidates.
 _BLOCK_ELEMENTS = 1 << 20
-
-_PARTS = ("few", "medium", "many", "all")
 
 
 @dataclass
@@ -70,7 +69,7 @@ class BaselineResult:
         """Validation accuracy of the chosen candidate: ``few``, ``medium``, ``many``, ``all``; None without validation data."""
         for row in self.table:
             if "all" in row and all(row.get(name) == value for name, value in self.chosen.items()):
-                return {name: row[name] for name in _PARTS}
+                return {name: row[name] for name in SPLITS_AND_ALL}
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,35 +112,37 @@ class Policy:
         cls,
         select: str | None,
         min_all: float | None,
-        validation: Validation | None,
-        original: dict[str, float] | None,
-        choices: tuple[str, ...] = ("best_all", "best_few"),
+        val_labels: Tensor | None,
+        few_classes: Tensor,
+        choices: tuple[str, ...] = SELECTIONS,
     ) -> Policy:
-        """A policy with its defaults filled in: ``"best_all"`` with validation data, and the original's own accuracy over all.
+        """A policy, checked; without ``select``, ``"best_all"`` where there are validation samples, else ``"last"``.
 
         Raises:
-            TypeError, ValueError: an unknown policy; one that needs validation data (for ``"best_few"``: of few classes) or the
-                original's accuracy, where there is none; a ``min_all`` that is no fraction or goes with another policy.
+            TypeError, ValueError: an unknown policy; one that needs validation samples (``"best_few"``: of few classes), where
+                there are none; a ``min_all`` that is no fraction or goes with another policy.
         """
         if select is None:
-            select = "last" if validation is None else "best_all"
-        elif select not in choices:
-            raise ValueError(f"select must be one of {', '.join(choices)}, got {select!r}")
+            select = "last" if val_labels is None else "best_all"
+        check_choice(select, "select", choices)
         min_all = check_min_all(min_all, select)
-        if select != "last" and validation is None:
+        if select != "last" and val_labels is None:
             raise ValueError(f"select={select!r} needs val_features and val_labels")
-        if select == "best_few" and validation is not None:
-            if int(validation.counts[validation.split.few].sum()) == 0:
-                raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
-            if min_all is None:
-                if original is None:
-                    raise ValueError("select='best_few' needs min_all, or linear, whose own accuracy over all is the default")
-                min_all = original["all"]
+        if select == "best_few" and val_labels is not None and not bool(torch.isin(val_labels, few_classes.cpu()).any()):
+            raise ValueError("val_labels has no sample of a few class, so select='best_few' has nothing to go by")
         return cls(select, min_all)
 
+    def bounded(self, original: dict[str, float] | None) -> Policy:
+        """The same, with the original classifier's own accuracy over all where ``"best_few"`` has no other bound."""
+        if self.select != "best_few" or self.min_all is not None:
+            return self
+        if original is None:
+            raise ValueError("select='best_few' needs min_all, or linear, whose own accuracy over all is the default")
+        return Policy(self.select, original["all"])
+
     def score(self, accuracy: dict[str, float]) -> float:
-        """How good a candidate is by its validation accuracy; not for ``"last"``."""
-        return selection_score(self.select, accuracy, self.min_all)
+        """How good a candidate is by its validation accuracy; under ``"last"``, by its ``epoch``."""
+        return float(accuracy["epoch"]) if self.select == "last" else selection_score(self.select, accuracy, self.min_all)
 
     def choose(self, accuracies: Sequence[dict[str, float]], changes: Sequence[float]) -> int:
         """The index of the candidate to take; ``changes`` says how far from no change each one is, at least 0."""
@@ -199,11 +200,8 @@ class Validation:
 
     def accuracy(self, hits: Tensor) -> dict[str, float]:
         """Top-1 accuracy over samples from the samples of each class that are recognised, int64 ``[N]``."""
-        split = self.split
-        ids = {"few": split.few, "medium": split.medium, "many": split.many, "all": torch.arange(len(hits), device="cpu")}
-        right = {name: int(hits[part].sum()) for name, part in ids.items()}
-        samples = {name: int(self.counts[part].sum()) for name, part in ids.items()}
-        return {name: right[name] / samples[name] if samples[name] else math.nan for name in ids}
+        found = SplitMetrics(self.split, self.counts).of(torch.stack([hits, hits]))
+        return {name: found[name] for name in SPLITS_AND_ALL}
 
     def accuracies(self, weight: Tensor, candidates: Sequence[Rescaling]) -> list[dict[str, float]]:
         """The accuracy of each change of the classifier ``weight`` ``[N, D]``."""
@@ -213,6 +211,10 @@ class Validation:
                 recognised = labels.masked_select(label_ranks(candidate(products), labels) == 0)
                 own += torch.bincount(recognised, minlength=len(weight)).cpu()
         return [self.accuracy(own) for own in hits]
+
+    def of_layer(self, weight: Tensor, bias: Tensor | None) -> dict[str, float]:
+        """The accuracy of a linear layer."""
+        return self.accuracies(wide(weight), [Rescaling(None, None if bias is None else wide(bias))])[0]
 
     def products(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Block by block, the products of features and rows ``[block, N]``, and the labels, where ``weight`` is."""
@@ -232,12 +234,3 @@ class Validation:
         """Keep the products with ``weight``, which are asked for time and again, if they fit the bound of cached logits."""
         if len(self.samples.labels) * len(weight) * weight.dtype.itemsize <= cached_logits.CACHE_BYTES:
             self._kept = weight, list(self.products(weight))
-
-
-def check_split(split: ClassSplit, num_classes: int) -> ClassSplit:
-    """Return ``split`` on the CPU after checking that it is one of ``num_classes`` classes."""
-    if not isinstance(split, ClassSplit):
-        raise TypeError(f"split must be a ClassSplit, got {type(split).__name__}; split_classes makes one from counts")
-    if split.num_classes != num_classes:
-        raise ValueError(f"split must be of the classifier's {num_classes} classes, got one of {split.num_classes}")
-    return split.cpu()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+
+from .options import TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,17 @@ class Sgd:
     dampening: float
     weight_decay: float
     nesterov: bool
+
+    @classmethod
+    def of_options(cls, options: TrainingOptions) -> Sgd:
+        """Those of a training's options."""
+        return cls(options.lr, options.momentum, options.dampening, options.weight_decay, options.nesterov)
+
+    def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.SGD:
+        """The optimiser of these numbers."""
+        # On a CPU, fused SGD left 16-bit parameters as they were before torch 2.14, all but the last few of each.
+        fused = all(p.device.type != "cpu" or p.dtype in (torch.float32, torch.float64) for p in parameters)
+        return torch.optim.SGD(parameters, **vars(self), fused=fused)
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> Sgd | None:
@@ -40,8 +53,7 @@ class Sgd:
 
     @classmethod
     def _of_group(cls, group: dict[str, Any]) -> Sgd:
-        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
-        return cls(**{name: group[name] for name in names})
+        return cls(**{entry.name: group[entry.name] for entry in fields(cls)})
 
 
 class DecayOfStart:
@@ -60,9 +72,6 @@ class DecayOfStart:
     def advance(self, lr: float, steps: int) -> None:
         """Follow ``steps`` steps of SGD at learning rate ``lr``."""
         sgd = self.sgd
-        if sgd.weight_decay == 0:
-            self.steps += steps
-            return
         for _ in range(steps):
             gradient = sgd.weight_decay * self.factor
             keep = 1.0 if self.steps == 0 or sgd.momentum == 0 else 1 - sgd.dampening

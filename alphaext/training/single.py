@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from torch import Tensor, nn
+from torch import nn
 
 from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
 from ..metrics.accuracy import SplitMetrics
-from ..utils.checks import check_integer
-from ..utils.progress import progress_bar
+from ..utils.checks import check_choice, check_integer, check_kind
+from ..utils.progress import task_bar
+from ..utils.resume import ResumableTraining, check_checkpoint
 from ..utils.tensors import TensorLike
-from .builder import make_engine, training_data
-from .engine import ENGINES, Engine, TrainingData, TrainingDiverged, hits_of
+from .autograd_engine import AutogradEngine
+from .builder import training_data
+from .cached_logits import data_digest
+from .engine import ENGINES, TrainingData, TrainingDiverged, hits_of
 from .few_bias import choose_few_bias
-from .native_engine import SharedLogits, why_not_native
-from .options import TrainingOptions, selection_score, takes_options
+from .native_engine import NativeEngine, SharedLogits, why_not_native
+from .options import TrainingOptions, takes_options
 from .result import FitResult
+from .selection import Policy
 from .sgd import DecayOfStart, Sgd
 
 # The native engine's epochs are short: writing a checkpoint after each would take longer than they do.
 _SECONDS_BETWEEN_CHECKPOINTS = 0.5
-
-# What a checkpoint holds.
-_CHECKPOINT: dict[str, type | tuple[type, ...]] = {
-    "options": dict,
-    "engine": dict,
-    "decay": dict,
-    "history": list,
-    "selected_epoch": int,
-    "selected_score": (int, float),
-    "selected_decay": (int, float),
-    "selected": list,
-    "start_decay": (int, float),
-}
 
 
 @takes_options([entry.name for entry in fields(TrainingOptions)])
@@ -103,160 +91,161 @@ def fit(
         >>> result.selected_epoch, result.engine
         (2, 'native')
     """
-    _check_head(head)
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    check_kind(head, AlphaNet, "head")
+    check_choice(engine, "engine", ENGINES)
     settings = TrainingOptions.of(options)
-    path = None if checkpoint is None else _check_path(checkpoint)
+    path = None if checkpoint is None else check_checkpoint(checkpoint)
     data = training_data(head, features, labels, val_features, val_labels, settings)
-
-    made = None
-    if optimizer is not None:
-        made = optimizer([p for p in head.parameters() if p.requires_grad])
+    trained, sgd = [p for p in head.parameters() if p.requires_grad], Sgd.of_options(settings)
+    made = None if optimizer is None else optimizer(trained)
+    if made is not None:
         _check_optimizer(head, made)
+        sgd = Sgd.of(made) or sgd
     reason = why_not_native(head, made)
     if engine == "native" and reason:
         raise ValueError(f"engine='native' cannot train this exactly: {reason}; use engine='autograd'")
     native = engine != "autograd" and not reason
-    split = split_of(head, data, check_integer(many_above, "many_above", minimum=0))
-    reason = "" if engine == "autograd" else reason
-    return train(Run(head, settings, data, split), path, made, native=native, reason=reason, progress=progress)
+    made = None if native else made or sgd.optimizer(trained)
+    run = Run(head, settings, data, split_of(head, data, check_integer(many_above, "many_above", minimum=0)))
+    return train(run, path, sgd, made, reason=reason if engine == "auto" else None, progress=progress)
 
 
 def train(
     run: Run,
     checkpoint: Path | None = None,
+    sgd: Sgd | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     *,
-    native: bool = True,
     reason: str | None = None,
     progress: bool | None = None,
 ) -> FitResult:
-    """Carry out a training from first to last; ``reason`` is why it is not the native engine that does."""
+    """Carry out a training from first to last: :meth:`Run.prepare`, :meth:`Run.train`, :meth:`Run.result`."""
     started = time.monotonic()
-    run.prepare(checkpoint, optimizer, native=native)
-    with _progress_bar(progress, run.options.epochs, len(run.history) - 1) as report:
+    run.prepare(checkpoint, sgd, optimizer)
+    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+    with task_bar(progress, "epoch", *columns, total=run.options.epochs, done=len(run.history) - 1) as report:
         run.train(checkpoint, report)
     return run.result(reason or "", time.monotonic() - started)
 
 
-class Run:
-    """One training: an engine, the history, the best epoch so far, and the checkpoint they go into."""
+class Run(ResumableTraining):
+    """One training: an engine, the epochs so far, and the checkpoint they go into.
 
-    def __init__(
-        self,
-        head: AlphaNet,
-        options: TrainingOptions,
-        data: TrainingData,
-        split: ClassSplit,
-    ) -> None:
+    What is selected of an epoch is a pair: what weight decay has left of the start, and the engine's snapshot.
+    """
+
+    def __init__(self, head: AlphaNet, options: TrainingOptions, data: TrainingData, split: ClassSplit) -> None:
+        number = (int, float)
+        super().__init__("one of fit's", {"engine": dict, "decay": list, "start_decay": number, "selected": tuple})
         self.head, self.options, self.data, self.split = head, options, data, split
+        val_labels = None if data.validation is None else data.validation.labels
+        if options.few_bias and val_labels is None:
+            raise ValueError("few_bias is chosen on validation samples: it needs val_features and val_labels")
         # Without the constant that is yet to come, an epoch's accuracy does not say which is best with it.
-        self.select = options.select or ("last" if data.validation is None or options.few_bias else "best_all")
-        self.min_all = options.min_all
+        select = "last" if options.few_bias and options.select is None else options.select
+        self.policy = Policy.of(select, options.min_all, val_labels, split.few)
         self.metrics: SplitMetrics | None = None
-        if data.validation is not None:
-            counts = torch.bincount(data.validation.labels, minlength=head.out_features)
-            self.metrics = SplitMetrics(split, counts)
-        self.history: list[dict[str, float]] = []
+        if val_labels is not None:
+            self.metrics = SplitMetrics(split, torch.bincount(val_labels, minlength=head.out_features))
         self.before: dict[str, float] | None = None
-        self.selected_epoch = 0
-        self.selected_score = -math.inf
-        self.selected_decay = 1.0
-        self.selected: list[Tensor] = []
-        self.engine: Engine
+        self.engine: NativeEngine | AutogradEngine
         self._saved = time.monotonic()
 
     def prepare(
         self,
         path: Path | None,
-        optimizer: torch.optim.Optimizer | None,
-        *,
-        native: bool,
+        sgd: Sgd | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         logits: SharedLogits | None = None,
     ) -> None:
-        """Make the engine; go on from the checkpoint at ``path``, if it exists, or evaluate epoch 0."""
-        options, data, head = self.options, self.data, self.head
-        sgd = Sgd(options.lr, options.momentum, options.dampening, options.weight_decay, options.nesterov)
-        if optimizer is None and not native:
-            parameters = [p for p in head.parameters() if p.requires_grad]
-            # On a CPU, fused SGD left 16-bit parameters as they were before torch 2.14, all but the last few of each.
-            fused = head.w2.device.type != "cpu" or head.w2.dtype in (torch.float32, torch.float64)
-            optimizer = torch.optim.SGD(parameters, **vars(sgd), fused=fused)
-        elif optimizer is not None:
-            sgd = Sgd.of(optimizer) or sgd
-        state = None
-        self._identity = {
+        """Make the engine; go on from the file ``path`` if there is one, or measure epoch 0.
+
+        Args:
+            path: the checkpoint.
+            sgd: the numbers of the native engine's SGD; None for those of the options.
+            optimizer: what trains instead of the native engine.
+            logits: those that several trainings share.
+        """
+        options, data, head, resumed = self.options, self.data, self.head, path is not None and path.exists()
+        sgd = sgd or Sgd.of_options(options)
+        self.identity = {
             **options.identity(),
-            "select": self.select,
-            "engine": "native" if native else "autograd",
-            "optimizer": repr(sgd) if native else repr(optimizer),
+            "select": self.policy.select,
+            "engine": "native" if optimizer is None else "autograd",
+            "optimizer": repr(optimizer or sgd),
             "head": repr(head),
             "seed of the head": head.seed,
         }
         if path is not None:
-            self._identity["head, classifier and data"] = _fingerprint(head, data)
-            state = self._load(path) if path.exists() else None
-        first = 1 if state is None else len(state["history"])
-        self.engine = make_engine(head, options, data, sgd, None if native else optimizer, first, logits)
-        if optimizer is not None and head.first_layer == "factored":
-            sgd = Sgd.of_parameter(optimizer, head.preactivation) or replace(sgd, weight_decay=0.0)
+            frozen = [p for p in (head.weight, head.bias) if p is not None and not p.requires_grad]
+            buffers = (head.members, head.z, head.directions, head.direction_bias)
+            self.identity["head, classifier and data"] = data_digest(data.samples, data.validation, *buffers, *frozen)
+            parameters = {name: (list(p.shape), p.requires_grad) for name, p in head.named_parameters()}
+            self.identity["parameters of the head"] = repr(parameters)
+        if path is not None and resumed:
+            state = self.load(path, head.weight.device)
+            if len(self.history) - 1 > options.epochs:
+                raise ValueError(f"checkpoint {path} has {len(self.history) - 1} epochs, more than epochs={options.epochs}")
+        if optimizer is None:
+            self.engine = NativeEngine(head, options, sgd, data, max(len(self.history), 1), logits)
+        else:
+            self.engine = AutogradEngine(head, options, data, optimizer)
+            if head.first_layer == "factored":
+                sgd = Sgd.of_parameter(optimizer, head.preactivation) or replace(sgd, weight_decay=0.0)
         self.decay = DecayOfStart(sgd)
-        self.start_decay = self.taken_up_decay = head.first_layer_decay
+        self.start_decay = self.decay_at_resumption = head.first_layer_decay
         head.few_bias = 0.0  # of a training before; from here on nothing is refused
         original = self.engine.original_hits()
         if original is not None and self.metrics is not None:
             self.before = self.metrics.of(original)
-            if self.select == "best_few":
-                self.min_all = self.before["all"] if self.min_all is None else self.min_all
-        if state is None:
-            self._record(0, math.nan, self.engine.learning_rate(options.lr_multiplier(1)))
+            self.policy = self.policy.bounded(self.before)
+        if resumed:
+            self.engine.load_state(state["engine"])
+            self.decay.factor, self.decay.momentum, self.decay.steps = state["decay"]
+            self.start_decay = state["start_decay"]
         else:
-            self._resume(state)
+            self._record(0, math.nan, self.engine.learning_rate(options.lr_multiplier(1)))
 
-    def train(self, path: Path | None, report: Callable[[dict[str, float]], None]) -> None:
+    def train(self, path: Path | None, report: Callable[..., None]) -> None:
         """Train the remaining epochs and leave the head with the parameters of the selected one, whatever happens."""
         try:
             for epoch in range(len(self.history), self.options.epochs + 1):
-                try:
-                    loss: float | TrainingDiverged = self.engine.train(epoch, self.options.lr_multiplier(epoch))
-                except TrainingDiverged as error:
-                    loss = error
-                self.end_epoch(loss, path)
-                report(self.history[-1])
+                self.end_epoch(self.engine.train(epoch, self.options.lr_multiplier(epoch)), path)
+                report(description=self.last_epoch())
         finally:
             self.finish()
 
     def end_epoch(self, loss: float | TrainingDiverged, path: Path | None) -> None:
-        """Take up what the engine made of an epoch: its loss, or why it failed (a FloatingPointError)."""
+        """Add an epoch to the history by its loss, or raise why it failed."""
+        if isinstance(loss, TrainingDiverged):
+            raise loss
         engine, epoch = self.engine, len(self.history)
         multiplier = self.options.lr_multiplier(epoch)
-        lr = engine.learning_rate(multiplier)
-        if isinstance(loss, TrainingDiverged):
-            raise FloatingPointError(
-                f"training diverged: {loss} is no longer finite in epoch {epoch} (lr {lr:g}); a smaller lr may help"
-            )
         self.decay.advance(self.decay.sgd.lr * multiplier, engine.steps_per_epoch)
-        self._record(epoch, loss, lr)
+        self._record(epoch, loss, engine.learning_rate(multiplier))
         due = engine.name != "native" or time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS
         if path is not None and (due or epoch == self.options.epochs):
-            self._save(path)
+            decay = [self.decay.factor, self.decay.momentum, self.decay.steps]
+            self.save(path, engine=engine.state(), decay=decay, start_decay=self.start_decay)
+            self._saved = time.monotonic()
 
     def finish(self) -> None:
         """Leave the head with the parameters of the selected epoch."""
+        decay, parameters = self.selected
         # Relative to what the head was when this process took it up: the start, or what an interrupted training left.
-        relative = self.selected_decay
-        if self.start_decay != self.taken_up_decay:
-            relative *= self.start_decay / self.taken_up_decay if self.taken_up_decay else 0.0
-        self.engine.restore(self.selected, relative)
-        self.head.first_layer_decay = self.start_decay * self.selected_decay
+        relative = decay
+        if self.start_decay != self.decay_at_resumption:
+            relative *= self.start_decay / self.decay_at_resumption if self.decay_at_resumption else 0.0
+        self.engine.restore(parameters, relative)
+        self.head.first_layer_decay = self.start_decay * decay
 
     def release(self) -> None:
         """Give back what only training needs."""
         del self.engine
-        self.selected = []
+        self.selected = None
 
     def result(self, engine_reason: str, seconds: float) -> FitResult:
+        """What came of the training; chooses the constant on the few scores if the options ask for one."""
         chosen = self.history[self.selected_epoch]
         after = None if self.before is None else {name: chosen[name] for name in self.before}
         if self.options.few_bias:
@@ -264,7 +253,7 @@ class Run:
         return FitResult(
             history=self.history,
             selected_epoch=self.selected_epoch,
-            selection=self.select if self.select != "best_few" else f"best_few with all >= {self.min_all:.4f}",
+            selection=str(self.policy),
             metrics_before=self.before,
             metrics_after=after,
             clamped=int(chosen["clamped"]),
@@ -278,115 +267,25 @@ class Run:
         """Give the head the constant on its few scores that validation samples choose, and measure it again."""
         head, validation = self.head, self.data.validation
         assert validation is not None and self.metrics is not None
-        head.few_bias = 0.0
-        policy = "best_all" if self.select == "last" else self.select
-        found = choose_few_bias(
-            head.fold(),
-            validation.real(),
-            validation.labels,
-            self.split,
-            select=policy,
-            min_all=self.min_all if policy == "best_few" else None,
-        )
+        policy = Policy("best_all") if self.policy.select == "last" else self.policy
+        chosen_by: dict[str, Any] = {"select": policy.select, "min_all": policy.min_all}
+        found = choose_few_bias(head.fold(), validation.real(), validation.labels, self.split, **chosen_by)
         head.few_bias = float(found.chosen["offset"])
         return self.metrics.of(hits_of(head.fold(), validation))
 
     def _record(self, epoch: int, loss: float, lr: float) -> None:
-        """Add an epoch to the history, and keep its parameters if it is the one to select so far."""
+        """Measure an epoch and add it to the history."""
         entry: dict[str, float] = {"epoch": epoch, "loss": loss, "lr": lr, "clamped": self.engine.clamped()}
         hits = self.engine.hits()
         if hits is not None and self.metrics is not None:
             entry.update(self.metrics.of(hits))
-        self.history.append(entry)
-        score = float(epoch) if self.select == "last" else selection_score(self.select, entry, self.min_all)
-        if score > self.selected_score:
-            snapshot = self.engine.snapshot()
-            self.selected, self.selected_decay = snapshot, self.decay.factor
-            self.selected_epoch, self.selected_score = epoch, score
-
-    def _save(self, path: Path) -> None:
-        state = {
-            "options": self._identity,
-            "engine": self.engine.state(),
-            "decay": vars(self.decay) | {"sgd": None},
-            "history": self.history,
-            "selected_epoch": self.selected_epoch,
-            "selected_score": self.selected_score,
-            "selected_decay": self.selected_decay,
-            "selected": self.selected,
-            "start_decay": self.start_decay,
-        }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._saved = time.monotonic()
-
-    def _load(self, path: Path) -> dict[str, Any]:
-        try:
-            state: dict[str, Any] = torch.load(path, map_location=self.head.weight.device, weights_only=True)
-            if not isinstance(state, dict):
-                raise TypeError(f"it holds a {type(state).__name__}")
-            missing = [name for name in _CHECKPOINT if not isinstance(state[name], _CHECKPOINT[name])]
-            if missing:
-                raise TypeError(f"{missing[0]} is a {type(state[missing[0]]).__name__}")
-            saved, done = state["options"], len(state["history"]) - 1
-        except Exception as error:  # what torch makes of foreign bytes knows no limits
-            raise ValueError(f"checkpoint {path} cannot be read as one of fit's: {type(error).__name__}: {error}") from error
-        # Of an option that only one of them tells the other has the default.
-        for name in {**self._identity, **saved}:
-            value = self._identity.get(name)
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"checkpoint {path} belongs to another training: {name} is {value!r} here and {saved.get(name)!r} there"
-                )
-        if done > self.options.epochs:
-            raise ValueError(f"checkpoint {path} has {done} epochs, more than epochs={self.options.epochs}")
-        return state
-
-    def _resume(self, state: dict[str, Any]) -> None:
-        self.engine.load_state(state["engine"])
-        for name in ("factor", "momentum", "steps"):
-            setattr(self.decay, name, state["decay"][name])
-        self.history = state["history"]
-        self.start_decay = state["start_decay"]
-        self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
-        self.selected_decay, self.selected = state["selected_decay"], state["selected"]
-
-
-def _check_head(head: object) -> None:
-    if not isinstance(head, AlphaNet):
-        raise TypeError(f"head must be an AlphaNet, got {type(head).__name__}")
-
-
-def _check_path(checkpoint: str | os.PathLike[str]) -> Path:
-    path = Path(checkpoint)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"checkpoint must be a file in a directory that exists, got {str(path)!r}")
-    return path
-
-
-def _fingerprint(head: AlphaNet, data: TrainingData) -> str:
-    """Tells trainings apart: a digest of what is fixed in one, of features a sample of a thousand rows."""
-    digest = hashlib.sha256()
-    for name, parameter in head.named_parameters():
-        digest.update(f"{name} {list(parameter.shape)} {parameter.requires_grad}".encode())
-    frozen = [p for p in (head.weight, head.bias) if p is not None and not p.requires_grad]
-    tensors = [head.members, head.z, *frozen, *(t for t in (head.directions, head.direction_bias) if t is not None)]
-    for samples in (data.samples, data.validation):
-        if samples is not None:
-            tensors += [samples.labels, samples.features[:: max(1, len(samples.features) // 1000)]]
-    for tensor in tensors:
-        digest.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        if self.add_epoch(entry, self.policy.score(entry)):
+            self.selected = self.decay.factor, self.engine.snapshot()
 
 
 def split_of(head: AlphaNet, data: TrainingData, many_above: int) -> ClassSplit:
     """The split that a head's few classes and its training samples make."""
-    counts = torch.bincount(data.samples.labels[: data.num_real], minlength=head.out_features)
+    counts = torch.bincount(data.samples.labels[: data.samples.num_real], minlength=head.out_features)
     few = torch.zeros(head.out_features, dtype=torch.bool, device="cpu")
     few[head.few_classes.cpu()] = True
     return ClassSplit.of_masks(few, (counts > many_above) & ~few, counts == 0)
@@ -398,23 +297,3 @@ def _check_optimizer(head: AlphaNet, optimizer: torch.optim.Optimizer) -> None:
             f"optimizer must be torch.optim.SGD for a head with first_layer='factored', got {type(optimizer).__name__}: the "
             "factored form is exact for SGD only; make the head with first_layer='dense'"
         )
-
-
-@contextmanager
-def _progress_bar(progress: bool | None, epochs: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    columns = (
-        TextColumn("epoch"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.description}"),
-    )
-    with progress_bar(progress, *columns) as bar:
-        task = bar.add_task("", total=epochs, completed=done)
-
-        def report(entry: dict[str, float]) -> None:
-            text = f"loss {entry['loss']:.3f}"
-            if "all" in entry:
-                text += f"  few {100 * entry['few']:.1f}  all {100 * entry['all']:.1f}"
-            bar.update(task, advance=1, description=text)
-
-        yield report

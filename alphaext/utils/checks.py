@@ -53,6 +53,12 @@ def check_gamma(gamma: object) -> float:
     return number
 
 
+def check_together(**values: object) -> None:
+    """Check that all of ``values`` (name=value) are given, or none (None)."""
+    if len({value is None for value in values.values()}) > 1:
+        raise ValueError(f"{' and '.join(values)} must be given together")
+
+
 def check_choice(value: str, name: str, choices: Sequence[str]) -> str:
     """Return ``value`` after checking that it is one of ``choices``."""
     if value not in choices:

@@ -39,11 +39,19 @@ class ResumableTraining:
         self.selected_epoch, self.selected_score = 0, -math.inf
         self.selected: Any = None
 
-    def add_epoch(self, entry: dict[str, Any], score: float, parameters: Callable[[], Any]) -> None:
-        """Add an epoch to the history; keep its ``parameters()`` if its score is above all before."""
+    def add_epoch(self, entry: dict[str, Any], score: float) -> bool:
+        """Add an epoch to the history: whether its score is above all before, and so its parameters are those to select."""
         self.history.append(entry)
-        if score > self.selected_score:
-            self.selected_epoch, self.selected_score, self.selected = int(entry["epoch"]), float(score), parameters()
+        if not score > self.selected_score:  # nan included
+            return False
+        self.selected_epoch, self.selected_score = int(entry["epoch"]), float(score)
+        return True
+
+    def last_epoch(self) -> str:
+        """The last epoch's loss and accuracies, for a progress bar."""
+        entry = self.history[-1]
+        text = f"loss {entry['loss']:.3f}"
+        return f"{text}  few {100 * entry['few']:.1f}  all {100 * entry['all']:.1f}" if "all" in entry else text
 
     def save(self, path: Path, **state: Any) -> None:
         """Write the file, whole or not at all; ``state`` is what the training itself needs."""

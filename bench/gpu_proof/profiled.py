@@ -51,7 +51,7 @@ def epoch(device: str, small: bool) -> Callable[[], object]:
     """An epoch of training."""
     problem = training.make_problem(trainings.TINY if small else trainings.ONE_EPOCH, device)
     run = problem.run(epochs=1, lr=1e-3, select="last")
-    run.prepare(None, None, native=True)
+    run.prepare(None)
     engine = run.engine
     assert isinstance(engine, NativeEngine)
     rows = engine.rows_of(1)

@@ -30,7 +30,7 @@ GAMMAS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 def epoch_ms(problem: training.Problem, device: str, rounds: int = 9) -> tuple[float, int]:
     """Milliseconds of one epoch's launch in a CUDA graph (eagerly on a CPU), and its steps."""
     run = problem.run(epochs=1, lr=1e-3, select="last")
-    run.prepare(None, None, native=True)
+    run.prepare(None)
     engine = run.engine
     assert isinstance(engine, NativeEngine)
     rows = engine.rows_of(1)
@@ -59,7 +59,7 @@ def whole_training(problem: training.Problem, device: str, repeats: int, epochs:
     return {
         "steps": native["steps"],
         "training_s": native["training_s"],
-        "prepare_s": training.timed(lambda: run.prepare(None, None, native=True)),
+        "prepare_s": training.timed(lambda: run.prepare(None)),
         "validation_ms": native["validation_ms"],
         "host_s": native["training_s"] - on_gpu_s,
         "step_us": 1e3 * milliseconds / steps,

@@ -114,7 +114,7 @@ def zero_row() -> nn.Linear:
         (lambda: few_bias(make_linear(), [6], 0.1), ValueError, r"few_classes must be in 0\.\.5, got 6"),
         (lambda: few_bias(make_linear(), [1, 1], 0.1), ValueError, "few_classes must name each class once"),
         (lambda: few_bias(make_linear(), [1], float("nan")), ValueError, "offset must be finite, got nan"),
-        (lambda: few_bias(make_linear(), [1], "0.5"), TypeError, "offset must be finite, got '0.5'"),
+        (lambda: few_bias(make_linear(), [1], "0.5"), TypeError, "offset must be a number, finite, got '0.5'"),
     ],
 )
 def test_layers_refuse(call, error, message):
@@ -286,7 +286,7 @@ def test_the_offset_leaves_room_for_its_rounding():
         (dict(select="last"), ValueError, "select must be one of best_all, best_few, got 'last'"),
         (dict(min_all=0.5), ValueError, "min_all must be a fraction"),
         (dict(select="best_few", val_labels=torch.arange(12) % 4), ValueError, "val_labels has no sample of a few class"),
-        (dict(split=[1]), TypeError, "split must be a ClassSplit"),
+        (dict(split=[1]), TypeError, "split must be ClassSplit"),
         (dict(val_features=torch.ones(12, 7)), ValueError, r"val_features must have shape \[n, 8\]"),
     ],
 )

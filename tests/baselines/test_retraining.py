@@ -271,9 +271,9 @@ DIFFERENT = {
     "seed is 1": dict(seed=1),
     "select is 'last'": dict(select="last"),
     "tensors is 1 here and 2 there": dict(bias=False),
-    "data is .* here": dict(features=FEATURES + 1),
-    "data is .* there": dict(val_labels=VALIDATION["val_labels"].flip(0)),
-    "data is '": dict(split=ClassSplit([6], [3, 4, 5, 7], [0, 1, 2])),
+    "classifier and data is .* here": dict(features=FEATURES + 1),
+    "classifier and data is .* there": dict(val_labels=VALIDATION["val_labels"].flip(0)),
+    "classifier and data is '": dict(split=ClassSplit([6], [3, 4, 5, 7], [0, 1, 2])),
     "dtype is 'torch.float64' here and 'torch.float32' there": dict(features=FEATURES.double()),
 }
 
@@ -353,7 +353,7 @@ BAD = {
     "select='best_all' needs val_features and val_labels": dict(val_features=None, val_labels=None, select="best_all"),
     "val_features and val_labels must be given together": dict(val_labels=None),
     "min_all must be a fraction": dict(min_all=0.3),
-    "split must be a ClassSplit": dict(split=[1]),
+    "split must be ClassSplit": dict(split=[1]),
     'device must be "cpu"': dict(device="abacus"),
     "checkpoint must be a file": dict(checkpoint="/"),
 }

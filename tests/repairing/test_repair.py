@@ -98,7 +98,7 @@ def test_pools(linear):
     assert repair(linear, FEATURES, LABELS, pool="all", epochs=1, progress=False).head.top_k == 5
     with pytest.raises(ValueError, match="candidates is empty"):
         repair(linear, FEATURES, LABELS, pool="many", epochs=1, progress=False)
-    with pytest.raises(TypeError, match="split must be a ClassSplit, got int"):
+    with pytest.raises(TypeError, match="split must be ClassSplit, got int"):
         repair(linear, FEATURES, LABELS, split=3)
 
 

@@ -31,7 +31,7 @@ from alphaext.study.report.page import markdown_text
 from alphaext.study.report.write import write_report
 from alphaext.study.rows import COLUMNS, group_rows, make_row, read_rows, write_rows
 from alphaext.study.run import CLASSES, CONFUSIONS, RESULTS, ROWS, run_study
-from alphaext.training.history import history_html, plot_history
+from alphaext.training.result import history_html, plot_history
 from alphaext.utils.figures import clean_text
 from alphaext.utils.text import percent
 

@@ -14,6 +14,7 @@ from torch import nn
 from alphaext.classes import ClassSplit
 from alphaext.metrics import split_accuracy
 from alphaext.training import cached_logits, selection
+from alphaext.training.options import CHOOSING
 from alphaext.training.selection import BaselineResult, Policy, Rescaling, Validation
 
 SPLIT = ClassSplit(few=[3, 4], medium=[1, 2], many=[0])
@@ -71,7 +72,7 @@ def test_a_part_without_samples_is_nan():
         ((torch.ones(2, 3), [0], SPLIT), ValueError, "val_features and val_labels must have one entry a sample, got 2 and 1"),
         ((torch.ones(0, 3), [], SPLIT), ValueError, "val_features must not be empty"),
         ((torch.ones(2, 3).long(), [0, 1], SPLIT), TypeError, "val_features must be floating point"),
-        ((torch.ones(2, 3), [0, 1], [[0], [1]]), TypeError, "split must be a ClassSplit, got list"),
+        ((torch.ones(2, 3), [0, 1], [[0], [1]]), TypeError, "split must be ClassSplit, got list"),
         (
             (torch.ones(2, 3), [0, 1], ClassSplit([0], [1], [2])),
             ValueError,
@@ -121,12 +122,15 @@ def test_of_equal_candidates_the_nearest_to_no_change_wins(policy):
     assert policy.choose([accuracy(0.2, 0.4)] * 3, [0.5, 0.5, 1.0]) == 0
 
 
+FEW = torch.tensor([3, 4])
+
+
 def test_defaults_and_their_description():
-    validation, _ = make_validation()
-    assert Policy.of(None, None, None, None).select == "last"
-    assert str(Policy.of(None, None, validation, None)) == "best_all"
-    assert str(Policy.of("best_few", None, validation, accuracy(0.1, 0.444))) == "best_few with all >= 0.4440"
-    assert Policy.of("best_few", 1, validation, None) == Policy("best_few", 1.0)
+    labels = make_validation()[0].samples.labels
+    assert Policy.of(None, None, None, FEW).select == "last"
+    assert str(Policy.of(None, None, labels, FEW)) == "best_all"
+    assert str(Policy.of("best_few", None, labels, FEW).bounded(accuracy(0.1, 0.444))) == "best_few with all >= 0.4440"
+    assert Policy.of("best_few", 1, labels, FEW).bounded(None) == Policy("best_few", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -142,15 +146,14 @@ def test_defaults_and_their_description():
 )
 def test_policies_refused(select, min_all, error, message):
     with pytest.raises(error, match=message):
-        Policy.of(select, min_all, make_validation()[0], None)
+        Policy.of(select, min_all, make_validation()[0].samples.labels, FEW, CHOOSING).bounded(None)
 
 
 def test_policies_without_what_they_go_by():
     with pytest.raises(ValueError, match="select='best_all' needs val_features and val_labels"):
-        Policy.of("best_all", None, None, None)
-    no_few = Validation(torch.ones(2, 3), [0, 1], SPLIT, torch.ones(5, 3))
+        Policy.of("best_all", None, None, FEW)
     with pytest.raises(ValueError, match="val_labels has no sample of a few class"):
-        Policy.of("best_few", 0.1, no_few, None)
+        Policy.of("best_few", 0.1, torch.tensor([0, 1]), FEW)
 
 
 def test_result_as_json():

@@ -348,7 +348,7 @@ BAD_CALLS = {
     "val_labels has no sample of a few class": dict(
         select="best_few", val_features=FEATURES[LABELS < 6], val_labels=LABELS[LABELS < 6]
     ),
-    "negative_ratio must be finite and at least 0, got -1": dict(negative_ratio=-1.0),
+    "negative_ratio must be finite and at least 0 and at most 1e6, got -1": dict(negative_ratio=-1.0),
     "select must be one of best_all, best_few, last, got 'best'": dict(select="best"),
     "select='best_all' needs val_features": dict(select="best_all"),
     "val_features and val_labels must be given together": dict(val_labels=LABELS),
@@ -366,7 +366,7 @@ def test_bad_calls(message):
 
 
 def test_not_a_head():
-    with pytest.raises(TypeError, match="head must be an AlphaNet, got Linear"):
+    with pytest.raises(TypeError, match="head must be AlphaNet, got Linear"):
         fit(nn.Linear(12, 8), FEATURES, LABELS)
 
 

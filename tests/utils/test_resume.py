@@ -17,7 +17,8 @@ def training(**identity: object) -> ResumableTraining:
 def test_the_best_epoch_is_kept_and_read_back(tmp_path):
     first = training(lr=0.1)
     for epoch, score in enumerate((0.2, 0.5, 0.5, 0.4)):
-        first.add_epoch({"epoch": epoch}, score, lambda epoch=epoch: [torch.tensor(epoch)])
+        if first.add_epoch({"epoch": epoch}, score):
+            first.selected = [torch.tensor(epoch)]
     assert (first.selected_epoch, first.selected_score) == (1, 0.5)
     first.save(tmp_path / "run.pt", weight=torch.ones(2))
     again = training(lr=0.1)
