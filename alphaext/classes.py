@@ -61,10 +61,10 @@ def class_counts(labels: TensorLike, num_classes: int | None = None) -> Tensor:
     """
     if num_classes is not None:
         num_classes = check_integer(num_classes, "num_classes", minimum=1)
-    label_ids = check_labels(labels, num_classes)
-    if num_classes is None and label_ids.numel() == 0:
+    class_ids = check_labels(labels, num_classes)
+    if num_classes is None and class_ids.numel() == 0:
         raise ValueError("labels is empty, so the number of classes is unknown: give num_classes")
-    return torch.bincount(label_ids, minlength=num_classes or 0)
+    return torch.bincount(class_ids, minlength=num_classes or 0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -266,20 +266,16 @@ def class_sums(
     empty = as_tensor(source[:0], "features")
     check_floating(empty, "features")
     samples, width = int(source.shape[0]), int(source.shape[1])
-    if num_classes is not None:
-        num_classes = check_integer(num_classes, "num_classes", minimum=1)
-    label_ids = check_labels(labels, num_classes).cpu()
-    if label_ids.numel() != samples:
-        raise ValueError(f"features and labels must have one entry a sample, got {samples} and {label_ids.numel()}")
-    if num_classes is None and samples == 0:
-        raise ValueError("labels is empty, so the number of classes is unknown: give num_classes")
-    counts = torch.bincount(label_ids, minlength=num_classes or 0)
+    counts = class_counts(labels, num_classes).cpu()
+    label_list = as_tensor(labels, "labels").tolist()
+    if len(label_list) != samples:
+        raise ValueError(f"features and labels must have one entry a sample, got {samples} and {len(label_list)}")
     if not may_be_empty and bool((counts == 0).any()):
         missing = torch.nonzero(counts == 0)[:, 0].tolist()
         raise ValueError(f"labels must hold every class of 0..{counts.numel() - 1}, no samples of class {format_ids(missing)}")
 
     sums = np.zeros((counts.numel(), width))
-    sum_rows, label_list = list(sums), label_ids.tolist()
+    sum_rows = list(sums)
     rows = max(1, _BLOCK_ELEMENTS // max(1, width))
     for start in range(0, samples, rows):
         block = as_tensor(source[start : start + rows], "features").detach().cpu()

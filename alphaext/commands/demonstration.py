@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +12,14 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..classes import class_counts, class_means, split_classes
+from ..classes import class_counts, split_classes
 from ..head.alphanet import AlphaNet
 from ..metrics.accuracy import SPLITS_AND_ALL
 from ..metrics.evaluation import split_accuracy
-from ..training.single import fit
+from ..training.many import fit_many
 from ..utils.files import whole_file
+from ..utils.modules import one_thread
+from .fit import choose
 
 # Training images of each class, in an order of classes that is drawn anew each time: 3 many, 4 medium and 3 few classes.
 TRAIN_COUNTS = (110, 105, 102, 80, 60, 45, 30, 8, 6, 4)
@@ -87,55 +87,27 @@ def run_draw(images: Tensor, labels: Tensor, seed: int) -> Draw:
     train, val, test = long_tailed_indices(labels, torch.Generator().manual_seed(seed))
     backbone, classifier = train_network(images[train], labels[train], seed)
     features = backbone(images)
-    counts = class_counts(labels[train], 10)
-    means = class_means(features[train], labels[train], 10)
-    heads, results = [], []
-    for gamma in GAMMAS:
-        head = AlphaNet.from_linear(
-            classifier, class_counts=counts, class_means=means, gamma=gamma, first_layer="factored", seed=seed
-        )
-        results.append(
-            fit(
-                head,
-                features[train],
-                labels[train],
-                val_features=features[val],
-                val_labels=labels[val],
-                select="last",
-                seed=seed,
-                progress=False,
-            )
-        )
-        heads.append(head)
+    configurations = [{"gamma": gamma, "select": "last", "seed": seed} for gamma in GAMMAS]
+    samples = {"val_features": features[val], "val_labels": labels[val]}
+    runs = fit_many(classifier, features[train], labels[train], configurations, **samples, progress=False)
     # The best accuracy over all validation images; of equal ones the largest gamma, which changes the least.
-    scores = [result.after["all"] if result.after else 0.0 for result in results]
-    best = max(range(len(GAMMAS)), key=lambda i: (scores[i], GAMMAS[i]))
-    split = split_classes(counts)
+    best = runs[choose(runs, "last", None)]
+    assert best.head is not None
+    counts = class_counts(labels[train], 10)
     with torch.no_grad():
-        logits_before, logits_after = classifier(features[test]), heads[best](features[test])
+        logits_before, logits_after = classifier(features[test]), best.head(features[test])
     return Draw(
         seed=seed,
-        gamma=GAMMAS[best],
-        before=split_accuracy(logits_before, labels[test], split),
-        after=split_accuracy(logits_after, labels[test], split),
+        gamma=best.head.gamma,
+        before=split_accuracy(logits_before, labels[test], split_classes(counts)),
+        after=split_accuracy(logits_after, labels[test], split_classes(counts)),
         counts=counts,
-        head=heads[best],
+        head=best.head,
         test_images=images[test],
         test_labels=labels[test],
         predicted_before=logits_before.argmax(dim=1),
         predicted_after=logits_after.argmax(dim=1),
     )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: the demo's products are so small that a second one would mostly wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_demo(draws: int = 8, seed: int = 0, output: Path | None = None, console: Console | None = None) -> list[Draw]:
@@ -175,18 +147,17 @@ def accuracy_table(draws: list[Draw]) -> Table:
     table.add_column("")
     for split in SPLITS_AND_ALL:
         table.add_column(split, justify="right")
-
-    def row(name: str, values: list[dict[str, float]], sign: str = "") -> None:
-        cells = []
-        for split in SPLITS_AND_ALL:
-            numbers = 100 * torch.tensor([value[split] for value in values], dtype=torch.float64)
-            spread = float(numbers.std()) if len(numbers) > 1 else 0.0
-            cells.append(f"{float(numbers.mean()):{sign}.1f} +- {spread:.1f}")
-        table.add_row(name, *cells)
-
-    row("trained classifier", [draw.before for draw in draws])
-    row("with Alpha Net", [draw.after for draw in draws])
-    row("gain", [{split: draw.after[split] - draw.before[split] for split in SPLITS_AND_ALL} for draw in draws], "+")
+    before, after = (
+        100 * torch.tensor([[accuracy[split] for split in SPLITS_AND_ALL] for accuracy in accuracies], dtype=torch.float64)
+        for accuracies in ([draw.before for draw in draws], [draw.after for draw in draws])
+    )
+    for name, values, sign in (
+        ("trained classifier", before, ""),
+        ("with Alpha Net", after, ""),
+        ("gain", after - before, "+"),
+    ):
+        spread = values.std(dim=0, correction=min(1, len(draws) - 1))
+        table.add_row(name, *(f"{mean:{sign}.1f} +- {std:.1f}" for mean, std in zip(values.mean(dim=0), spread, strict=True)))
     return table
 
 

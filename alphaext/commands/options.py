@@ -30,6 +30,15 @@ __all__ = ["Options", "add_flags", "from_flags", "option", "read_config"]
 
 OptionsType = TypeVar("OptionsType", bound="Options")
 
+# In words, and what stands for a value in the help.
+_TYPES: dict[type, tuple[str, str | None]] = {
+    bool: ("true or false", None),
+    int: ("an integer", "N"),
+    float: ("a number", "X"),
+    str: ("text", "TEXT"),
+    Path: ("a path", "PATH"),
+}
+
 # "cifar100:train" stands where the path of a data set may stand, and is not one.
 _MAY_BE_NAMES = ("train", "val", "test")
 _NAME = re.compile(r"[\w.-]+:[\w.-]+")
@@ -79,12 +88,20 @@ class Kind:
     type: type
     optional: bool
     many: bool
-    required: bool
     default: Any
     help: str
-    choices: tuple[str, ...] | None
+    choices: Sequence[str] | None
     metavar: str | None
     positional: bool
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def place(self) -> str:
+        """Where it stands in a configuration."""
+        return f"in [{self.section}]" if self.section else "at the top"
 
     @property
     def flag(self) -> str:
@@ -109,8 +126,7 @@ class Kind:
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-            words = {Path: "a path", float: "a number", int: "an integer", str: "text", bool: "true or false"}
-            raise TypeError(f"{name} must be {words[wanted]}{' or nothing' if self.optional else ''}, got {value!r}")
+            raise TypeError(f"{name} must be {_TYPES[wanted][0]}{' or nothing' if self.optional else ''}, got {value!r}")
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
         return value
@@ -118,20 +134,14 @@ class Kind:
     def parse(self, text: str) -> Any:
         """One value from the command line."""
         try:
-            if self.type in (int, float):
-                return self.type(text)
-            return Path(text).expanduser() if self.type is Path else text
+            value = self.type(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"must be {'an integer' if self.type is int else 'a number'}, got {text!r}"
-            ) from None
+            raise argparse.ArgumentTypeError(f"must be {_TYPES[self.type][0]}, got {text!r}") from None
+        return value.expanduser() if isinstance(value, Path) else value
 
 
 def kinds_of(cls: type[Options]) -> list[Kind]:
     """The options of a class, those of its own section last."""
-    cached = cls.__dict__.get("_kinds")
-    if cached is not None:
-        return typing.cast(list[Kind], cached)
     sections: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         for name in inspect.get_annotations(base):
@@ -139,23 +149,7 @@ def kinds_of(cls: type[Options]) -> list[Kind]:
     hints = typing.get_type_hints(cls)
     kinds = []
     for entry in dataclasses.fields(cls):
-        plain, optional, many = _unwrap(hints[entry.name])
-        kinds.append(
-            Kind(
-                name=entry.name,
-                section=sections[entry.name],
-                type=plain,
-                optional=optional,
-                many=many,
-                required=entry.default is dataclasses.MISSING,
-                default=None if entry.default is dataclasses.MISSING else entry.default,
-                help=entry.metadata["help"],
-                choices=tuple(entry.metadata["choices"]) if entry.metadata["choices"] else None,
-                metavar=entry.metadata["metavar"],
-                positional=entry.metadata["positional"],
-            )
-        )
-    cls._kinds = kinds  # type: ignore[attr-defined]
+        kinds.append(Kind(entry.name, sections[entry.name], *_unwrap(hints[entry.name]), entry.default, **entry.metadata))
     return kinds
 
 
@@ -183,8 +177,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, configurab
 
     for kind in sorted(kinds_of(cls), key=place):
         if kind.section not in groups:
-            where = f"in [{kind.section}]" if kind.section else "at the top"
-            title = f"options, {where} of a configuration" if configurable else "its options"
+            title = f"options, {kind.place} of a configuration" if configurable else "its options"
             groups[kind.section] = parser.add_argument_group(title)
         group = groups[kind.section]
         text = kind.help.replace("%", "%%") + (" (required)" if kind.required else "")
@@ -195,7 +188,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, configurab
             group.add_argument(kind.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         settings: dict[str, Any] = {"type": kind.parse, "help": text, "choices": kind.choices}
-        settings["metavar"] = kind.metavar or (None if kind.choices else _METAVARS[kind.type])
+        settings["metavar"] = kind.metavar or (None if kind.choices else _TYPES[kind.type][1])
         if kind.positional and kind.choices:
             # argparse would ask whether the default is among them; they are checked when the options are made.
             settings |= {"choices": None, "metavar": "{" + ",".join(kind.choices) + "}"}
@@ -203,14 +196,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, configurab
             settings["nargs"] = "*" if kind.positional or kind.optional else "+"
         elif kind.positional:
             settings["nargs"] = "?"
-        if kind.positional:
-            # With SUPPRESS as default argparse would still set an empty list: from_flags passes those over.
-            group.add_argument(kind.name, default=argparse.SUPPRESS, **settings)
-        else:
-            group.add_argument(kind.flag, default=argparse.SUPPRESS, dest=kind.name, **settings)
-
-
-_METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+        # With SUPPRESS as default argparse would still set an empty list: from_flags passes those over.
+        group.add_argument(kind.name if kind.positional else kind.flag, default=argparse.SUPPRESS, **settings)
 
 
 def from_flags(
@@ -234,8 +221,7 @@ def from_flags(
             values[kind.name] = config[kind.section][kind.name]
         elif kind.required:
             given = kind.name.upper() if kind.positional else kind.flag
-            where = f"in [{kind.section}]" if kind.section else "at the top"
-            raise ValueError(f"{given} must be given, or {kind.name} {where} of the configuration: {kind.help}")
+            raise ValueError(f"{given} must be given, or {kind.name} {kind.place} of the configuration: {kind.help}")
     return cls(**values)
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..classes import ClassSplit
-from ..utils.checks import check_integer, format_ids
+from ..utils.checks import check_choice, check_integer, format_ids
 from ..utils.seeds import seeded_generator
-from ..utils.tensors import TensorLike, as_tensor, check_class_ids, check_finite, check_floating, check_integral, check_shape
+from ..utils.tensors import TensorLike, as_tensor, check_class_ids, check_integral, check_shape, finite_tensor
 from .choices import METRICS, POOLS
 
 __all__ = [
@@ -68,14 +68,10 @@ def nearest_classes(
         >>> nearest_classes(torch.tensor([[0.0], [9.0], [2.0], [1.0]]), targets=[3], candidates=[0, 1, 2], top_k=2)
         tensor([[0, 2]])
     """
-    means = as_tensor(class_means, "class_means").detach()
-    check_shape(means, "class_means", ("N", "D"))
-    check_floating(means, "class_means")
-    check_finite(means, "class_means")
+    means = finite_tensor(class_means, "class_means", ("N", "D"))
     top_k = check_integer(top_k, "top_k", minimum=1)
     seed = check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    check_choice(metric, "metric", METRICS)
     target_ids = check_class_ids(targets, means.shape[0], "targets").cpu()
     # Ascending ids let a stable sort by distance break ties by id.
     candidate_ids = check_class_ids(candidates, means.shape[0], "candidates").cpu().sort().values
@@ -92,7 +88,10 @@ def nearest_classes(
         )
 
     if metric == "random":
-        chosen = [_drawn(candidate_ids[candidate_ids != own], seed, own)[:top_k] for own in target_ids.tolist()]
+        chosen = []
+        for own in target_ids.tolist():
+            others = candidate_ids[candidate_ids != own]
+            chosen.append(others[torch.randperm(len(others), generator=seeded_generator(seed, own), device="cpu")[:top_k]])
         return torch.stack(chosen).to(means.device)
     points, _ = _points(means, metric, torch.cat([target_ids, candidate_ids]))
     # Direct differences: |a|^2 + |b|^2 - 2ab cancels, and would order two copies of one mean by rounding errors.
@@ -124,12 +123,8 @@ def neighbor_distances(class_means: TensorLike, members: TensorLike, *, metric: 
         >>> neighbor_distances(torch.tensor([[0.0], [9.0], [2.0], [1.0]]), [[3, 0, 1]])
         tensor([[1., 8.]])
     """
-    means = as_tensor(class_means, "class_means").detach()
-    check_shape(means, "class_means", ("N", "D"))
-    check_floating(means, "class_means")
-    check_finite(means, "class_means")
-    if metric not in METRICS[:2]:
-        raise ValueError(f"metric must be one of {', '.join(METRICS[:2])}, got {metric!r}")
+    means = finite_tensor(class_means, "class_means", ("N", "D"))
+    check_choice(metric, "metric", METRICS[:2])
     ids = check_members(members, means.shape[0]).cpu()
     points, scale = _points(means, metric, ids.flatten())
     own = points[ids[:, 0]]
@@ -163,10 +158,6 @@ def _points(means: Tensor, metric: str, used: Tensor) -> tuple[Tensor, float]:
     return points / torch.linalg.vector_norm(points, dim=1, keepdim=True), 1.0
 
 
-def _drawn(candidate_ids: Tensor, seed: int, own: int) -> Tensor:
-    return candidate_ids[torch.randperm(len(candidate_ids), generator=seeded_generator(seed, own), device="cpu")]
-
-
 def pool_classes(split: ClassSplit, pool: str) -> Tensor:
     """Return the classes that neighbours are chosen from, int64, ascending.
 
@@ -182,8 +173,7 @@ def pool_classes(split: ClassSplit, pool: str) -> Tensor:
         >>> pool_classes(ClassSplit(few=[2], medium=[1], many=[0]), "base")
         tensor([0, 1])
     """
-    if pool not in POOLS:
-        raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+    check_choice(pool, "pool", POOLS)
     if pool == "all":
         return torch.cat([split.few, split.base]).sort().values
     return split.many if pool == "many" else split.base
@@ -264,15 +254,15 @@ def check_members(members: TensorLike, num_classes: int) -> Tensor:
         )
     check_integral(ids, "members")
     ids = ids.to(torch.int64)
-    outside = ((ids < 0) | (ids >= num_classes)).any(dim=1)
-    if bool(outside.any()):
-        row = int(torch.nonzero(outside)[0, 0])
-        raise ValueError(f"members must be class ids in 0..{num_classes - 1}, got {ids[row].tolist()} in row {row}")
     in_order = ids.sort(dim=1).values
-    repeated = (in_order[:, 1:] == in_order[:, :-1]).any(dim=1)
-    if bool(repeated.any()):
-        row = int(torch.nonzero(repeated)[0, 0])
-        raise ValueError(f"members must name each class once in a row, got {ids[row].tolist()} in row {row}")
+    faults = {
+        f"be class ids in 0..{num_classes - 1}": ((ids < 0) | (ids >= num_classes)).any(dim=1),
+        "name each class once in a row": (in_order[:, 1:] == in_order[:, :-1]).any(dim=1),
+    }
+    for wanted, is_wrong in faults.items():
+        if bool(is_wrong.any()):
+            row = int(is_wrong.nonzero()[0, 0])
+            raise ValueError(f"members must {wanted}, got {ids[row].tolist()} in row {row}")
     own, counts = torch.unique(ids[:, 0], return_counts=True)
     if bool((counts > 1).any()):
         few_class = int(own[counts > 1][0])
@@ -307,10 +297,7 @@ def reduce_classifiers(weight: TensorLike, pca_dim: int | None = 500) -> Tensor:
         tensor([[1.4142],
                 [1.4142]])
     """
-    rows = as_tensor(weight, "weight").detach()
-    check_shape(rows, "weight", ("N", "D"))
-    check_floating(rows, "weight")
-    check_finite(rows, "weight")
+    rows = finite_tensor(weight, "weight", ("N", "D"))
     if pca_dim is None:
         return rows
     pca_dim = check_integer(pca_dim, "pca_dim", minimum=1)
@@ -345,10 +332,7 @@ def submodule_inputs(reduced: TensorLike, members: TensorLike) -> Tensor:
         >>> submodule_inputs(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [[1, 0]])
         tensor([[3., 4., 1., 2.]])
     """
-    rows = as_tensor(reduced, "reduced").detach()
-    check_shape(rows, "reduced", ("N", "P"))
-    check_floating(rows, "reduced")
-    check_finite(rows, "reduced")
+    rows = finite_tensor(reduced, "reduced", ("N", "P"))
     ids = check_members(members, rows.shape[0]).to(rows.device)
     return rows[ids].flatten(start_dim=1)
 
@@ -381,12 +365,8 @@ def residual_directions(
         (tensor([[0., 0.],
                 [0., 1.]]), tensor([1., 3.]))
     """
-    rows = as_tensor(weight, "weight").detach()
-    means = as_tensor(class_means, "class_means").detach()
-    for name, value in (("weight", rows), ("class_means", means)):
-        check_shape(value, name, ("N", "D"))
-        check_floating(value, name)
-        check_finite(value, name)
+    rows = finite_tensor(weight, "weight", ("N", "D"))
+    means = finite_tensor(class_means, "class_means", ("N", "D"))
     if rows.shape != means.shape:
         raise ValueError(f"class_means must have the shape of weight, {list(rows.shape)}, got {list(means.shape)}")
     seen = torch.ones(len(means), dtype=torch.bool, device="cpu")

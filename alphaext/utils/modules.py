@@ -42,3 +42,14 @@ def cudnn_choice(*, deterministic: bool, fastest: bool) -> Iterator[None]:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: of products so small that a second one would mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

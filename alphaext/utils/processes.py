@@ -190,30 +190,30 @@ def processors_per_process() -> int:
 
 def _place() -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this machine."""
-    environment = os.environ
-    local = environment.get("LOCAL_RANK")
     if dist.is_available() and dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        if local is None:
-            return rank, world_size, rank % max(1, torch.cuda.device_count())
-        return rank, world_size, _number(local, "LOCAL_RANK")
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return rank, world_size, _number("LOCAL_RANK", rank % max(1, torch.cuda.device_count()))
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0, 1, 0
-    world_size = _number(environment["WORLD_SIZE"], "WORLD_SIZE", minimum=1) if "WORLD_SIZE" in environment else 0
+    world_size = _number("WORLD_SIZE", 0, minimum=1)
     # One process has nobody to meet, so that it needs no place to meet at.
-    missing = [name for name in (_TORCHRUN[:2] if world_size == 1 else _TORCHRUN) if name not in environment]
+    missing = [name for name in (_TORCHRUN[:2] if world_size == 1 else _TORCHRUN) if name not in os.environ]
     if missing:
         raise ValueError(
             f"the environment variables {', '.join(_TORCHRUN)} must be set together, as torchrun does, missing: "
-            f"{', '.join(missing)}; unset {'RANK' if 'RANK' in environment else 'WORLD_SIZE'} to run in one process"
+            f"{', '.join(missing)}; unset {'RANK' if 'RANK' in os.environ else 'WORLD_SIZE'} to run in one process"
         )
     if world_size > 1 and not dist.is_available():
         raise ValueError(f"the environment says WORLD_SIZE={world_size}, but this torch has no torch.distributed")
-    rank = _number(environment["RANK"], "RANK", maximum=world_size - 1)
-    return rank, world_size, rank if local is None else _number(local, "LOCAL_RANK")
+    rank = _number("RANK", 0, maximum=world_size - 1)
+    return rank, world_size, _number("LOCAL_RANK", rank)
 
 
-def _number(text: str, name: str, minimum: int = 0, maximum: int | None = None) -> int:
+def _number(name: str, default: int, minimum: int = 0, maximum: int | None = None) -> int:
+    """The integer in an environment variable, or the default where it is not set."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
     try:
         value = int(text)
     except ValueError:

@@ -77,6 +77,15 @@ def check_shape(tensor: Tensor, name: str, shape: Sequence[int | str]) -> None:
     raise ValueError(f"{name} must have shape [{wanted}], got {list(sizes)}")
 
 
+def finite_tensor(value: TensorLike, name: str, shape: Sequence[int | str]) -> Tensor:
+    """Return ``value`` as a tensor without gradient after checking that it is floating point, finite and of this shape."""
+    tensor = as_tensor(value, name).detach()
+    check_shape(tensor, name, shape)
+    check_floating(tensor, name)
+    check_finite(tensor, name)
+    return tensor
+
+
 def check_same_device(**values: object) -> None:
     """Check that all tensors among ``values`` (name=value) are on one device; anything but a tensor is passed over."""
     devices = [(name, value.device) for name, value in values.items() if isinstance(value, Tensor)]
