@@ -185,7 +185,7 @@ def process_group(device: str | torch.device | None = None, *, timeout: float = 
 
 def processors_per_process() -> int:
     """The processors that each of ``torchrun``'s processes on this machine has to itself; one process alone has all."""
-    return len(os.sched_getaffinity(0)) // max(1, _number(os.environ.get("LOCAL_WORLD_SIZE", "1"), "LOCAL_WORLD_SIZE"))
+    return len(os.sched_getaffinity(0)) // max(1, _number("LOCAL_WORLD_SIZE", 1))
 
 
 def _place() -> tuple[int, int, int]:
