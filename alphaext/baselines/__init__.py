@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ..training.few_bias import choose_few_bias, few_bias
     from ..training.selection import BaselineResult
     from .choices import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS
+    from .linear_discriminant import Discriminant, discriminant
     from .nearest_mean import ncm
     from .post_hoc import TAUS, choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
     from .registry import run_baseline
@@ -23,10 +24,12 @@ __all__ = [
     "RETRAINING_PRESETS",
     "TAUS",
     "BaselineResult",
+    "Discriminant",
     "choose_few_bias",
     "choose_logit_adjustment",
     "choose_tau",
     "crt",
+    "discriminant",
     "few_bias",
     "logit_adjusted",
     "lws",

@@ -9,6 +9,7 @@ BASELINES = {
     "lws": "learnable weight scaling: a factor a class, class-balanced samples (Kang et al., ICLR 2020)",
     "logit-adjustment": "post-hoc logit adjustment: each logit less the log of its class's share (Menon et al., ICLR 2021)",
     "few-bias": "one constant added to the logits of all few classes",
+    "discriminant": "shrunk linear discriminant: no training, few means composed with their neighbours'",
 }
 """The baselines of :func:`alphaext.baselines.run_baseline`."""
 
@@ -32,6 +33,7 @@ BASELINE_OPTIONS: dict[str, tuple[str, ...]] = {
     "lws": _OF_RETRAINING,
     "logit-adjustment": ("tau", "taus"),
     "few-bias": ("offset", "offsets"),
+    "discriminant": ("tau", "top_k", "compose", "shrinkage"),
 }
 """The options of each baseline's own."""
 

@@ -22,6 +22,7 @@ from ..utils.checks import check_choice, check_together
 from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike
 from .choices import BASELINE_OPTIONS, BASELINES
+from .linear_discriminant import make_discriminant
 from .nearest_mean import ncm
 from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from .retraining import crt, lws
@@ -48,10 +49,10 @@ def run_baseline(
     """Make the classifier of one of :data:`BASELINES`, with what it leaves open chosen on validation features.
 
     Args:
-        name: ``"ncm"``, ``"tau"``, ``"crt"``, ``"lws"``, ``"logit-adjustment"`` or ``"few-bias"``.
-        features: ``[n, D]``, the training features; ncm, crt and lws need them.
+        name: a key of :data:`BASELINES`.
+        features: ``[n, D]``, the training features; ncm, crt, lws and discriminant need them.
         labels: ``[n]`` integers, the training labels; with ``features``, or alone to count classes.
-        linear: the trained classifier; all but ncm and crt need it.
+        linear: the trained classifier; all but ncm, crt and discriminant need it.
         val_features: ``[m, D]``, validation features; needed wherever something is chosen.
         val_labels: ``[m]`` integers.
         class_counts: ``[N]`` integers, training samples of each class; default those of ``labels``.
@@ -63,7 +64,8 @@ def run_baseline(
         options: the baseline's own. ncm: ``metric``, ``center``, ``normalize``. tau: ``tau`` (then nothing is chosen) or
             ``taus``, ``keep_bias``. logit-adjustment: ``tau`` or ``taus``. few-bias: ``offset`` or ``offsets``. crt and lws:
             ``epochs``, ``batch_size``, ``lr``, ``momentum``, ``weight_decay``, ``images_per_class``, ``seed``, ``device``,
-            ``checkpoint``, ``progress``; crt also ``bias``. One that is None counts as not given.
+            ``checkpoint``, ``progress``; crt also ``bias``. discriminant: ``tau``, ``top_k``, ``compose``, ``shrinkage``.
+            One that is None counts as not given.
 
     Returns:
         A :class:`alphaext.baselines.BaselineResult`.
@@ -91,7 +93,7 @@ def run_baseline(
     check_together(val_features=val_features, val_labels=val_labels)
     if class_counts is None and labels is not None:
         class_counts = count_classes(labels, None if linear is None else len(linear_parameters(linear)[0]))
-    if split is None and class_counts is not None and (val_features is not None or name == "few-bias"):
+    if split is None and class_counts is not None and (val_features is not None or name in ("few-bias", "discriminant")):
         split = split_classes(class_counts, few_below=few_below, many_above=many_above)
     given = {"features": features, "labels": labels, "linear": linear, "class_counts": class_counts, "split": split}
     measured = val_features is not None and name not in _TRAINED
@@ -124,6 +126,7 @@ _NEEDS = {
     "lws": ("linear", "features", "labels"),
     "logit-adjustment": ("linear", "class_counts"),
     "few-bias": ("linear", "split"),
+    "discriminant": ("features", "labels"),
 }
 _COUNTED = {"class_counts": " (or labels, to count)", "split": " (or class_counts or labels, to count)"}
 
@@ -150,4 +153,5 @@ _MAKE: dict[str, Callable[[Any, dict[str, Any]], tuple[nn.Linear, dict[str, Any]
     ),
     "logit-adjustment": lambda call, options: (logit_adjusted(call.linear, call.class_counts, options["tau"]), {}),
     "few-bias": lambda call, options: (few_bias(call.linear, call.split.few, options["offset"]), {}),
+    "discriminant": make_discriminant,
 }

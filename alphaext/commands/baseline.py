@@ -29,7 +29,7 @@ _SHOWN = 15  # candidates, around the chosen one
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
-    """Make a classifier by another method, from cached features: ncm, tau, crt, lws, logit-adjustment or few-bias.
+    """Make a classifier by another method, from cached features.
 
     What a method leaves open (the tau, the strength, the bias) is chosen on validation features, never on test ones. The result
     is a plain linear layer, which can be evaluated, exported, and given to 'alphaext fit'.
@@ -43,9 +43,10 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         choices=tuple(BASELINES),
         positional=True,
         help="ncm: nearest class mean; tau: tau-normalised rows; crt: classifier re-trained with class-balanced samples; "
-        "lws: learned scale of each row; logit-adjustment: by the classes' frequencies; few-bias: a constant on all few logits",
+        "lws: learned scale of each row; logit-adjustment: by the classes' frequencies; few-bias: a constant on few logits; "
+        "discriminant: class means and one covariance, few means composed with near ones",
     )
-    classifier: Path | None = option(None, help="the trained classifier, which all but ncm and crt start from")
+    classifier: Path | None = option(None, help="the trained classifier, which all but ncm, crt and discriminant start from")
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="replace results that are there")
     select: str | None = option(
@@ -54,12 +55,19 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         help="what a choice on validation features goes by; without, best_all (crt and lws without validation features: last)",
     )
     min_all: float | None = option(None, help="under best_few: the least accuracy over all; without, the classifier's own")
-    tau: float | None = option(None, help="of tau and logit-adjustment; without, chosen from 0, 0.1 ... 2")
+    tau: float | None = option(
+        None,
+        help="of tau and logit-adjustment; without, chosen from 0, 0.1 ... 2. Of discriminant: so many samples "
+        "weigh as much as the neighbours' mean; without, estimated",
+    )
     keep_bias: bool | None = option(None, help="tau: keep the bias, which is dropped otherwise")
     offset: float | None = option(None, help="of few-bias; without, chosen")
     metric: str | None = option(None, choices=("cosine", "euclidean"), help="of ncm; without, cosine")
     center: bool | None = option(None, help="ncm: measure angles from the mean of all samples")
     normalize: bool | None = option(None, help="ncm: means of features of length 1")
+    top_k: int | None = option(None, help="discriminant: nearest base classes that a mean is composed with; without, 5")
+    compose: str | None = option(None, choices=("few", "all"), help="discriminant: whose means are composed; without, few")
+    shrinkage: float | None = option(None, help="discriminant: of the covariance, 0 to 1; without, by Ledoit and Wolf's rule")
     preset: str = option(
         "imagenet-lt",
         choices=tuple(RETRAINING_PRESETS),

@@ -8,6 +8,7 @@ from ..utils.lazy import load_at_first_use
 
 if TYPE_CHECKING:
     from .alphanet import AlphaNet
+    from .composition import closed_form_alphas
     from .neighbors import (
         build_members,
         check_members,
@@ -25,6 +26,7 @@ __all__ = [
     "AlphaNet",
     "build_members",
     "check_members",
+    "closed_form_alphas",
     "nearest_classes",
     "neighbor_distances",
     "pool_classes",

@@ -10,6 +10,8 @@ from ..utils.checks import check_integer
 from ..utils.tensors import as_tensor, check_class_ids, check_shape
 from .neighbors import build_members, check_members, pool_classes, residual_directions
 
+__all__ = ["closed_form_alphas"]
+
 
 def choose_members(
     num_classes: int,
@@ -78,3 +80,22 @@ def choose_directions(
     if bias is None:  # the first direction is the constant, of no use without a bias
         return {"directions": directions[1:], "direction_bias": None}
     return {"directions": directions, "direction_bias": direction_bias}
+
+
+def closed_form_alphas(counts: Tensor, top_k: int, tau: float) -> Tensor:
+    """Coefficients by the number of samples alone: ``alpha_0 = n / (n + tau)``, and ``(1 - alpha_0) / K`` of each neighbour.
+
+    Args:
+        counts: ``[F]``, samples of each few class.
+        top_k: neighbours ``K``.
+        tau: so many samples weigh as much as all neighbours.
+
+    Returns:
+        ``[F, K+1]`` float64.
+
+    Example:
+        >>> closed_form_alphas(torch.tensor([6]), top_k=2, tau=2.0)
+        tensor([[0.7500, 0.1250, 0.1250]], dtype=torch.float64)
+    """
+    own = counts.double() / (counts.double() + tau)
+    return torch.cat([own[:, None], ((1 - own) / top_k)[:, None].expand(-1, top_k)], dim=1)
