@@ -23,7 +23,7 @@ from ..utils.tensors import TensorLike, check_floating
 from .files import require_safetensors
 from .layouts import join
 from .onnx import onnx_content, run_onnx
-from .reader import Checkpoint, read_checkpoint
+from .reader import Checkpoint, open_checkpoint
 from .writer import check_repaired, file_content, write_verified
 
 EXPORT_FORMATS = ("same", "safetensors", "linear", "onnx")
@@ -145,6 +145,7 @@ def export(
 
     Example:
         >>> import tempfile
+        >>> from alphaext.checkpoints import read_checkpoint
         >>> folder, model = tempfile.mkdtemp(), nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
         >>> torch.save(model.state_dict(), folder + "/model.pth")
         >>> checkpoint = read_checkpoint(folder + "/model.pth")
@@ -190,7 +191,7 @@ def export(
             file.write(content)
             file.flush()
             name = batch.classifier_name if format == "safetensors" else None
-            batch.check(read_checkpoint(file.name, classifier=name or None, num_classes=checkpoint.num_classes))
+            batch.check(open_checkpoint(file.name, classifier=name or None, num_classes=checkpoint.num_classes))
     return ExportReport(
         path=target,
         format=format,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,7 +25,7 @@ KeyPath: TypeAlias = tuple[str, ...]
 # Of several state dicts in a file, the first of these is the model.
 _WRAPPERS = ("state_dict_best", "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights")
 # Averages over training are taken only where there is nothing else, and what belongs to training never.
-_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
 _NOT_MODELS = (
     "optimizer",
     "optimizer_state",
@@ -44,8 +44,11 @@ _KNOWN_CLASSIFIERS = (
     *("fc", "classifier", "head", "head.fc", "heads.head", "head.linear"),
     *("linear", "last_linear", "output", "logits"),
 )
+# Counters that averages, profilers and torch itself leave among the weights.
+COUNTERS = ("n_averaged", "num_updates", "decay", "total_ops", "total_params", "num_batches_tracked", "_extra_state")
 _DEEPEST_CLASSIFIER = 2  # modules above it; such names further down are those of layers inside blocks
 _DEEPEST_STATE = 8  # a file's dictionaries can be within each other without end
+_WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NUMBERED_CLASSIFIER = re.compile(r"((?:.*\.)?(?:classifier|head|heads|fc))\.(\d+)")
 _RIDE_EXPERT = re.compile(r"(?:backbone\.)?linears\.(\d+)\.weight")
 _RIDE_SINGLE = "backbone.linear.weight"
@@ -66,7 +69,10 @@ class Layout:
         weights: where the weight of each expert is; one for all but RIDE's.
         biases: where the bias of each expert is; none for classifiers without.
         scales: where the learned scales of LWS are, or None.
-        normalized: RIDE's normalised linear layers, stored transposed.
+        gains: where the lengths of the rows are that weight normalisation keeps beside their directions, or None.
+        normalized: a linear layer of normalised columns, stored transposed, on normalised features (RIDE's, LDAM's).
+        states: the dictionaries that hold a model: first the one that was taken, then all others; empty for a bare model.
+        notes: what the user has to know of how the classifier was found.
         backbone: name in the model (prefixes removed) of every other tensor of the model, and where it is.
     """
 
@@ -77,11 +83,14 @@ class Layout:
     scales: KeyPath | None
     normalized: bool
     backbone: dict[str, KeyPath]
+    gains: KeyPath | None = None
+    states: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def classifier_tensors(self) -> tuple[KeyPath, ...]:
         """Where all tensors of the classifier are."""
-        return self.weights + self.biases + (() if self.scales is None else (self.scales,))
+        return self.weights + self.biases + tuple(place for place in (self.scales, self.gains) if place is not None)
 
 
 def find_layout(
@@ -101,32 +110,138 @@ def find_layout(
     """
     content: Mapping[str, Any] = payload.content
     trail: KeyPath = ()
+    average = ""
     if state is not None:
-        inner = content.get(state)
-        if not isinstance(inner, Mapping) or not _holds_tensors(inner):
-            named = [key for key, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)]
-            raise ValueError(f"state must name a dictionary of tensors in {path}, got {state!r}; it has: {listed(named)}")
-        content, trail = inner, (state,)
+        for key in [state] if state in content else state.split("/"):
+            inner = content.get(key)
+            if isinstance(inner, Mapping) and _holds_tensors(inner):
+                content, trail = inner, (*trail, key)
+            elif any(name.startswith(f"{key}.") for name in _tensors(content)):
+                average = key
+            else:
+                named = [key for key, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+                raise ValueError(f"state must name a dictionary of tensors in {path}, got {state!r}; it has: {listed(named)}")
     content, trail = _find_state(content, trail, path)
     if _is_two_networks(content):
         return _two_networks(content, trail, path, classifier)
-    tensors = _tensors(content)
+    tensors, averages = _without_averages(_tensors(content), average)
     lightning = "pytorch-lightning_version" in payload.content
-    short: dict[str, KeyPath] = {name: (*trail, key) for key, name in short_names(tensors, lightning=lightning).items()}
+    keys = {key.removeprefix(f"{average}.") if average else key: key for key in tensors}
+    short: dict[str, KeyPath] = {name: (*trail, keys[key]) for key, name in short_names(keys, lightning=lightning).items()}
     shapes = {name: tensors[key_path[-1]] for name, key_path in short.items()}
     if classifier is None:
         ride = _ride(short, path)
         if ride is not None:
             return ride
+    directions = {layer: direction for layer, (direction, _) in _weight_normalized(shapes).items()}
+    for layer, direction in directions.items():
+        shapes[join(layer, "weight")], short[join(layer, "weight")] = shapes[direction], short[direction]
+    notes: list[str] = []
     if classifier is not None and not set(shapes) <= {"weight", "bias"}:
         by_key = {key_path[-1]: name for name, key_path in short.items()}
         name = _named_classifier(classifier, shapes, by_key, path)
     else:
-        name = _find_classifier(shapes, path, num_classes)
+        name = _find_classifier(shapes, path, num_classes, notes)
     scales = join(name.rpartition(".")[0], "scales")  # of LWS, whose two networks somebody has put together
-    own = {join(name, "weight"), join(name, "bias"), scales}
+    parts = _weight_normalized(shapes).get(name, ())
+    own = {join(name, "weight"), join(name, "bias"), scales, *parts, *(join(layer, "weight") for layer in directions)}
+    normalized = _is_transposed(name, shapes, path, num_classes, set(parts))
+    if normalized:
+        notes.append(
+            f"{path}: {join(name, 'weight')} {list(shapes[join(name, 'weight')].shape)} is read as a normalised layer that is "
+            "stored transposed, [features, classes], as LDAM's code has it"
+        )
     backbone = {other: key_path for other, key_path in short.items() if other not in own}
-    return _layout("state_dict" if backbone else "linear", name, [name], short, backbone, scales)
+    layout = _layout("state_dict" if backbone else "linear", name, [name], short, backbone, scales)
+    taken = "/".join((*trail, average) if average else trail)
+    others = [*("/".join((*trail, prefix)) for prefix in averages), *_other_states(payload.content, trail, name, path)]
+    if others and state is None:
+        notes.append(
+            f"{path}: {taken or 'what has no prefix'} is read; {listed(others)} in the same file is neither read nor repaired, "
+            "though other loaders may prefer it (timm loads an average where there is one); state= or --state chooses"
+        )
+    return replace(
+        layout,
+        normalized=normalized,
+        gains=short[parts[1]] if parts else None,
+        states=(taken, *others) if taken or others else (),
+        notes=tuple(notes),
+    )
+
+
+def _without_averages(tensors: dict[str, Tensor], wanted: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of the model, or those of the average ``wanted``, from a dictionary that has both; the averages' prefixes."""
+    prefixes = {name: name.partition(".")[0] for name in tensors}
+    averages = sorted({prefix for prefix in prefixes.values() if prefix in _AVERAGES})
+    if wanted:
+        return {name: tensor for name, tensor in tensors.items() if prefixes[name] == wanted}, []
+    rest = {name: tensor for name, tensor in tensors.items() if prefixes[name] not in _AVERAGES}
+    return (rest, averages) if _candidates(rest) or not _candidates(tensors) else (tensors, [])
+
+
+def _other_states(content: Mapping[str, Any], trail: KeyPath, classifier: str, path: Path) -> list[str]:
+    """The dictionaries beside the one that was taken that have a classifier of the same name."""
+    others = []
+    for depth, taken in enumerate(trail):
+        for key, value in content.items():
+            if key == taken or key in _NOT_MODELS or not isinstance(value, Mapping) or not _holds_tensors(value):
+                continue
+            try:
+                inner, _ = _find_state(value, (str(key),), path)
+            except ValueError:
+                continue
+            if join(classifier, "weight") in short_names(_tensors(inner)).values():
+                others.append("/".join((*trail[:depth], str(key))))
+        content = content[taken]
+    return others
+
+
+def _weight_normalized(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+    """Linear layers under weight normalisation: where the directions of their rows are, and the lengths, in either form."""
+    found = {}
+    for lengths, directions in (
+        (".weight_g", ".weight_v"),
+        (".parametrizations.weight.original0", ".parametrizations.weight.original1"),
+    ):
+        for name, tensor in tensors.items():
+            layer = name.removesuffix(directions)
+            if layer != name and layer + lengths in tensors and tensor.dim() == 2:
+                found[layer] = name, layer + lengths
+    return found
+
+
+def _is_transposed(name: str, tensors: Mapping[str, Tensor], path: Path, num_classes: int | None, parts: set[str]) -> bool:
+    """Whether a layer is stored ``[features, classes]``, as normalised layers are; an error where that cannot be told.
+
+    Raises:
+        ValueError: a layer with more tensors than a plain one has, or one that fits both ways.
+    """
+    weight = tensors[join(name, "weight")]
+    beside = [
+        other
+        for other in tensors
+        if other.rpartition(".")[0] == name and other.rpartition(".")[2] not in ("weight", "bias", "scales", *COUNTERS)
+    ]
+    if name and set(beside) - parts:
+        raise ValueError(
+            f"the classifier {name} of {path} is no plain linear layer: it has {listed(beside)} beside its weight (a "
+            "normalised, cosine or adapted layer); save the plain layer that it stands for"
+        )
+    if join(name, "bias") in tensors or parts or weight.shape[0] == weight.shape[1]:
+        return False
+    if num_classes in tuple(weight.shape):
+        return weight.shape[1] == num_classes
+    names = list(tensors)
+    before = [tensors[other] for other in names[: names.index(join(name, "weight"))] if tensors[other].dim() > 0]
+    width = before[-1].shape[0] if before else weight.shape[1]
+    if width != weight.shape[0] or width == weight.shape[1]:
+        return False
+    if weight.shape[1] % width == 0:
+        raise ValueError(
+            f"{join(name, 'weight')} {list(weight.shape)} of {path} has no bias, and fits what comes before it as [classes, "
+            "features] and, transposed, as a normalised layer; num_classes= says which it is"
+        )
+    return True
 
 
 def _layout(
@@ -147,7 +262,8 @@ def _layout(
 def short_names(names: Iterable[str], *, lightning: bool = False) -> dict[str, str]:
     """Each name and what is left of it without the prefixes of wrappers.
 
-    A leading ``module.`` (DataParallel) goes, ``_orig_mod.`` (torch.compile) anywhere, ``model.`` where every name has it.
+    A leading ``module.`` (DataParallel) goes, ``_orig_mod.`` (torch.compile) and what FSDP adds anywhere, ``model.`` where
+    every name but counters has it.
     With ``lightning``, a checkpoint of PyTorch Lightning, names without ``model.`` are no part of the model and are left out.
 
     Example:
@@ -158,8 +274,9 @@ def short_names(names: Iterable[str], *, lightning: bool = False) -> dict[str, s
     if lightning and any(name.startswith("model.") for name in short):
         short = {name: name for name in short if name.startswith("model.")}
     while True:
-        stripped = {name: rest.replace("_orig_mod.", "").removeprefix("module.") for name, rest in short.items()}
-        if stripped and all(rest.startswith("model.") for rest in stripped.values()):
+        stripped = {name: _WRAPPED.sub("", rest).removeprefix("module.") for name, rest in short.items()}
+        named = [rest for rest in stripped.values() if rest.rpartition(".")[2] not in COUNTERS]
+        if named and all(rest.startswith("model.") for rest in named):
             stripped = {name: rest.removeprefix("model.") for name, rest in stripped.items()}
         if stripped == short:
             return short
@@ -206,7 +323,7 @@ def check_classifier_tensors(layout: Layout, payload: Payload, path: Path) -> No
             wanted = "[N, D]" if len(layout.weights) == 1 else f"{list(first.shape)}, as that of the first expert"
             raise ValueError(f"{' / '.join(key_path)} of {path} must have shape {wanted}, got {list(tensor.shape)}")
     width = first.shape[1] if layout.normalized else first.shape[0]
-    scales = [] if layout.scales is None else [layout.scales]
+    scales = [place for place in (layout.scales, layout.gains) if place is not None]
     for key_paths, what, shapes in ((layout.biases, "number", [(width,)]), (scales, "scale", [(width,), (width, 1)])):
         for key_path in key_paths:
             tensor = tensor_at(payload.content, key_path)
@@ -215,6 +332,12 @@ def check_classifier_tensors(layout: Layout, payload: Payload, path: Path) -> No
                     f"{' / '.join(key_path)} of {path} must have one {what} for each of the {width} classes, "
                     f"got {tensor.numel()} in shape {list(tensor.shape)}"
                 )
+
+
+def is_no_weight(name: str) -> bool:
+    """Whether a tensor of this name is no part of what a model computes: a counter, a loss's or an auxiliary head's."""
+    first, _, _ = name.partition(".")
+    return name.rpartition(".")[2] in COUNTERS or first in _NOT_MODELS or first.lower().startswith("aux")
 
 
 def tensor_at(content: Mapping[str, Any], key_path: KeyPath) -> Tensor:
@@ -230,10 +353,18 @@ def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-def _holds_tensors(content: Mapping[str, Any], depth: int = 4) -> bool:
-    if _tensors(content):
-        return True
-    return depth > 0 and any(isinstance(value, Mapping) and _holds_tensors(value, depth - 1) for value in content.values())
+def _holds_tensors(content: Mapping[str, Any]) -> bool:
+    # Each dictionary is looked into once, though a file can have it in a thousand places.
+    seen: set[int] = set()
+    waiting: list[Mapping[str, Any]] = [content]
+    while waiting:
+        current = waiting.pop()
+        if _tensors(current):
+            return True
+        if id(current) not in seen:
+            seen.add(id(current))
+            waiting.extend(value for value in current.values() if isinstance(value, Mapping))
+    return False
 
 
 def _is_two_networks(content: Mapping[str, Any]) -> bool:
@@ -313,12 +444,18 @@ def _named_classifier(classifier: str, tensors: dict[str, Tensor], by_key: dict[
     )
 
 
-def _find_classifier(tensors: dict[str, Tensor], path: Path, num_classes: int | None) -> str:
+def _find_classifier(tensors: dict[str, Tensor], path: Path, num_classes: int | None, notes: list[str]) -> str:
     candidates = _candidates(tensors)
     if set(tensors) <= {"weight", "bias"} and "weight" in candidates:
         return ""
+    heads = _known({join(name.rpartition(".")[0], "weight"): tensor for name, tensor in tensors.items() if tensor.dim() > 1})
+    plain = [name for name in heads if join(name, "weight") in candidates]
+    seen = "; ".join(_described(name, tensors) for name in heads)
     if not candidates:
-        raise ValueError(f"{path} has no linear layer: none of its {len(tensors)} tensors is a two-dimensional weight")
+        seen = f"; {seen}" if seen else ""
+        raise ValueError(f"{path} has no linear layer: none of its {len(tensors)} tensors is a two-dimensional weight{seen}")
+    if heads and not plain:
+        raise ValueError(f"the classifier of {path} is no plain linear layer: {seen}; classifier= names another layer")
 
     def narrowed(names: list[str]) -> list[str]:
         fitting = [name for name in names if candidates[join(name, "weight")].shape[0] == num_classes]
@@ -331,7 +468,13 @@ def _find_classifier(tensors: dict[str, Tensor], path: Path, num_classes: int | 
         biased = [name for name in map(_module, candidates) if _has_bias(name, tensors)]
         unbiased = list(map(_module, candidates))
         if biased:
-            return narrowed(biased)[-1]
+            found = narrowed(biased)[-1]
+            if len(narrowed(biased)) > 1:
+                notes.append(
+                    f"{path}: {found} is taken for the classifier, as the last of {len(biased)} linear layers; no layer has a "
+                    "usual name, and classifier= says which it is"
+                )
+            return found
         known = narrowed(unbiased)
         if len(known) == 1:
             return known[0]
@@ -339,7 +482,7 @@ def _find_classifier(tensors: dict[str, Tensor], path: Path, num_classes: int | 
     raise ValueError(f"{path} has several layers that may be the classifier; say with classifier= which: {shown}")
 
 
-def _known(candidates: dict[str, Tensor]) -> list[str]:
+def _known(candidates: Mapping[str, Tensor]) -> list[str]:
     """The layers with the name of a classifier, those alone that are nearest to the top of the model."""
     found: dict[str, int] = {}
     last: dict[str, tuple[int, str]] = {}
@@ -354,6 +497,14 @@ def _known(candidates: dict[str, Tensor]) -> list[str]:
         found[name] = sequence.count(".")
     top = min(found.values(), default=0)
     return [name for name, depth in found.items() if depth == top <= _DEEPEST_CLASSIFIER]
+
+
+def _described(layer: str, tensors: Mapping[str, Tensor]) -> str:
+    own = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == layer}
+    weight = own.get(join(layer, "weight"))
+    is_convolution = weight is not None and weight.dim() == 4 and weight.shape[2:] == (1, 1)
+    what = " is a 1x1 convolution" if is_convolution else ""
+    return f"{layer}{what} with {listed(f'{name} {list(tensor.shape)} {tensor.dtype}' for name, tensor in own.items())}"
 
 
 def _candidates(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..utils.checks import check_integer, check_number
-from ..utils.files import PathLike
+from ..utils.files import PathLike, read_json
 from ..utils.linear import make_linear
 from ..utils.tensors import check_finite, check_floating, check_shape
 from .files import Payload, read_payload
-from .layouts import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, join, listed, tensor_at
+from .layouts import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, is_no_weight, listed, tensor_at
+from .names import aligned
 
 FORMATS = ("classifier-balancing", "state_dict", "linear", "ride")
 
@@ -44,6 +46,8 @@ class Checkpoint:
         feature_normalization: what is done to features before the weight: ``"none"``, or ``"l2"``, each expert's part divided
             by its length (:meth:`prepare_features`).
         metadata: texts that came with the file.
+        states: the dictionaries of the file that hold a model, first the one that was read; empty for a bare state dict.
+        notes: what :func:`read_checkpoint` warns of.
     """
 
     path: Path
@@ -58,6 +62,8 @@ class Checkpoint:
     experts: int
     feature_normalization: str
     metadata: dict[str, str] = field(repr=False)
+    states: tuple[str, ...]
+    notes: tuple[str, ...] = field(repr=False)
     _layout: Layout = field(repr=False)
     _stored: dict[KeyPath, Tensor] = field(repr=False)  # the classifier's tensors as the file has them
     _options: dict[str, Any] = field(repr=False)  # of read_checkpoint, to read a copy in the same way
@@ -119,20 +125,36 @@ class Checkpoint:
             normalized = " and normalised features" if self.feature_normalization == "l2" else ""
             raise ValueError(
                 f"{self.path} has {self.experts} expert(s){normalized}, which no single layer of a model stands for; "
-                "load the file with RIDE's own code"
+                "load the file with the code that wrote it"
             )
-        own = {f"{classifier}.weight", f"{classifier}.bias"}
         state = model.state_dict()
-        # What a module keeps beside its tensors is its own affair.
-        wanted = {name: tensor for name, tensor in state.items() if name not in own and not name.endswith("_extra_state")}
-        backbone = {name: tensor for name, tensor in self.backbone.items() if not name.endswith("_extra_state")}
-        given = _aligned(backbone, join(self.classifier, "weight"), wanted, f"{classifier}.weight")
-        _check_names(self.path, given, wanted, self.format)
+        own = {f"{classifier}.weight", f"{classifier}.bias"}
+        wanted = {name: tensor for name, tensor in state.items() if name not in own}
+        given = self._fitting(wanted, classifier)
         state.update(given)
         state[f"{classifier}.weight"] = self.weight
         if layer.bias is not None:
             state[f"{classifier}.bias"] = self._bias_or_zero()
         model.load_state_dict(state)
+
+    def load_backbone_into(self, model: nn.Module, classifier: str) -> None:
+        """Give ``model`` the backbone of this checkpoint, and leave its layer ``classifier``, of whatever classes, as it is.
+
+        Raises:
+            ValueError: as for :meth:`load_into`.
+        """
+        if not self.backbone:
+            raise ValueError(f"{self.path} holds a classifier alone, no backbone for model")
+        own = f"{classifier}."
+        wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
+        model.load_state_dict(self._fitting(wanted, classifier), strict=False)
+
+    def _fitting(self, wanted: Mapping[str, Tensor], classifier: str) -> dict[str, Tensor]:
+        """The backbone's tensors under the names of a model; those that take no part in what it computes may be missing."""
+        given = aligned(self.backbone, self.classifier, wanted, classifier)
+        given = {name: tensor for name, tensor in given.items() if name in wanted or not is_no_weight(name)}
+        _check_names(self.path, given, wanted, self.format)
+        return {name: tensor for name, tensor in given.items() if name in wanted and tensor.shape == wanted[name].shape}
 
     def load_classifier_into(self, model: nn.Module, classifier: str) -> None:
         """Give the layer ``classifier`` of ``model`` the effective ``weight`` and ``bias``, and leave all else as it is.
@@ -185,12 +207,14 @@ def read_checkpoint(
 
     - state dicts as torchvision and timm have them, also under ``"state_dict"``, ``"model"`` and the like, with ``module.``,
       ``_orig_mod.`` or ``model.`` before the names; an average over training (``"state_dict_ema"``) only where there is nothing
-      else;
+      else; weight normalisation is multiplied in;
     - ``{weight, bias}`` alone;
     - ``state_dict_best`` with ``feat_model`` and ``classifier``, as Kang et al.'s code writes it, and LWS's ``module.scales``,
       which multiply weight and bias row by row;
     - RIDE's experts ``backbone.linears.0 ...``. The logits are their mean: features side by side, weights side by side divided
-      by their number, the mean of the biases. Experts without bias are RIDE's normalised layers.
+      by their number, the mean of the biases. Experts without bias are RIDE's normalised layers;
+    - LDAM's normalised layer, ``[features, classes]``: it is told from a plain one by the layer before it or by
+      ``num_classes``, and a warning says so.
 
     Args:
         path: the file.
@@ -198,7 +222,8 @@ def read_checkpoint(
             one layer (``{weight, bias}``, Kang et al.'s), that one is meant by any name.
         num_classes: how many classes there must be; None takes what there is.
         scale: what RIDE's normalised layers multiply their cosines by, which the file does not say; 30 as in its code.
-        state: which of the file's dictionaries is the model, as in ``"state_dict_ema"``; None takes the usual ones.
+        state: which of the file's dictionaries is the model, as in ``"state_dict_ema"`` or ``"models/student"``; None takes the
+            usual ones, and a warning names the others.
 
     Returns:
         The checkpoint, with the effective classifier in float32 (float64 from a file of float64).
@@ -206,7 +231,7 @@ def read_checkpoint(
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: a safetensors file, and the package is not installed.
-        ValueError: a file that is no checkpoint, is damaged, or names code to run; no classifier, several candidates (listed
+        ValueError: a file that is no checkpoint or is damaged; no plain linear classifier, several candidates (listed
             with their shapes), another number of classes than ``num_classes``, mis-shaped or non-finite tensors in the
             classifier.
 
@@ -219,6 +244,16 @@ def read_checkpoint(
         >>> checkpoint.classifier, checkpoint.num_classes, list(checkpoint.backbone)
         ('fc', 4, ['conv.weight'])
     """
+    checkpoint = open_checkpoint(path, classifier=classifier, num_classes=num_classes, scale=scale, state=state)
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=2)
+    return checkpoint
+
+
+def open_checkpoint(
+    path: PathLike, *, classifier: str | None, num_classes: int | None = None, scale: float = 30.0, state: str | None = None
+) -> Checkpoint:
+    """:func:`read_checkpoint` without warnings."""
     if num_classes is not None:
         num_classes = check_integer(num_classes, "num_classes", minimum=1)
     _check_text(classifier, "classifier")
@@ -247,13 +282,15 @@ def read_checkpoint(
         weight=weight,
         bias=bias,
         scales=None if layout.scales is None else stored[layout.scales].reshape(-1).to(weight.dtype),
-        class_names=class_names(payload, len(weight)),
+        class_names=class_names(payload, len(weight)) or _names_beside(file_path, len(weight)),
         backbone={short: tensor_at(payload.content, key_path) for short, key_path in layout.backbone.items()},
         classifier=layout.classifier,
         dtype=stored[layout.weights[0]].dtype,
         experts=experts,
         feature_normalization=normalization,
         metadata=payload.metadata,
+        states=layout.states,
+        notes=layout.notes,
         _layout=layout,
         _stored=stored,
         _options={"classifier": classifier, "num_classes": num_classes, "scale": scale, "state": state},
@@ -299,6 +336,8 @@ def _effective(layout: Layout, stored: Mapping[KeyPath, Tensor], scale: float) -
         weights = [functional.normalize(weight, dim=0).t() * scale for weight in weights]
     weight = torch.cat(weights, dim=1) / len(weights) if len(weights) > 1 else weights[0].clone()
     bias = torch.stack(biases).mean(dim=0) if len(biases) > 1 else biases[0].clone() if biases else None
+    if layout.gains is not None:
+        weight = stored[layout.gains].to(wide).reshape(-1, 1) * functional.normalize(weight, dim=1)
     if layout.scales is not None:
         scales = stored[layout.scales].to(wide).reshape(-1)
         weight = weight * scales[:, None]
@@ -308,7 +347,7 @@ def _effective(layout: Layout, stored: Mapping[KeyPath, Tensor], scale: float) -
 
 def _feature_notes(payload: Payload, layout: Layout, width: int, path: Path) -> tuple[int, str]:
     """Experts, and what is done to their features: by the layers themselves, or noted beside an exported classifier."""
-    if layout.format == "ride":
+    if layout.format == "ride" or layout.normalized:
         return len(layout.weights), "l2" if layout.normalized else "none"
     experts, normalization = payload.metadata.get("experts", "1"), payload.metadata.get("feature_normalization", "none")
     if not (experts.isdecimal() and int(experts) and width % int(experts) == 0) or normalization not in ("none", "l2"):
@@ -319,39 +358,44 @@ def _feature_notes(payload: Payload, layout: Layout, width: int, path: Path) -> 
     return int(experts), normalization
 
 
-def _aligned(
-    given: Mapping[str, Tensor], given_classifier: str, wanted: Mapping[str, Tensor], wanted_classifier: str
-) -> dict[str, Tensor]:
-    """The given tensors under the wanted names, where a prefix that all share makes the difference."""
-    have, want = _common_prefix([*given, given_classifier]), _common_prefix([*wanted, wanted_classifier])
-    renamed = {want + name.removeprefix(have): tensor for name, tensor in given.items()}
-    return renamed if len(wanted.keys() & renamed.keys()) > len(wanted.keys() & given.keys()) else dict(given)
+def _names_beside(path: Path, num_classes: int) -> tuple[str, ...] | None:
+    """The classes' names in the configuration that transformers writes beside a model's file."""
+    labels = _configuration(path).get("id2label")
+    if not isinstance(labels, Mapping) or set(labels) != set(map(str, range(num_classes))):
+        return None
+    names = tuple(str(labels[str(label)]) for label in range(num_classes))
+    return None if names == tuple(f"LABEL_{label}" for label in range(num_classes)) else names
 
 
-def _common_prefix(names: Iterable[str]) -> str:
-    split = [name.split(".")[:-1] for name in names]
-    common: list[str] = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return "".join(f"{part}." for part in common)
+def _configuration(path: Path) -> dict[str, Any]:
+    """What ``config.json`` beside a file says, where it is of transformers; else nothing."""
+    beside = path.with_name("config.json")
+    try:
+        found = read_json(beside, "a configuration") if beside.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return found if "model_type" in found else {}
 
 
 def _check_names(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file_format: str) -> None:
     unexpected = [name for name in given if name not in wanted]
     wrong = {
-        "missing": [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")],
+        "missing": [name for name in wanted if name not in given and not is_no_weight(name)],
         "unexpected": unexpected,
         "of another shape": [
             f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}"
             for name in wanted
-            if name in given and given[name].shape != wanted[name].shape
+            if name in given and not is_no_weight(name) and given[name].shape != wanted[name].shape
         ],
     }
     if any(wrong.values()):
         hint = ""
         if file_format == "classifier-balancing" and any(name.startswith(("fc_add.", "modulatedatt.")) for name in unexpected):
             hint = "; the model was trained with use_fc or use_selfatt, layers that torchvision's models do not have"
+        if _configuration(path):
+            hint = (
+                "; its config.json is of transformers, whose releases name tensors in different ways: take a function that "
+                "makes the model with from_pretrained as the backbone, and --pretrained instead of a checkpoint"
+            )
         found = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"{path} does not fit model: {found}{hint}")

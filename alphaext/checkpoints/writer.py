@@ -20,7 +20,7 @@ from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike, check_class_ids
 from .files import container, read_payload, require_safetensors
 from .layouts import KeyPath
-from .reader import Checkpoint, read_checkpoint
+from .reader import Checkpoint, open_checkpoint
 from .row_edits import RowEdit, changed_bytes, check_copy, copy_with
 
 # How many rounding errors of its dtype a number may be off: a division and a multiplication back, and sums in another order.
@@ -148,7 +148,7 @@ def write_verified(
         changes = changed_bytes(source, edits, checkpoint.path)
         copy_with(source, file, changes)
         same = check_copy(source, Path(file.name), changes)
-        written = read_checkpoint(file.name, **checkpoint._options)
+        written = open_checkpoint(file.name, **checkpoint._options)
         _check_written(checkpoint, written, few, weight, bias)
         if verify is not None:
             verify(written)
@@ -218,6 +218,9 @@ def _edits(checkpoint: Checkpoint, few: Tensor, weight: Tensor, bias: Tensor | N
     parts = weight[few].double().chunk(len(layout.weights), dim=1)
     for key_path, part in zip(layout.weights, parts, strict=True):
         new[key_path] = part * len(layout.weights) / divisor[:, None]
+    if layout.gains is not None:
+        lengths = new[layout.weights[0]].norm(dim=1)
+        new[layout.gains] = lengths.reshape(len(few), *stored[layout.gains].shape[1:])
     if bias is not None:
         # Each expert's bias moves by as much as their mean does.
         assert checkpoint.bias is not None

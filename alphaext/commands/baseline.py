@@ -94,7 +94,7 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         split = self.split(train)
         linear = None
         if self.classifier is not None:
-            linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
+            linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer, self.state)
         with results.output_folder(self.output, self, results.CLASSIFIER, overwrite=self.overwrite, started=started) as folder:
             if self.overwrite:
                 (folder.path / _CHECKPOINT).unlink(missing_ok=True)

@@ -53,7 +53,9 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         train, part = self.read("train", self.part)
         split, device = self.split(train), self.chosen_device()
         names = results.classifier_names(self.classifiers)
-        linears = [results.read_classifier(path, train.num_classes, self.classifier_layer) for path in self.classifiers]
+        linears = [
+            results.read_classifier(path, train.num_classes, self.classifier_layer, self.state) for path in self.classifiers
+        ]
         heads = [results.read_head(path) for path in self.classifiers]
         for linear, path in zip(linears, self.classifiers, strict=True):
             results.warn_of_other_features(linear, part, str(path))

@@ -111,7 +111,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             raise ValueError(
                 f"{wrong} where there are no validation features to choose by{got}; there is no {str(self.features / 'val')!r}"
             )
-        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
+        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer, self.state)
         results.warn_of_other_features(linear, train if val is None else val, str(self.classifier))
         linear = linear.to(self.chosen_device())
         split = self.split(train)

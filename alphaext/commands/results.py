@@ -103,7 +103,9 @@ def console_or_quiet(console: Console | None) -> Console:
     return console if console is not None else Console(quiet=True)
 
 
-def read_classifier(path: Path, num_classes: int | None = None, layer: str | None = None) -> nn.Linear:
+def read_classifier(
+    path: Path, num_classes: int | None = None, layer: str | None = None, state: str | None = None
+) -> nn.Linear:
     """A classifier from a checkpoint of any layout, or from the folder that 'baseline', 'fit' or 'train' wrote."""
     if path.is_dir():
         if not (path / RESULT).is_file():
@@ -113,8 +115,8 @@ def read_classifier(path: Path, num_classes: int | None = None, layer: str | Non
         inside = [path / name for name in (CLASSIFIER, MODEL) if (path / name).is_file()]
         if not inside:
             raise FileNotFoundError(f"classifier must be a folder with {CLASSIFIER} or {MODEL}, {str(path)!r} has neither")
-        path = inside[0]
-    checkpoint = alphaext.checkpoints.read_checkpoint(path, classifier=layer, num_classes=num_classes)
+        path, state = inside[0], None
+    checkpoint = alphaext.checkpoints.read_checkpoint(path, classifier=layer, num_classes=num_classes, state=state)
     if checkpoint.feature_normalization != "none":
         raise ValueError(
             f"{str(path)!r} wants its {checkpoint.experts} experts' features at length 1, which cached ones are not: prepare "

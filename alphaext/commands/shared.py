@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +123,14 @@ class DataOptions(SplitOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions(Options):
-    """Which layer of a checkpoint is the classifier."""
+    """Which weights of a checkpoint are the model's, and which layer is the classifier."""
 
     section: ClassVar[str] = "model"
+    state: str | None = option(
+        None,
+        metavar="NAME",
+        help="which of a checkpoint's dictionaries is the model, as in state_dict_ema; without, the usual one",
+    )
     classifier_layer: str | None = option(None, metavar="NAME", help="the last linear layer's name; without, it is found")
 
 
@@ -184,13 +190,22 @@ class ModelOptions(TransformOptions, LayerOptions):
     def read_checkpoint(self, num_classes: int | None = None) -> alphaext.checkpoints.Checkpoint:
         if self.checkpoint is None:
             raise ValueError("--checkpoint must be given, or checkpoint in [model] of the configuration: the trained weights")
-        layer = self.classifier_layer
-        return alphaext.checkpoints.read_checkpoint(self.checkpoint, classifier=layer, num_classes=num_classes)
+        layer, state = self.classifier_layer, self.state
+        return alphaext.checkpoints.read_checkpoint(self.checkpoint, classifier=layer, num_classes=num_classes, state=state)
 
     def load(self, model: nn.Module, checkpoint: alphaext.checkpoints.Checkpoint) -> None:
-        """Give a model, which is in eval mode from then on, the weights of a checkpoint."""
+        """Give a model, in eval mode from then on, a checkpoint's weights; of one with other classes the backbone alone."""
         layer = self.classifier_layer or alphaext.models.find_classifier(model.eval(), self.example())
-        checkpoint.load_into(model.eval(), layer)
+        num_classes = model.get_submodule(layer).out_features
+        if num_classes == checkpoint.num_classes:
+            checkpoint.load_into(model, layer)
+            return
+        checkpoint.load_backbone_into(model, layer)
+        warnings.warn(
+            f"{checkpoint.path} has {checkpoint.num_classes} classes, the data {num_classes}: its backbone is taken, and the "
+            f"last layer, {layer}, is new",
+            stacklevel=2,
+        )
 
     def trained_model(self, num_classes: int | None, device: torch.device) -> alphaext.models.SplitModel:
         """The network with the checkpoint's weights, its last linear layer found and checked on a batch of noise."""

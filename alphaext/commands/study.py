@@ -86,7 +86,7 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         console = results.console_or_quiet(console)
         options = StudyOptions(first_seed=self.seed, **{name: getattr(self, name) for name in _OF_THE_STUDY})
         train, val = self.read("train", "val")
-        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer)
+        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer, self.state)
         results.warn_of_other_features(linear, val, str(self.classifier))
         found = alphaext.study.run_study(
             self.features,

@@ -69,7 +69,7 @@ class Train(CommonOptions, DataOptions, ModelOptions):
         val = self.images("val", num_classes=images.num_classes, class_names=images.class_names)
         model = self.model(images.num_classes, self.seed)
         if self.checkpoint is not None:
-            self.load(model, self.read_checkpoint(images.num_classes))
+            self.load(model, self.read_checkpoint())
         # Its own options have the names of train_model's.
         options = {kind.name: getattr(self, kind.name) for kind in kinds_of(Train) if kind.section == "train"}
         for name in ("output", "overwrite"):

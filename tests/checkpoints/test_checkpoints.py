@@ -10,11 +10,14 @@ import doctest
 import errno
 import functools
 import io
+import json
 import os
 import pickle
+import re
 import sys
 import threading
 import types
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -442,6 +445,179 @@ def test_other_dtypes_are_kept_in_the_file(tmp_path: Path, dtype: torch.dtype) -
     write_repaired(checkpoint, linear, FEW, tmp_path / "new.pth")
     after = torch.load(tmp_path / "new.pth", weights_only=True)["fc.weight"]
     assert after.dtype == dtype and torch.equal(after[FEW], linear.weight[FEW].to(dtype))
+
+
+# Which state, which layer, under which names
+
+
+def both(model: nn.Module, average: nn.Module, names: tuple[str, str]) -> dict[str, Any]:
+    return {names[0]: model.state_dict(), names[1]: average.state_dict()}
+
+
+@pytest.mark.parametrize("names", [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")])
+def test_a_second_state_is_named(tmp_path: Path, names: tuple[str, str]) -> None:
+    model, average = small(), small(seed=1)
+    torch.save({**both(model, average, names), "optimizer": {"fc.weight": torch.ones(2, 2)}}, tmp_path / "m.pth")
+    with pytest.warns(UserWarning, match=rf"{names[0]} is read; {names[1]} in the same file is neither read nor repaired"):
+        checkpoint = read_checkpoint(tmp_path / "m.pth")
+    assert checkpoint.states == names
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = read_checkpoint(tmp_path / "m.pth", state=names[1])
+    assert chosen.states == names[::-1] and torch.equal(chosen.weight, average.fc.weight)
+
+
+def test_a_state_within_a_state(tmp_path: Path) -> None:
+    model, average = small(), small(seed=1)
+    torch.save({"models": both(model, average, ("student", "teacher"))}, tmp_path / "m.pth")
+    checkpoint = read_checkpoint(tmp_path / "m.pth", state="models/teacher")
+    assert torch.equal(checkpoint.weight, average.fc.weight)
+    write_repaired(checkpoint, repaired(checkpoint), FEW, tmp_path / "new.pth")
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("m.pth", "new.pth"))
+    assert_same(before, after, but={"/models/teacher/fc.weight", "/models/teacher/fc.bias"})
+
+
+def test_an_average_beside_the_weights_in_one_dictionary(tmp_path: Path) -> None:
+    model, average = small(), small(seed=1)
+    state = {**prefixed(model.state_dict(), "model."), **prefixed(average.state_dict(), "ema_model.module.")}
+    torch.save({"state_dict": {**state, "ema_model.n_averaged": torch.tensor(3)}}, tmp_path / "m.ckpt")
+    with pytest.warns(UserWarning, match=r"state_dict is read; state_dict/ema_model in the same file"):
+        checkpoint = read_checkpoint(tmp_path / "m.ckpt")
+    other = small(seed=5)
+    checkpoint.load_into(other, "fc")
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+    read_checkpoint(tmp_path / "m.ckpt", state="state_dict/ema_model").load_into(other, "fc")
+    assert_same(dict(other.state_dict()), dict(average.state_dict()))
+
+
+def test_counters_are_passed_over(tmp_path: Path) -> None:
+    """Those of averages and of profilers."""
+    model = small()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    state = {**average.state_dict(), "total_ops": torch.zeros(1), "module.conv.total_params": torch.zeros(1)}
+    torch.save({**state, "module.fc.total_ops": torch.zeros(1)}, tmp_path / "m.pth")
+    other = small(seed=5)
+    read_checkpoint(tmp_path / "m.pth").load_into(other, "fc")
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("backbone", ["backbone.", "encoder.module.", "_fsdp_wrapped_module.net.", "module.model."])
+@pytest.mark.parametrize("outer", ["", "net."])
+def test_a_prefix_that_the_classifier_has_not(tmp_path: Path, backbone: str, outer: str) -> None:
+    model = small()
+    state = {name if name.startswith("fc.") else backbone + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save({**state, "criterion.weight": torch.ones(3)}, tmp_path / "m.pth")
+    other = nn.Sequential(OrderedDict(net=small(seed=3))) if outer else small(seed=3)
+    read_checkpoint(tmp_path / "m.pth").load_into(other, f"{outer}fc")
+    assert_same(dict(prefixed(model.state_dict(), outer)), dict(other.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["densenet121", "googlenet"])
+def test_names_of_older_releases_and_heads_that_play_no_part(tmp_path: Path, name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    options = {"init_weights": False} if name == "googlenet" else {}
+    with torch.device("meta"):
+        model = models.get_model(name, num_classes=5, **options)
+    state = {key: torch.full(tensor.shape, 0.5, dtype=tensor.dtype) for key, tensor in model.state_dict().items()}
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): tensor for key, tensor in state.items()}
+    torch.save({key: tensor for key, tensor in old.items() if not key.startswith("aux")}, tmp_path / "m.pth")
+    model = model.to_empty(device="cpu")
+    checkpoint = read_checkpoint(tmp_path / "m.pth")
+    checkpoint.load_into(model, checkpoint.classifier)
+    loaded = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("aux")}
+    assert_same(loaded, {key: tensor for key, tensor in state.items() if not key.startswith("aux")})
+    torch.save(state, tmp_path / "m.pth")  # and heads that the model has not
+    if name == "googlenet":
+        bare = models.googlenet(num_classes=5, init_weights=False, aux_logits=False)
+        read_checkpoint(tmp_path / "m.pth").load_into(bare, "fc")
+        assert torch.equal(bare.conv1.conv.weight, state["conv1.conv.weight"])
+
+
+def test_a_backbone_for_other_classes(tmp_path: Path) -> None:
+    model, other = small(), small(seed=3, classes=4)
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    kept = other.fc.weight.clone()
+    read_checkpoint(tmp_path / "m.pth").load_backbone_into(other, "fc")
+    assert torch.equal(other.conv.weight, model.conv.weight) and torch.equal(other.fc.weight, kept)
+
+
+NORMED = {
+    "conv.weight": torch.ones(WIDTH, 3, 1, 1),
+    "bn.weight": torch.ones(WIDTH),
+    "linear.weight": torch.randn(WIDTH, CLASSES),
+}
+
+
+@pytest.mark.parametrize("num_classes", [None, CLASSES])
+def test_a_normalised_layer_is_not_taken_for_a_plain_one(tmp_path: Path, num_classes: int | None) -> None:
+    torch.save({"state_dict": prefixed(NORMED, "module.")}, tmp_path / "m.pth")
+    with pytest.warns(UserWarning, match=r"linear.weight \[6, 7\] is read as a normalised layer that is stored transposed"):
+        checkpoint = read_checkpoint(tmp_path / "m.pth", num_classes=num_classes)
+    assert (checkpoint.num_classes, checkpoint.in_features, checkpoint.feature_normalization) == (CLASSES, WIDTH, "l2")
+    expected = nn.functional.normalize(NORMED["linear.weight"], dim=0).t() * 30
+    assert torch.equal(checkpoint.weight, expected)
+
+
+def test_a_layer_that_fits_both_ways_is_asked_about(tmp_path: Path) -> None:
+    state = {**NORMED, "linear.weight": torch.randn(WIDTH, 2 * WIDTH)}
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"linear.weight \[6, 12\] .* num_classes= says which it is"):
+        read_checkpoint(tmp_path / "m.pth")
+    assert read_checkpoint(tmp_path / "m.pth", num_classes=WIDTH).feature_normalization == "none"
+    with pytest.warns(UserWarning, match="normalised"):
+        assert read_checkpoint(tmp_path / "m.pth", num_classes=2 * WIDTH).feature_normalization == "l2"
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("parametrized", [True, False])
+def test_weight_normalisation_is_read_and_written(tmp_path: Path, parametrized: bool) -> None:
+    normalize = nn.utils.parametrizations.weight_norm if parametrized else nn.utils.weight_norm
+    model = small()
+    normalize(model.fc)
+    with torch.no_grad():
+        (model.fc.parametrizations.weight.original0 if parametrized else model.fc.weight_g).mul_(1.5)
+    weight = model(torch.randn(1, 3, 8, 8)) is not None and model.fc.weight.detach()
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    checkpoint = read_checkpoint(tmp_path / "m.pth")
+    torch.testing.assert_close(checkpoint.weight, weight)
+    linear = repaired(checkpoint)
+    write_repaired(checkpoint, linear, FEW, tmp_path / "new.pth")
+    other = small(seed=2)
+    normalize(other.fc)
+    other.load_state_dict(torch.load(tmp_path / "new.pth", weights_only=True))
+    other(torch.randn(1, 3, 8, 8))
+    torch.testing.assert_close(other.fc.weight, linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"fc.weight_orig": torch.ones(5, 6), "fc.weight_u": torch.ones(5)}, r"no plain linear layer: fc with fc.weight_orig"),
+        ({"fc.weight": torch.ones(5, 6), "fc.sigma": torch.ones(1)}, r"classifier fc .* has fc.sigma beside its weight"),
+        ({"fc.weight": torch.ones(5, 6, 1, 1)}, r"fc is a 1x1 convolution with fc.weight \[5, 6, 1, 1\]"),
+        ({"classifier.1.weight": torch.ones(5, 6, 1, 1), "classifier.1.bias": torch.ones(5)}, r"classifier.1 is a 1x1 conv"),
+        ({"fc.weight": torch.ones(5, 6, dtype=torch.int8)}, r"fc with fc.weight \[5, 6\] torch.int8"),
+    ],
+)
+def test_no_other_layer_in_place_of_one_that_is_not_plain(tmp_path: Path, changed: dict[str, Tensor], message: str) -> None:
+    torch.save({"aside.weight": torch.ones(6, 9), "aside.bias": torch.ones(6), **changed}, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / "m.pth")
+
+
+def test_class_names_in_a_configuration_beside_the_file(tmp_path: Path) -> None:
+    torch.save(small().state_dict(), tmp_path / "m.pth")
+    names = [f"bird {label}" for label in range(CLASSES)]
+    configuration = {"model_type": "vit", "id2label": {str(label): name for label, name in reversed(list(enumerate(names)))}}
+    (tmp_path / "config.json").write_text(json.dumps(configuration))
+    checkpoint = read_checkpoint(tmp_path / "m.pth")
+    assert checkpoint.class_names == tuple(names)
+    with pytest.raises(ValueError, match=r"does not fit model: missing: extra.*transformers.*from_pretrained"):
+        other = small()
+        other.extra = nn.Linear(2, 2)
+        checkpoint.load_into(other, "fc")
+    (tmp_path / "config.json").write_text("{broken")
+    assert read_checkpoint(tmp_path / "m.pth").class_names is None
 
 
 # Classifiers alone
