@@ -18,7 +18,8 @@ namespace alphaext::cuda {
 template <typename T, bool kResident, bool kShared>
 __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::train(double* result) {
   const int64_t last = steps();
-  const bool counts = run.block == 0 && warp() == 0;
+  const bool counts = run.block == 0 && warp() == loss_warp();
+  fetch_rows(0);
   if constexpr (kShared) {
     visit_tiles<false>(run.first_step);
     arrive();
@@ -27,21 +28,23 @@ __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::train(double*
     visit_classes<false>(run.first_step);
   }
   finish_outputs<false>(run.first_step);
-  if (last > 0) fetch(0);
+  int count = batch_size(0);
+  if (last > 0) fetch(0, count);
   __syncthreads();
 
   double loss = 0;
   int64_t step = 0;
   for (; step < last; ++step) {
-    publish_scores(step);
+    count = batch_size(step);
+    publish_scores(step, count);
     arrive();
     // What needs nobody else's scores, while they are on their way.
+    if (step + 1 < last) fetch(step + 1, batch_size(step + 1));
     if (counts && step > 0) loss += batch_loss(static_cast<int>(p.batch));
-    if (step + 1 < last) fetch(step + 1);
     wait();
-    reduce_scores(step);
+    reduce_scores(step, count);
     if (run.all_finite == 0) break;
-    output_gradients(step);
+    output_gradients(step, count);
     const SgdStep<T>& sgd = step == 0 ? run.first_step : run.next_steps;
     if constexpr (kShared) {
       arrive();
@@ -63,13 +66,13 @@ __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::train(double*
       which = failed_class();
       failed_step = which < 0 ? step : (step > 0 ? step - 1 : 0);
       if (which < 0) {
-        which = class_of_bad_score(batch_size(step));
-        loss += batch_loss(batch_size(step));
+        which = class_of_bad_score(count);
+        loss += batch_loss(count);
       }
     }
   } else {
     arrive();
-    if (counts && last > 0) loss += batch_loss(batch_size(last - 1));
+    if (counts && last > 0) loss += batch_loss(count);
     wait();
     if (counts) {
       which = failed_class();
@@ -124,6 +127,8 @@ __global__ void __launch_bounds__(kTrainThreads<T>, 1) train_kernel(const TrainR
     run.at = train_arena(p, kResident, plan.classes, plan.tiles);
     run.block = blockIdx.x - group * plan.blocks;
     run.classes = run.block < p.num_few ? static_cast<int32_t>((p.num_few - run.block - 1) / plan.blocks + 1) : 0;
+    run.member_shift = shift_for(p.members);
+    run.chunk_shift = shift_for(train_width(p) / kWarp);
     run.rows = params.rows;
     run.arrived = reinterpret_cast<uint32_t*>(params.workspace + group * padded(4 * plan.blocks, 256));
     run.failed = reinterpret_cast<uint32_t*>(exchange + at.failed);
@@ -134,6 +139,7 @@ __global__ void __launch_bounds__(kTrainThreads<T>, 1) train_kernel(const TrainR
   __syncthreads();
 
   TrainBlock<T, kResident, kShared> block{p, run, arena, plan.blocks, 0};
+  block.fill_scores();
   const int64_t coefficients = p.num_few * p.members, networks = kShared ? 1 : p.num_few;
   for (int64_t r = group; r < params.runs; r += plan.runs_at_once) {
     const int64_t of_networks = r * networks * p.members;
@@ -157,7 +163,7 @@ __global__ void __launch_bounds__(kTrainThreads<T>, 1) train_kernel(const TrainR
     const auto outside = [&](int entry) {
       return r * coefficients + block.class_of(entry / block.members()) * p.members + entry % block.members();
     };
-    for (int i = block.thread(); i < entries; i += block.threads()) block.columns()[i] = p.member_columns[outside(i)];
+    block.keep_arguments(r);
     if constexpr (kResident) block.template move_state<false>();
     block.template move_b2<false>(static_cast<T*>(p.b2) + of_networks, static_cast<T*>(p.b2_momentum) + of_networks);
     __syncthreads();

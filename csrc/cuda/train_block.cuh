@@ -19,6 +19,11 @@ __device__ __forceinline__ T rectified(T value) {
 }
 
 template <typename T>
+__device__ __forceinline__ T infinity() {
+  return T(float_of(0x7f800000u));
+}
+
+template <typename T>
 struct SgdStep {
   T lr, momentum, keep, decay, of_gradient, of_momentum;  // as in csrc/cpu/train.inc.h
 
@@ -46,6 +51,7 @@ struct TrainRun {
   int64_t block;    // of this run's
   int32_t classes;  // of this block
   int32_t all_finite;
+  int32_t member_shift, chunk_shift;  // shift_for() the members, and the batch's warps
   int64_t samples, rows;
   RuleParams rule;
   SgdStep<T> first_step, next_steps;
@@ -61,8 +67,8 @@ struct TrainRun {
   T *all_scores, *all_gradients, *all_partials;
 };
 
-// The steps; all threads of a block call the same functions. Indices of what a block owns have 32 bits, as divisions in 64 take
-// a GPU a hundred cycles; choose_train_plan() sees to it that they suffice.
+// The steps; all threads of a block call the same functions. `count` is batch_size(step). Indices of what a block owns have 32
+// bits, as divisions in 64 take a GPU a hundred cycles; choose_train_plan() sees to it that they suffice.
 template <typename T, bool kResident, bool kShared>
 struct TrainBlock {
   const TrainParams& p;
@@ -73,6 +79,7 @@ struct TrainBlock {
 
   __device__ __forceinline__ T* here(int64_t offset) const { return reinterpret_cast<T*>(arena + offset); }
   __device__ __forceinline__ int32_t* few() const { return reinterpret_cast<int32_t*>(arena + run.at.few); }
+  __device__ __forceinline__ int64_t* rows() const { return reinterpret_cast<int64_t*>(arena + run.at.rows); }
   __device__ __forceinline__ int32_t* columns() const { return reinterpret_cast<int32_t*>(arena + run.at.columns); }
   __device__ __forceinline__ int members() const { return static_cast<int>(p.members); }
   __device__ __forceinline__ int width() const { return static_cast<int>(train_width(p)); }
@@ -87,17 +94,22 @@ struct TrainBlock {
     const int64_t left = run.samples - step * p.batch;
     return static_cast<int>(left < p.batch ? left : p.batch);
   }
-  // Which set of run.failed and run.all_scores the meeting before, or the next one, is about.
-  __device__ __forceinline__ int64_t published() const { return static_cast<int64_t>(round & 1) * p.num_few; }
-  __device__ __forceinline__ int64_t to_publish() const { return static_cast<int64_t>((round + 1) & 1) * p.num_few; }
+  // Which set of what all publish the meeting before, or the next one, is about.
+  __device__ __forceinline__ int64_t published() const { return round & 1; }
+  __device__ __forceinline__ int64_t to_publish() const { return (round + 1) & 1; }
+
+  // Who does what between arrive() and wait(). The release waits until the block's writes have reached the second-level cache,
+  // so the warp that does it, the last one, does nothing else; the one before it sees to the loss, and the others fetch.
+  __device__ __forceinline__ static int loss_warp() { return warps() > 2 ? warps() - 2 : 0; }
+  __device__ __forceinline__ static int fetching_warps() { return warps() > 2 ? warps() - 2 : warps(); }
 
   // Where the blocks of one run meet. Each says in a word of its own how far it is, so that none waits for its turn at a common
   // counter, and the words never have to be reset between runs. Between arrive() and wait() a block may do whatever needs
   // nothing from the others.
   __device__ __forceinline__ void arrive() {
     ++round;
-    __syncthreads();  // what the block's threads wrote comes before the word that thread 0 releases
-    if (threadIdx.x == 0) store_release(run.arrived + run.block, round);
+    __syncthreads();  // what the block's threads wrote comes before the word that one of them releases
+    if (threadIdx.x == blockDim.x - kWarp) store_release(run.arrived + run.block, round);
   }
   __device__ __forceinline__ void wait() const {
     for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) {
@@ -112,22 +124,35 @@ struct TrainBlock {
   // Of sample b of the step's batch, the logit of member k of this block's class j.
   __device__ __forceinline__ T member_logit(int64_t step, int j, int k, int b) const;
 
-  // Fetches what a step needs of its samples, none of which is trained.
-  __device__ __forceinline__ void fetch(int64_t step) const;
+  // Which samples a step has.
+  __device__ __forceinline__ void fetch_rows(int64_t step) const;
+
+  // Fetches what a step needs of its samples, none of which is trained, and which ones the step after it has.
+  __device__ __forceinline__ void fetch(int64_t step, int count) const;
+
+  // Where the run's scores have room for classes that are not there, they count nothing: exp(-inf) is 0.
+  __device__ __forceinline__ void fill_scores() const;
 
   // The scores of this block's classes, for itself and for the others.
-  __device__ __forceinline__ void publish_scores(int64_t step) const;
+  __device__ __forceinline__ void publish_scores(int64_t step, int count) const;
 
   // Largest score and softmax denominator of every sample. Is every loss finite? All blocks of the run come to the same answer,
   // as they do the same arithmetic on the same numbers.
-  __device__ __forceinline__ void reduce_scores(int64_t step) const;
+  __device__ __forceinline__ void reduce_scores(int64_t step, int count) const;
   __device__ __forceinline__ void report_loss() const { atomicExch(&run.all_finite, 0); }
 
   // The batch's loss, in every lane of the warp that asks.
   __device__ __forceinline__ double batch_loss(int count) const;
 
   // From the scores to the gradient of the outputs of this block's classes.
-  __device__ __forceinline__ void output_gradients(int64_t step) const;
+  __device__ __forceinline__ void output_gradients(int64_t step, int count) const;
+
+  // The rule of class j, backward and forward, in the place of its gradient and from its outputs. With kMembers, the number of
+  // members as a constant, all of it happens in registers; 0 takes any number.
+  template <int kMembers>
+  __device__ __forceinline__ void differentiate_rule(int j) const;
+  template <int kMembers>
+  __device__ __forceinline__ bool apply_rule(int j) const;
 
   // A class's hidden units go to so many warps.
   __device__ __forceinline__ int slices() const;
@@ -163,6 +188,9 @@ struct TrainBlock {
   // The state from global memory into this block's, or back.
   template <bool kStore>
   __device__ __forceinline__ void move_state() const;
+
+  // The arguments that every step reads into this block's memory.
+  __device__ __forceinline__ void keep_arguments(int64_t r) const;
 
   // b2 and its momentum into this block's memory, or back.
   template <bool kStore>

@@ -19,6 +19,23 @@ template <typename T>
 __device__ __forceinline__ T load_published(const T* address) {
   return __ldcg(address);
 }
+template <typename T>
+__device__ __forceinline__ Vector<T> load_published(const Vector<T>* address) {
+  const uint4 words = __ldcg(reinterpret_cast<const uint4*>(address));
+  Vector<T> result;
+  memcpy(&result, &words, sizeof(words));
+  return result;
+}
+template <typename T>
+__device__ __forceinline__ void store_published(T* address, T value) {
+  __stcg(address, value);
+}
+// Of an argument that nobody writes during the launch. Its pointer comes out of shared memory, so the compiler would not know by
+// itself that it leads to global memory, and would keep the load behind every store before it.
+template <typename T>
+__device__ __forceinline__ T load_argument(const T* address) {
+  return __ldg(address);
+}
 __device__ __forceinline__ void pause() {}
 #else
 inline void store_release(uint32_t* address, uint32_t value) {
@@ -29,6 +46,14 @@ inline uint32_t load_acquire(const uint32_t* address) {
 }
 template <typename T>
 T load_published(const T* address) {
+  return *address;
+}
+template <typename T>
+void store_published(T* address, T value) {
+  *address = value;
+}
+template <typename T>
+T load_argument(const T* address) {
   return *address;
 }
 using shim::pause;

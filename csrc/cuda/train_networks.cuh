@@ -100,12 +100,13 @@ template <bool kUpdate>
 __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::visit_classes(const SgdStep<T>& of_run) const {
   const SgdStep<T> step = of_run;
   const int64_t size = p.tiles * (2 + 2 * p.members) * kTileWidth;
-  for (int item = warp(); item < run.classes * slices(); item += warps()) {
-    const int j = item / slices(), slice = item - j * slices();
+  for (int item = warp(); item < run.classes * kSlices; item += warps()) {
+    const int j = item / kSlices, slice = item % kSlices;
+    if (slice >= slices()) continue;
     const T* const gradient = here(run.at.gradient) + j * members();
     T* const outputs = here(run.at.partial) + item * members();
     T* const network = kResident ? here(run.at.state) + j * size : run.state + class_of(j) * size;
-    const T factor = kUpdate ? run.scale[class_of(j)] : T(0);
+    const T factor = kUpdate ? here(run.at.scale)[j] : T(0);
     if (members() == 6) {
       visit_slice_of<kUpdate, 6>(network, gradient, factor, step, slice, outputs);
     } else {
@@ -149,9 +150,9 @@ __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::visit_tiles(c
       for (int item = thread(); item < (num_few + members()) * kWidth; item += threads()) {
         const int row = item / kWidth, unit = item % kWidth;
         if (row < num_few) {
-          const T* __restrict__ const scale = run.scale + int64_t{row} * num_few;
+          const T* const scale = run.scale + int64_t{row} * num_few;
           T sum = 0;
-          for (int g = 0; g < num_few; ++g) sum += scale[g] * deltas[g * kWidth + unit];
+          for (int g = 0; g < num_few; ++g) sum += load_argument(scale + g) * deltas[g * kWidth + unit];
           step.update(sum, c[item], c_momentum[item]);
         } else {
           const int at = item - num_few * kWidth;
@@ -164,7 +165,7 @@ __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::visit_tiles(c
       const int f = item / members(), k = item - f * members();
       T sum = 0;
       for (int unit = 0; unit < kWidth; ++unit) sum += w2[k * kWidth + unit] * rectified(c[f * kWidth + unit]);
-      run.all_partials[t * p.num_few * p.members + item] = sum;
+      store_published(run.all_partials + t * p.num_few * p.members + item, sum);
     }
     __syncthreads();
   }
@@ -184,10 +185,9 @@ __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::update_shared
 template <typename T, bool kResident, bool kShared>
 template <bool kUpdate>
 __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::finish_outputs(const SgdStep<T>& step) const {
-  uint32_t* const failed = run.failed + to_publish();
+  uint32_t* const failed = run.failed + to_publish() * p.num_few;
   for (int j = warp(); j < run.classes; j += warps()) {
     T* const raw = here(run.at.raw) + j * members();
-    T* const alpha = here(run.at.alpha) + j * members();
     for (int k = lane_index(); k < members(); k += kWarp) {
       T sum = 0;
       if constexpr (kShared) {
@@ -195,7 +195,7 @@ __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::finish_output
         for (int64_t t = 0; t < p.tiles; ++t) sum += load_published(parts + t * p.num_few * p.members);
         raw[k] = sum + here(run.at.b2)[k];
       } else {
-        const T* const parts = here(run.at.partial) + j * slices() * members() + k;
+        const T* const parts = here(run.at.partial) + j * kSlices * members() + k;
         const int at = j * members() + k;
         for (int slice = 0; slice < slices(); ++slice) sum += parts[slice * members()];
         T* const b2 = here(run.at.b2) + at;
@@ -205,15 +205,35 @@ __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::finish_output
     }
     __syncwarp();
     if (lane_index() == 0) {
-      bool finite = true;
-      for (int k = 0; k < members(); ++k) finite = finite && is_finite(raw[k]);
-      rule_forward<T>(run.rule, p.members, raw, alpha);
-      // A rule may hide it, but all blocks must see it in the scores.
-      if (!finite) alpha[0] = not_a_number<T>();
-      failed[class_of(j)] = finite ? 0 : 1;
+      const bool finite = members() == 6 ? apply_rule<6>(j) : apply_rule<0>(j);
+      store_published(failed + class_of(j), finite ? 0u : 1u);
     }
   }
   __syncthreads();
+}
+
+// Are the class's outputs finite?
+template <typename T, bool kResident, bool kShared>
+template <int kMembers>
+__device__ __forceinline__ bool TrainBlock<T, kResident, kShared>::apply_rule(int j) const {
+  const T* const outputs = here(run.at.raw) + j * members();
+  T* const coefficients = here(run.at.alpha) + j * members();
+  bool finite = true;
+  if constexpr (kMembers > 0) {
+    T raw[kMembers], alpha[kMembers];
+    for (int k = 0; k < kMembers; ++k) {
+      raw[k] = outputs[k];
+      finite = finite && is_finite(raw[k]);
+    }
+    rule_forward<T>(run.rule, kMembers, raw, alpha);
+    for (int k = 0; k < kMembers; ++k) coefficients[k] = alpha[k];
+  } else {
+    for (int k = 0; k < members(); ++k) finite = finite && is_finite(outputs[k]);
+    rule_forward<T>(run.rule, p.members, outputs, coefficients);
+  }
+  // A rule may hide it, but all blocks must see it in the scores.
+  if (!finite) coefficients[0] = not_a_number<T>();
+  return finite;
 }
 
 template <typename T, bool kResident, bool kShared>
@@ -240,6 +260,21 @@ __device__ __forceinline__ void TrainBlock<T, kResident, kShared>::move_state() 
         move(run.state + class_of(j) * size + at, here(run.at.state) + int64_t{j} * size + state_at(row - tile * rows, h));
       }
     }
+  }
+}
+
+template <typename T, bool kResident, bool kShared>
+__device__ __forceinline__ void TrainBlock<T, kResident, kShared>::keep_arguments(int64_t r) const {
+  const int entries = run.classes * members();
+  for (int i = thread(); i < entries; i += threads()) {
+    columns()[i] = load_argument(p.member_columns + (r * p.num_few + class_of(i / members())) * p.members + i % members());
+  }
+  for (int j = thread(); j < run.classes; j += threads()) {
+    if constexpr (!kShared) here(run.at.scale)[j] = load_argument(run.scale + class_of(j));
+    here(run.at.offset)[j] = run.few_offset == nullptr ? T(0) : load_argument(run.few_offset + class_of(j));
+  }
+  for (int k = thread(); run.penalty != nullptr && k < 2 * members(); k += threads()) {
+    here(run.at.penalty)[k] = load_argument(run.penalty + k);
   }
 }
 

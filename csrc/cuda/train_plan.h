@@ -13,8 +13,17 @@ constexpr int kTrainThreads = sizeof(T) == 8 ? 256 : 512;
 // In how many parts warps sum over hidden units, and over classes.
 constexpr int kSlices = 8;
 constexpr int kStripes = 8;
-// Loads of scores in flight, of each thread.
+// Scores that a thread works on together; the next ones are on their way meanwhile.
 constexpr int kScoresAtOnce = 8;
+// Member logits in flight, of each thread.
+constexpr int kFetchedAtOnce = 8;
+
+// The exponent of the least power of two that is not below `count`: what is numbered in steps of that power needs no division.
+ALPHAEXT_HOST_DEVICE int32_t shift_for(int64_t count) {
+  int32_t shift = 0;
+  while ((int64_t{1} << shift) < count) ++shift;
+  return shift;
+}
 
 // The batch in whole warps.
 ALPHAEXT_HOST_DEVICE int64_t train_width(const TrainParams& p) { return padded(p.batch, kWarp); }
@@ -30,6 +39,9 @@ struct TrainArena {
   int64_t largest, total;        // [kStripes, width], and in the end in the first row those of all classes
   int64_t base, label;           // [2, width]
   int64_t own;                   // [width]
+  int64_t scale, offset;         // [classes], of the arguments; shared: no scale
+  int64_t penalty;               // [2, M], of the argument
+  int64_t rows;                  // int64 [2, width]: the samples of the next step and of the one after it
   int64_t few;                   // int32 [2, width]
   int64_t columns;               // int32 [classes, M]
   int64_t bytes;
@@ -59,16 +71,38 @@ ALPHAEXT_HOST_DEVICE TrainArena train_arena(const TrainParams& p, bool resident,
   a.base = take(item * 2 * width);
   a.label = take(item * 2 * width);
   a.own = take(item * width);
+  a.scale = take(p.shared ? 0 : item * classes);
+  a.offset = take(item * classes);
+  a.penalty = take(item * 2 * members);
+  a.rows = take(8 * 2 * width);
   a.few = take(4 * 2 * width);
   a.columns = take(4 * classes * members);
   a.bytes = next;
   return a;
 }
 
+// Where a score is among all that the blocks of a run publish. A thread adds up one stripe of the classes, f, f + kStripes, ...,
+// for one sample: it finds 16 bytes of them side by side, and its neighbour, which has the next sample, the next 16 bytes.
+template <typename T>
+struct ScorePlaces {
+  static constexpr int kSize = 16 / sizeof(T);
+  int vectors, width;  // of a stripe; of the batch
+  ALPHAEXT_HOST_DEVICE ScorePlaces(const TrainParams& p)
+      : vectors(static_cast<int>((p.num_few + kStripes * kSize - 1) / (kStripes * kSize))), width(static_cast<int>(train_width(p))) {}
+  ALPHAEXT_HOST_DEVICE int64_t vector(int stripe, int vector, int b) const {
+    return int64_t{stripe * vectors + vector} * width + b;
+  }
+  ALPHAEXT_HOST_DEVICE int64_t of(int few, int b) const {
+    const int place = few / kStripes;
+    return vector(few % kStripes, place / kSize, b) * kSize + place % kSize;
+  }
+  ALPHAEXT_HOST_DEVICE int64_t all() const { return int64_t{kStripes * vectors} * width * kSize; }
+};
+
 // What the blocks of a run tell each other. Of each, two sets in turn: nobody can be two meetings ahead of anybody.
 struct TrainExchange {
   int64_t failed;    // uint32 [2, F]: the class's outputs are not finite
-  int64_t scores;    // [2, F, width]
+  int64_t scores;    // [2, ScorePlaces::all()]
   int64_t gradient;  // shared: [F, M], of the outputs
   int64_t partial;   // shared: [tiles, F, M], a tile's share of the outputs
   int64_t bytes;
@@ -79,7 +113,8 @@ ALPHAEXT_HOST_DEVICE TrainExchange train_exchange(const TrainParams& p) {
   TrainExchange e{};
   e.failed = 0;
   e.scores = padded(4 * 2 * p.num_few, 256);
-  e.gradient = e.scores + padded(item * 2 * p.num_few * train_width(p), 256);
+  const int64_t scores = item == 8 ? ScorePlaces<double>(p).all() : ScorePlaces<float>(p).all();
+  e.gradient = e.scores + padded(item * 2 * scores, 256);
   e.partial = e.gradient + (p.shared ? padded(item * p.num_few * p.members, 256) : 0);
   e.bytes = e.partial + (p.shared ? padded(item * p.tiles * p.num_few * p.members, 256) : 0);
   return e;

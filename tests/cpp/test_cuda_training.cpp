@@ -421,6 +421,28 @@ void test_validation(int64_t samples, int64_t num_few, int64_t members, int64_t 
   }
 }
 
+// Every class's score has a place of its own, and a stripe's next class is the next element or in the next vector.
+template <typename T>
+void test_score_places() {
+  check::context = "score places";
+  for (const int64_t num_few : {1, 7, 8, 33, 136}) {
+    TrainParams p{};
+    p.num_few = num_few, p.batch = 33;
+    const cuda::ScorePlaces<T> places(p);
+    std::vector<int> uses(static_cast<size_t>(places.all()), 0);
+    for (int f = 0; f < static_cast<int>(num_few); ++f) {
+      for (int b = 0; b < 64; ++b) {
+        ++uses.at(static_cast<size_t>(places.of(f, b)));
+        const int place = f / cuda::kStripes;
+        CHECK(places.of(f, b) == places.vector(f % cuda::kStripes, place / places.kSize, b) * places.kSize + place % places.kSize);
+      }
+    }
+    const int64_t used = std::count(uses.begin(), uses.end(), 1), free = std::count(uses.begin(), uses.end(), 0);
+    CHECK(used == num_few * 64 && used + free == places.all());
+  }
+  CHECK(cuda::shift_for(1) == 0 && cuda::shift_for(2) == 1 && cuda::shift_for(6) == 3 && cuda::shift_for(8) == 3);
+}
+
 // Which cut is chosen, for the sizes of ImageNet-LT on a card of 132 multiprocessors with 227 KB of shared memory each.
 void test_plans() {
   check::context = "plans";
@@ -471,6 +493,8 @@ void test_all() {
 
 int main() {
   test_plans();
+  test_score_places<float>();
+  test_score_places<double>();
   test_all<float>();
   test_all<double>();
   return check::finish("test_cuda_training");
