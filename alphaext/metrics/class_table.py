@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from .evaluation import part_of_class, per_class
 from .predictions import Predictions
 
 
-@runtime_checkable
 class ComposedClassifier(Protocol):
     """A classifier whose few rows are composed, as those of :class:`alphaext.AlphaNet` are.
 
@@ -224,7 +223,8 @@ def _composition(
         if class_means is not None:
             raise ValueError("class_means tell distances to a head's neighbours: give head as well")
         return {}
-    if not isinstance(head, ComposedClassifier):
+    # By attribute: isinstance of a protocol does not see a module's buffers from Python 3.12 on.
+    if not all(hasattr(head, name) for name in ("members", "out_features", "alphas")):
         raise TypeError(f"head must be an AlphaNet, got {type(head).__name__}")
     if head.out_features != num_classes:
         raise ValueError(f"head must be of the split's {num_classes} classes, got {head.out_features}")
