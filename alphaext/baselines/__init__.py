@@ -9,6 +9,7 @@ from ..utils.lazy import load_at_first_use
 if TYPE_CHECKING:
     from ..training.few_bias import choose_few_bias, few_bias
     from ..training.selection import BaselineResult
+    from .averaging import average
     from .choices import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS
     from .linear_discriminant import Discriminant, discriminant
     from .nearest_mean import ncm
@@ -25,6 +26,7 @@ __all__ = [
     "TAUS",
     "BaselineResult",
     "Discriminant",
+    "average",
     "choose_few_bias",
     "choose_logit_adjustment",
     "choose_tau",

@@ -10,6 +10,7 @@ BASELINES = {
     "logit-adjustment": "post-hoc logit adjustment: each logit less the log of its class's share (Menon et al., ICLR 2021)",
     "few-bias": "one constant added to the logits of all few classes",
     "discriminant": "shrunk linear discriminant: no training, few means composed with their neighbours'",
+    "average": "weighted sum of the trained classifier and another, by default the discriminant, and a constant on few logits",
 }
 """The baselines of :func:`alphaext.baselines.run_baseline`."""
 
@@ -34,6 +35,7 @@ BASELINE_OPTIONS: dict[str, tuple[str, ...]] = {
     "logit-adjustment": ("tau", "taus"),
     "few-bias": ("offset", "offsets"),
     "discriminant": ("tau", "top_k", "compose", "shrinkage"),
+    "average": ("other",),
 }
 """The options of each baseline's own."""
 

@@ -21,8 +21,9 @@ from ..training.selection import BaselineResult, Validation
 from ..utils.checks import check_choice, check_together
 from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike
+from .averaging import average
 from .choices import BASELINE_OPTIONS, BASELINES
-from .linear_discriminant import make_discriminant
+from .linear_discriminant import discriminant, make_discriminant
 from .nearest_mean import ncm
 from .post_hoc import choose_logit_adjustment, choose_tau, logit_adjusted, tau_normalized
 from .retraining import crt, lws
@@ -65,7 +66,7 @@ def run_baseline(
             ``taus``, ``keep_bias``. logit-adjustment: ``tau`` or ``taus``. few-bias: ``offset`` or ``offsets``. crt and lws:
             ``epochs``, ``batch_size``, ``lr``, ``momentum``, ``weight_decay``, ``images_per_class``, ``seed``, ``device``,
             ``checkpoint``, ``progress``; crt also ``bias``. discriminant: ``tau``, ``top_k``, ``compose``, ``shrinkage``.
-            One that is None counts as not given.
+            average: ``other``, a layer, the discriminant of the features if not given. One that is None counts as not given.
 
     Returns:
         A :class:`alphaext.baselines.BaselineResult`.
@@ -96,6 +97,7 @@ def run_baseline(
     if split is None and class_counts is not None and (val_features is not None or name in ("few-bias", "discriminant")):
         split = split_classes(class_counts, few_below=few_below, many_above=many_above)
     given = {"features": features, "labels": labels, "linear": linear, "class_counts": class_counts, "split": split}
+    given |= {"val_features": val_features}
     measured = val_features is not None and name not in _TRAINED
     for what in (*_NEEDS[name], *(["split"] if measured else [])):
         if given[what] is None:
@@ -105,7 +107,7 @@ def run_baseline(
     if choosing and val_features is None:
         raise ValueError(f"val_features and val_labels must be given for {name} to choose {value} by; or give {value} itself")
     call = SimpleNamespace(**given)
-    if choosing or name in _TRAINED:
+    if choosing or name in _CHOOSES:
         data = {"val_features": val_features, "val_labels": val_labels, "split": split, "select": select, "min_all": min_all}
         return _CHOOSE[name](call, data | own)
     made, settings = _MAKE[name](call, own)
@@ -119,6 +121,15 @@ def run_baseline(
     return BaselineResult(name, made, chosen, table, "fixed", settings, time.monotonic() - started, original)
 
 
+def _average(call: Any, options: dict[str, Any]) -> BaselineResult:
+    other = options.pop("other", None)
+    if other is None:
+        if call.features is None or call.labels is None:
+            raise ValueError("features and labels, or other, must be given for average")
+        other = discriminant(call.features, call.labels, len(call.class_counts), split=call.split).linear
+    return average([call.linear, other], **options)
+
+
 _NEEDS = {
     "ncm": ("features", "labels"),
     "tau": ("linear",),
@@ -127,10 +138,12 @@ _NEEDS = {
     "logit-adjustment": ("linear", "class_counts"),
     "few-bias": ("linear", "split"),
     "discriminant": ("features", "labels"),
+    "average": ("linear", "val_features", "split"),
 }
 _COUNTED = {"class_counts": " (or labels, to count)", "split": " (or class_counts or labels, to count)"}
 
 _TRAINED = ("crt", "lws")
+_CHOOSES = (*_TRAINED, "average")
 
 _CHOSEN = {"tau": "tau", "logit-adjustment": "tau", "few-bias": "offset"}
 
@@ -140,6 +153,7 @@ _CHOOSE: dict[str, Callable[[Any, dict[str, Any]], BaselineResult]] = {
     "lws": lambda call, options: lws(call.linear, call.features, call.labels, **options),
     "logit-adjustment": lambda call, options: choose_logit_adjustment(call.linear, call.class_counts, **options),
     "few-bias": lambda call, options: choose_few_bias(call.linear, **options),
+    "average": _average,
 }
 
 _MAKE: dict[str, Callable[[Any, dict[str, Any]], tuple[nn.Linear, dict[str, Any]]]] = {

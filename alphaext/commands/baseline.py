@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _CHOOSE = {"tau": "tau", "logit-adjustment": "tau", "few-bias": "offset"}
-_NEED_A_CLASSIFIER = ("tau", "lws", "logit-adjustment", "few-bias")
+_NEED_A_CLASSIFIER = ("tau", "lws", "logit-adjustment", "few-bias", "average")
 _CHECKPOINT = ".alphaext-baseline.pt"  # nobody else's
 _SHOWN = 15  # candidates, around the chosen one
 
@@ -44,7 +44,8 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         positional=True,
         help="ncm: nearest class mean; tau: tau-normalised rows; crt: classifier re-trained with class-balanced samples; "
         "lws: learned scale of each row; logit-adjustment: by the classes' frequencies; few-bias: a constant on few logits; "
-        "discriminant: class means and one covariance, few means composed with near ones",
+        "discriminant: class means and one covariance, few means composed with near ones; "
+        "average: a weighted sum of two classifiers",
     )
     classifier: Path | None = option(None, help="the trained classifier, which all but ncm, crt and discriminant start from")
     output: Path = option(metavar="FOLDER", help="where results go")
@@ -68,6 +69,7 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     top_k: int | None = option(None, help="discriminant: nearest base classes that a mean is composed with; without, 5")
     compose: str | None = option(None, choices=("few", "all"), help="discriminant: whose means are composed; without, few")
     shrinkage: float | None = option(None, help="discriminant: of the covariance, 0 to 1; without, by Ledoit and Wolf's rule")
+    other: Path | None = option(None, help="average: a second classifier; without, the discriminant")
     preset: str = option(
         "imagenet-lt",
         choices=tuple(RETRAINING_PRESETS),
@@ -120,6 +122,8 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         if self.name in RETRAINING_PRESETS[self.preset]:
             options = RETRAINING_PRESETS[self.preset][self.name] | options
             options["checkpoint"] = folder / _CHECKPOINT
+        if "other" in options:
+            options["other"] = results.read_classifier(options["other"], train.num_classes)
         return alphaext.baselines.run_baseline(
             self.name,
             train.features,

@@ -37,6 +37,7 @@ GIVEN = dict(features=FEATURES, labels=LABELS, linear=JOINT, **VALIDATION)
         "baselines.nearest_mean",
         "baselines.post_hoc",
         "baselines.linear_discriminant",
+        "baselines.averaging",
     ],
 )
 def test_examples(name):
@@ -135,7 +136,7 @@ def test_options_of_none_are_not_given():
 
 
 BAD = {
-    "name must be one of ncm, tau, crt, lws, logit-adjustment, few-bias, discriminant, got 'svm'": ("svm", {}),
+    "name must be one of ncm, tau, crt, lws, logit-adjustment, few-bias, discriminant, average, got 'svm'": ("svm", {}),
     "tau has no option 'epochs'; its options are tau, taus, keep_bias": ("tau", dict(epochs=3)),
     "lws has no option 'bias'": ("lws", dict(bias=True)),
     "linear must be given for tau": ("tau", dict(linear=None)),

@@ -99,6 +99,8 @@ def test_a_checkpoint_is_repaired_from_end_to_end(digits, capsys):
         ["lws", "--classifier", digits / "joint"],
         ["logit-adjustment", "--classifier", digits / "joint"],
         ["few-bias", "--classifier", digits / "joint"],
+        ["discriminant"],
+        ["average", "--classifier", digits / "joint", "--other", digits / "discriminant"],
     ):
         run(digits, "baseline", name, *options, "--output", digits / name)
     run(digits, "fit", "--classifier", digits / "crt", "--gamma", "0.7", "1", "--output", digits / "alpha-crt")

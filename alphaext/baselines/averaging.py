@@ -1,0 +1,176 @@
+"""A weighted sum of linear layers, which is a linear layer; its weights and constants are the likeliest on validation samples.
+
+Accuracy moves in steps, and of hundreds of weights and constants some fit a few hundred samples by chance. The likelihood of
+their labels is smooth and convex in all of these numbers, and has one best place.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+from ..classes import ClassSplit
+from ..training.options import CHOOSING
+from ..training.selection import BaselineResult, Policy, Validation
+from ..utils.linear import check_fits, linear_parameters, make_linear
+from ..utils.tensors import TensorLike, as_tensor
+
+__all__ = ["average"]
+
+# Fewer samples of few classes, or of base ones, choose nothing about them.
+_LEAST_SAMPLES = 10
+_Layer: TypeAlias = tuple[Tensor, Tensor | None]
+
+# What keeps weights bounded where all samples are recognised: a normal prior with this deviation, at scores of unit spread.
+_PRIOR_DEVIATION = 10.0
+
+
+def average(
+    layers: Sequence[nn.Module],
+    val_features: TensorLike,
+    val_labels: TensorLike,
+    split: ClassSplit,
+    *,
+    class_counts: TensorLike | None = None,
+    select: str | None = None,
+    min_all: float | None = None,
+) -> BaselineResult:
+    """Average linear layers: ``sum_j w_j (W_j x + b_j)``, and a constant on all few scores.
+
+    Weights (at least 0) and constant are those under which the validation labels are likeliest; so the scores come out
+    calibrated. The first layer is a candidate too: where the average is not better by ``select``, it is kept as it is. It is
+    also kept, with a warning, where validation has fewer than ten samples of few classes or of base classes.
+
+    Args:
+        layers: two or more, such as ``nn.Linear``, all ``[N, D]``; the first is the one to do better than.
+        val_features: ``[m, D]``, floating point; a tensor, an array or a memory map.
+        val_labels: ``[m]`` integers.
+        split: which classes are few, medium and many.
+        class_counts: ``[N]`` integers, training samples of each class: fit a multiple of their log to all scores as well.
+        select: ``"best_all"`` (default) or ``"best_few"``, as for :func:`alphaext.baselines.choose_tau`.
+        min_all: for ``"best_few"``, a fraction of 1; None takes the first layer's own accuracy over all.
+
+    Returns:
+        A :class:`alphaext.baselines.BaselineResult`, ``chosen`` ``{"candidate": "average"}`` or ``"original"``. Its
+        ``settings`` have the average's ``weights``, of the layers as they are, its ``few_bias``, and ``count_slope``.
+
+    Raises:
+        TypeError, ValueError: fewer than two layers, layers of several shapes, samples that do not fit or are not finite.
+
+    Example:
+        >>> labels = torch.arange(4).repeat(50)
+        >>> features = torch.nn.functional.one_hot(labels, 4) + 0.5 * torch.randn(200, 4)
+        >>> layers = [nn.Linear(4, 4), discriminant(features, labels).linear]
+        >>> average(layers, features, labels, ClassSplit(few=[3], medium=[0, 1, 2], many=[])).chosen
+        {'candidate': 'average'}
+    """
+    started = time.monotonic()
+    if len(layers) < 2:
+        raise ValueError(f"layers must be at least two, got {len(layers)}")
+    (weight, bias), *others = [linear_parameters(layer) for layer in layers]
+    parameters = [(weight, bias)]
+    for own_weight, own_bias in others:
+        check_fits(own_weight.to(weight), "the weight of each of layers", weight, tuple(weight.shape))
+        parameters.append((own_weight.to(weight), None if own_bias is None else own_bias.to(weight)))
+    validation = Validation(val_features, val_labels, split, weight)
+    split = validation.split
+    original = validation.of_layer(weight, bias)
+    policy = Policy.of(select, min_all, validation.samples.labels, split.few, CHOOSING).bounded(original)
+    candidates = [make_linear(weight, bias)]
+    table: list[dict[str, Any]] = [{"candidate": "original", **original}]
+    settings: dict[str, Any] = {}
+    shown = min(int(validation.counts[part].sum()) for part in (split.few, split.base))
+    if shown < _LEAST_SAMPLES:
+        warnings.warn(
+            f"val_labels must have at least {_LEAST_SAMPLES} samples of few and of base classes to choose weights by, got "
+            f"{shown} of one of them: the original classifier is kept",
+            stacklevel=2,
+        )
+    else:
+        directions = {"few_bias": torch.zeros(len(weight), dtype=torch.float64, device="cpu")}
+        directions["few_bias"][split.few] = 1.0
+        if class_counts is not None:
+            directions["count_slope"] = as_tensor(class_counts, "class_counts").cpu().double().clamp(min=1).log()
+        stacked = torch.stack(list(directions.values()))
+        weights, constants = _likeliest(parameters, stacked, validation)
+        settings = {"weights": weights.tolist(), **dict(zip(directions, constants.tolist(), strict=True))}
+        averaged = _summed(parameters, weights, constants @ stacked)
+        candidates.append(averaged)
+        table.append({"candidate": "average", **validation.of_layer(*linear_parameters(averaged))})
+    chosen = policy.choose(table, list(range(len(table))))
+    return BaselineResult(
+        name="average",
+        linear=candidates[chosen],
+        chosen={"candidate": table[chosen]["candidate"]},
+        table=table,
+        policy=str(policy),
+        settings=settings,
+        seconds=time.monotonic() - started,
+        original=original,
+    )
+
+
+def _summed(parameters: Sequence[_Layer], weights: Tensor, shift: Tensor) -> nn.Linear:
+    """The weighted sum of layers ``[J]``, and ``shift`` ``[N]`` added to its bias."""
+    first, _ = parameters[0]
+    weight = torch.zeros(first.shape, dtype=torch.float64, device=first.device)
+    bias = shift.to(first.device)
+    for factor, (own_weight, own_bias) in zip(weights.tolist(), parameters, strict=True):
+        weight += factor * own_weight.double()
+        if own_bias is not None:
+            bias = bias + factor * own_bias.double()
+    return make_linear(weight.to(first), bias.to(first))
+
+
+def _likeliest(parameters: Sequence[_Layer], directions: Tensor, validation: Validation) -> tuple[Tensor, Tensor]:
+    """The weights ``[J]`` of the layers, and how much of each direction ``[A, N]`` is added, most likely on validation."""
+    count, classes = len(parameters), directions.shape[1]
+    # The layers' scores side by side; they are kept while they fit, else computed at each evaluation.
+    stacked = torch.cat([weight for weight, _ in parameters])
+    validation.keep(stacked)
+    biases = torch.zeros(count, classes, dtype=torch.float64, device="cpu")
+    for own, (_, bias) in zip(biases, parameters, strict=True):
+        if bias is not None:
+            own.copy_(bias)
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        for products, labels in validation.products(stacked):
+            scores = products.cpu().double().view(-1, count, classes) + biases
+            # What all classes share has no part in a likelihood, and none in the spread.
+            yield scores - scores.mean(dim=2, keepdim=True), labels.cpu()
+
+    samples = len(validation.samples.labels)
+    squares = torch.zeros(count, dtype=torch.float64, device="cpu")
+    for scores, _ in blocks():
+        squares += scores.square().sum(dim=(0, 2))
+    spread = (squares / (samples * classes)).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+
+    def loss(numbers: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        """The mean loss and its gradient by the weights, at scores of unit spread, and the constants."""
+        own = torch.from_numpy(numbers)
+        weights, shift = own[:count] / spread, own[count:] @ directions
+        prior = own / (_PRIOR_DEVIATION**2)
+        value, gradient = float(prior @ own) / 2, prior.clone()
+        for scores, labels in blocks():
+            log_probabilities = torch.log_softmax((weights[:, None] * scores).sum(dim=1) + shift, dim=1)
+            place = torch.arange(len(labels), device="cpu")
+            value -= float(log_probabilities[place, labels].sum())
+            residual = log_probabilities.exp()
+            residual[place, labels] -= 1
+            gradient[:count] += (residual[:, None] * scores).sum(dim=(0, 2)) / spread
+            gradient[count:] += directions @ residual.sum(dim=0)
+        return value / samples, (gradient / samples).numpy()
+
+    bounds = [(0.0, None)] * count + [(None, None)] * len(directions)
+    start = np.r_[np.ones(count), np.zeros(len(directions))]
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    numbers = torch.from_numpy(found)
+    return numbers[:count] / spread, numbers[count:]
