@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .classes import ClassSplit, class_counts, class_means, split_classes
     from .head.alphanet import AlphaNet
     from .ops.extension import build_info
+    from .repairing.loader import extract_features, repair_model
     from .repairing.repair import Repair, repair
     from .training.many import fit_many
     from .training.result import FitResult
@@ -49,8 +50,10 @@ __all__ = [
     "build_info",
     "class_counts",
     "class_means",
+    "extract_features",
     "fit",
     "fit_many",
     "repair",
+    "repair_model",
     "split_classes",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .utils.checks import check_integer, check_kind, format_ids
 from .utils.tensors import (
+    LabelledFeatures,
     TensorLike,
     as_tensor,
     check_class_ids,
@@ -23,6 +24,7 @@ from .utils.tensors import (
     check_labels,
     check_same_device,
     check_shape,
+    features_and_labels,
 )
 
 __all__ = [
@@ -208,7 +210,9 @@ def check_split(split: ClassSplit, num_classes: int) -> ClassSplit:
     return split.cpu()
 
 
-def class_means(features: TensorLike, labels: TensorLike, num_classes: int | None = None) -> Tensor:
+def class_means(
+    features: TensorLike | LabelledFeatures, labels: TensorLike | None = None, num_classes: int | None = None
+) -> Tensor:
     """Return the mean feature of each class.
 
     The features are read block by block, so that a memory-mapped array larger than memory will do. Sums are kept in
@@ -217,7 +221,8 @@ def class_means(features: TensorLike, labels: TensorLike, num_classes: int | Non
     Args:
         features: floating point [n, D], the input of the last layer (paper section 4.2: "its mean feature from the last
             layer before fc"); tensor on any device, NumPy array or memory map.
-        labels: class id of each sample, integers [n].
+            Or a :class:`alphaext.features.Features`, which has its labels.
+        labels: class id of each sample, integers [n], where ``features`` has none.
         num_classes: N. Default: the largest label plus one.
 
     Returns:
@@ -233,7 +238,7 @@ def class_means(features: TensorLike, labels: TensorLike, num_classes: int | Non
         tensor([[2., 0.],
                 [0., 5.]])
     """
-    sums, counts, like = class_sums(features, labels, num_classes, may_be_empty=True)
+    sums, counts, like = class_sums(*features_and_labels(features, labels), num_classes, may_be_empty=True)
     means = (torch.from_numpy(sums) / counts.clamp(min=1)[:, None]).to(like.dtype)
     check_finite(means, "the sum over a class of features")
     return means.to(like.device)

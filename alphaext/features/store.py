@@ -44,10 +44,11 @@ _BLOCK_BYTES = 2**22
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Features:
-    """Cached features, as :func:`alphaext.features.extract`, :func:`read_features` and :func:`write_features` return them.
+    """Features with their labels, as :func:`alphaext.features.extract`, :func:`read_features` and :func:`write_features` return
+    them, and :func:`alphaext.extract_features`.
 
-    They stay on disk: ``features`` is a memory map, from which :func:`alphaext.fit`, :func:`alphaext.class_means` and the rest
-    read what they need.
+    Cached ones stay on disk: ``features`` is a memory map, from which :func:`alphaext.fit`, :func:`alphaext.class_means` and
+    the rest read what they need.
 
     Attributes:
         features: float16 or float32 ``[n, D]``, read-only. Of several passes over ``m`` images, row ``p * m + i`` is image
@@ -56,22 +57,23 @@ class Features:
         num_classes: N; there may be classes without rows.
         class_names: a name for each class, or None.
         metadata: all that the sidecar says, such as ``model``, ``images`` (their fingerprints) and ``transform``.
-        folder: where they are.
+        folder: where they are; None for those in memory alone.
     """
 
-    features: np.memmap[Any, np.dtype[Any]]
+    features: npt.NDArray[Any]
     labels: Tensor
     num_classes: int
     class_names: tuple[str, ...] | None
     metadata: dict[str, Any]
-    folder: Path
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return self.labels.numel()
 
     def __repr__(self) -> str:
         rows, width = self.features.shape
-        return f"Features({rows:,} of {width:,} {self.features.dtype}, {self.num_classes:,} classes, {str(self.folder)!r})"
+        place = "in memory" if self.folder is None else repr(str(self.folder))
+        return f"Features({rows:,} of {width:,} {self.features.dtype}, {self.num_classes:,} classes, {place})"
 
     @property
     def passes(self) -> int:
@@ -97,6 +99,8 @@ class Features:
         Raises:
             ValueError: it has others.
         """
+        if self.folder is None:
+            return
         noted, seen = self.metadata["features_sha256"], file_digest(self.folder / FEATURES_FILE)
         if seen != noted:
             raise ValueError(

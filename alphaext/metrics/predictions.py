@@ -14,6 +14,7 @@ from ..utils.checks import check_integer, check_kind
 from ..utils.modules import evaluating
 from ..utils.progress import task_bar
 from ..utils.tensors import (
+    LabelledFeatures,
     TensorLike,
     as_tensor,
     check_device,
@@ -22,6 +23,7 @@ from ..utils.tensors import (
     check_labels,
     check_rows,
     check_shape,
+    features_and_labels,
 )
 from .accuracy import label_ranks
 
@@ -136,8 +138,8 @@ class Predictions:
 
 def predict(
     classifier: nn.Module,
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
     *,
     block_rows: int | None = None,
     device: torch.device | str | None = None,
@@ -153,7 +155,8 @@ def predict(
             module. It is evaluated in evaluation mode, without gradient and without autocast, and left as it was.
         features: floating point [n, D], at least one row; a tensor, an array or a memory map (float16 too). They are
             converted to the classifier's dtype.
-        labels: right class of each sample, integers [n].
+            Or a :class:`alphaext.features.Features`, which has its labels.
+        labels: right class of each sample, integers [n], where ``features`` has none.
         block_rows: rows of features that are read at a time, rounded up to a multiple of 256; default 4096.
         device: where to compute; default where the classifier is. Elsewhere, a copy of the classifier is used.
         progress: show a progress bar; None shows it where standard error is a terminal.
@@ -174,6 +177,7 @@ def predict(
         (tensor([0, 1]), tensor([1, 0]))
     """
     check_kind(classifier, nn.Module, "classifier")
+    features, labels = features_and_labels(features, labels)
     source, floating = check_rows(features, "features", "D")
     samples, width = int(source.shape[0]), int(source.shape[1])
     if samples == 0:

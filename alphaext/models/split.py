@@ -60,7 +60,7 @@ def find_classifier(model: nn.Module, example: Tensor | None = None) -> str:
             "(a softmax, a scale or a mean of several heads may follow); wrap it in a module that returns the layer's output. "
             f"Its linear layers: {_listed(linears)}"
         )
-    _check_used_once(same[-1], len(calls[same[-1]]))
+    check_used_once(same[-1], len(calls[same[-1]]))
     return same[-1]
 
 
@@ -172,7 +172,7 @@ class SplitModel:
         """Features and the model's own output."""
         inputs = _to_model(self.model, images, "images")
         calls, output = _watched(self.model, {self.classifier_name: self.classifier}, inputs)
-        _check_used_once(self.classifier_name, len(calls[self.classifier_name]))
+        check_used_once(self.classifier_name, len(calls[self.classifier_name]))
         features: Tensor = calls[self.classifier_name][0][0]
         if features.dim() != 2 or len(features) != len(inputs):
             raise ValueError(
@@ -205,7 +205,7 @@ def split_model(model: nn.Module, classifier: str | None = None, example: Tensor
         >>> split_model(make_model("mobilenet_v3_small", 7), example=torch.zeros(2, 3, 64, 64))
         SplitModel(MobileNetV3, classifier_name='classifier.3', num_classes=7, in_features=1024)
     """
-    model, classifier = _unwrapped(model, classifier)
+    model, classifier = unwrapped(model, classifier)
     if classifier is None:
         classifier = find_classifier(model, example)
     linears = linear_layers(model)
@@ -223,14 +223,14 @@ def split_model(model: nn.Module, classifier: str | None = None, example: Tensor
     return split
 
 
-def _unwrapped(model: nn.Module, classifier: str | None) -> tuple[nn.Module, str | None]:
+def unwrapped(model: nn.Module, classifier: str | None) -> tuple[nn.Module, str | None]:
     """What a wrapper holds: its names have no prefix, and hooks work in it."""
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     name = "module" if parallel else "_orig_mod"  # of torch.compile
     inner = getattr(model, name, None)
     if not isinstance(inner, nn.Module):
         return model, classifier
-    return _unwrapped(inner, classifier and classifier.removeprefix(f"{name}."))
+    return unwrapped(inner, classifier and classifier.removeprefix(f"{name}."))
 
 
 def _check_parity(split: SplitModel, example: Tensor) -> None:
@@ -242,7 +242,7 @@ def _check_parity(split: SplitModel, example: Tensor) -> None:
             f"classifier {split.classifier_name!r} makes logits {[len(features), split.num_classes]}, but the model returns "
             f"{list(logits.shape)}. Its linear layers: {_listed(linears)}"
         )
-    _compare(_plain(split.classifier, features), logits, split.classifier_name, "the model's output")
+    compare_scores(plain_scores(split.classifier, features), logits, split.classifier_name, "the model's output")
 
 
 def _check_plain(split: SplitModel) -> None:
@@ -254,15 +254,17 @@ def _check_plain(split: SplitModel) -> None:
     with evaluating(layer):
         output = layer(features.to(layer.weight.device, layer.weight.dtype))
     name = split.classifier_name
-    _compare(_plain(layer, features.to(layer.weight.device)), output, name, f"that of {type(layer).__name__}.forward")
+    compare_scores(
+        plain_scores(layer, features.to(layer.weight.device)), output, name, f"that of {type(layer).__name__}.forward"
+    )
 
 
 @torch.no_grad()
-def _plain(layer: nn.Linear, features: Tensor) -> Tensor:
+def plain_scores(layer: nn.Linear, features: Tensor) -> Tensor:
     return functional.linear(features.to(layer.weight.dtype), layer.weight, layer.bias)
 
 
-def _compare(plain: Tensor, logits: Tensor, name: str, what: str) -> None:
+def compare_scores(plain: Tensor, logits: Tensor, name: str, what: str) -> None:
     expected, seen = plain.detach().double(), logits.detach().double()
     largest = float(seen.abs().max()) if seen.numel() else 0.0
     difference = float((expected - seen).abs().max()) if seen.numel() else 0.0
@@ -275,7 +277,7 @@ def _compare(plain: Tensor, logits: Tensor, name: str, what: str) -> None:
         )
 
 
-def _check_used_once(name: str, times: int) -> None:
+def check_used_once(name: str, times: int) -> None:
     if times != 1:
         raise ValueError(
             f"classifier {name!r} must be used once in a forward pass of the model in eval mode, it is used {times} times"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from .loader import RepairedModel, extract_features, repair_model
 from .repair import Repair, repair
 
 __all__ = [
     "Repair",
+    "RepairedModel",
+    "extract_features",
     "repair",
+    "repair_model",
 ]

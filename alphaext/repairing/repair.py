@@ -14,7 +14,7 @@ from ..training.builder import Builder
 from ..training.presets import preset_options
 from ..training.result import FitResult
 from ..training.single import Run, train
-from ..utils.tensors import TensorLike
+from ..utils.tensors import LabelledFeatures, TensorLike
 
 __all__ = ["Repair", "repair"]
 
@@ -38,10 +38,10 @@ class Repair:
 
 def repair(
     linear: nn.Module,
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
     *,
-    val_features: TensorLike | None = None,
+    val_features: TensorLike | LabelledFeatures | None = None,
     val_labels: TensorLike | None = None,
     preset: str = "few",
     few_below: int = 20,
@@ -55,9 +55,9 @@ def repair(
     Args:
         linear: the trained classifier, such as ``nn.Linear``, in float32 or float64; it is not changed.
         features: ``[n, D]``, the training features.
-        labels: ``[n]`` integers.
-        val_features: ``[m, D]``, with ``val_labels``: what the epoch and the constant on the few scores are chosen by. Without,
-            the last epoch is taken, and no constant.
+        labels: ``[n]`` integers, where ``features`` is no :class:`alphaext.features.Features`, which has its labels.
+        val_features: ``[m, D]`` with ``val_labels``, or features likewise: what the epoch and the constant on the few scores
+            are chosen by. Without, the last epoch is taken, and no constant.
         val_labels: ``[m]`` integers.
         preset: ``"few"`` or ``"paper"`` (:data:`alphaext.training.PRESETS`).
         few_below: a class with fewer training samples is few; 20 in the paper.

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ..classes import ClassSplit, check_split, class_counts, class_means, split_classes
 from ..head.alphanet import AlphaNet
 from ..head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
-from ..utils.checks import check_together
 from ..utils.linear import linear_parameters
-from ..utils.tensors import TensorLike, as_tensor
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, features_and_labels
 from .augmentation import draw_features
 from .cached_logits import Samples, check_samples
 from .engine import TrainingData
@@ -33,8 +32,8 @@ class Builder:
 
     Args:
         linear: the trained classifier, as for :func:`alphaext.fit_many`, as are all others but the last.
-        features: ``[n, D]``.
-        labels: ``[n]`` integers.
+        features: ``[n, D]``, or features that know their labels.
+        labels: ``[n]`` integers, where the features do not know them.
         inputs: ``[N, P]``, what sub-modules read instead of the classifier's rows, before PCA.
 
     Attributes:
@@ -45,10 +44,10 @@ class Builder:
     def __init__(
         self,
         linear: nn.Module,
-        features: TensorLike,
-        labels: TensorLike,
+        features: TensorLike | LabelledFeatures,
+        labels: TensorLike | None = None,
         *,
-        val_features: TensorLike | None = None,
+        val_features: TensorLike | LabelledFeatures | None = None,
         val_labels: TensorLike | None = None,
         few_below: int = 20,
         many_above: int = 100,
@@ -140,14 +139,18 @@ class Builder:
 
 
 def check_all_samples(
-    weight: Tensor, features: TensorLike, labels: TensorLike, val_features: TensorLike | None, val_labels: TensorLike | None
+    weight: Tensor,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None,
+    val_features: TensorLike | LabelledFeatures | None,
+    val_labels: TensorLike | None,
 ) -> tuple[Samples, Samples | None]:
     """Training samples, and validation samples, if there are any, checked."""
-    check_together(val_features=val_features, val_labels=val_labels)
-    samples = check_samples(weight, features, labels, "features", "labels")
-    if val_features is None or val_labels is None:
+    samples = check_samples(weight, *features_and_labels(features, labels))
+    if val_features is None and val_labels is None:
         return samples, None
-    return samples, check_samples(weight, val_features, val_labels, "val_features", "val_labels")
+    names = ("val_features", "val_labels")
+    return samples, check_samples(weight, *features_and_labels(val_features, val_labels, *names), *names)
 
 
 def with_drawn(
@@ -164,9 +167,9 @@ def with_drawn(
 
 def training_data(
     head: AlphaNet,
-    features: TensorLike,
-    labels: TensorLike,
-    val_features: TensorLike | None,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None,
+    val_features: TensorLike | LabelledFeatures | None,
     val_labels: TensorLike | None,
     options: TrainingOptions,
 ) -> TrainingData:

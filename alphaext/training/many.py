@@ -20,7 +20,7 @@ from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
 from ..utils.checks import check_integer
 from ..utils.progress import task_bar
-from ..utils.tensors import TensorLike
+from ..utils.tensors import LabelledFeatures, TensorLike
 from .builder import Builder
 from .native_engine import NativeEngine, SharedLogits
 from .native_group import EngineGroup, group_key
@@ -48,11 +48,11 @@ class SweepRun:
 
 def fit_many(
     linear: nn.Module,
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None,
     configs: Sequence[Mapping[str, Any]],
     *,
-    val_features: TensorLike | None = None,
+    val_features: TensorLike | LabelledFeatures | None = None,
     val_labels: TensorLike | None = None,
     few_below: int = 20,
     many_above: int = 100,
@@ -70,10 +70,10 @@ def fit_many(
     Args:
         linear: the trained classifier, such as ``nn.Linear``; see :meth:`AlphaNet.from_linear`.
         features: ``[n, D]``, the training features; class counts, class means and samples come from them.
-        labels: ``[n]`` integers.
+        labels: ``[n]`` integers, where ``features`` is no :class:`alphaext.features.Features`, which has its labels.
         configs: one mapping a head, with any options of :class:`alphaext.training.HeadOptions` and
             :class:`alphaext.training.TrainingOptions` (docs/options.md). ``seed`` is that of the weights and of the samples.
-        val_features: ``[m, D]``, with ``val_labels``.
+        val_features: ``[m, D]`` or features likewise, with ``val_labels``.
         val_labels: ``[m]`` integers.
         few_below: a class with fewer training samples is few; 20 in the paper.
         many_above: a class with more training samples is many; 100 in the paper.

@@ -20,7 +20,7 @@ from ..metrics.accuracy import SplitMetrics
 from ..utils.checks import check_choice, check_integer, check_kind
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining, check_checkpoint
-from ..utils.tensors import TensorLike
+from ..utils.tensors import LabelledFeatures, TensorLike
 from .autograd_engine import AutogradEngine
 from .builder import training_data
 from .cached_logits import data_digest
@@ -39,10 +39,10 @@ _SECONDS_BETWEEN_CHECKPOINTS = 0.5
 @takes_options([entry.name for entry in fields(TrainingOptions)])
 def fit(
     head: AlphaNet,
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
     *,
-    val_features: TensorLike | None = None,
+    val_features: TensorLike | LabelledFeatures | None = None,
     val_labels: TensorLike | None = None,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     engine: str = "auto",
@@ -59,8 +59,9 @@ def fit(
     Args:
         head: trained in place; on return it has the parameters of the selected epoch, and no constant of a training before.
         features: ``[n, D]``, floating point, the training features (a NumPy memory map will do; float16 too).
-        labels: ``[n]`` integers.
-        val_features: ``[m, D]``, to select the epoch by; with ``val_labels``.
+            Or a :class:`alphaext.features.Features`, which has its labels.
+        labels: ``[n]`` integers, where ``features`` has none.
+        val_features: ``[m, D]`` or features likewise, to select the epoch by; with ``val_labels``.
         val_labels: ``[m]`` integers.
         optimizer: makes any torch optimiser out of the list of parameters, instead of SGD with the options above. A head with
             ``first_layer="factored"`` is exact for SGD only and refuses others, but for direct coefficients, which have none.

@@ -43,7 +43,7 @@ def progress_bar(progress: bool | None, *columns: ProgressColumn, main: bool = T
 
 @contextmanager
 def task_bar(
-    progress: bool | None, text: str, *columns: ProgressColumn, total: int, done: int = 0
+    progress: bool | None, text: str, *columns: ProgressColumn, total: int | None, done: int = 0
 ) -> Iterator[Callable[..., None]]:
     """A bar over ``total`` steps of one task, of which ``done`` were done before.
 
@@ -51,7 +51,7 @@ def task_bar(
         progress: as for :func:`progress_bar`.
         text: before the bar.
         columns: what stands between text and times; default how many are done, and the bar.
-        total: all steps.
+        total: all steps; None where nobody knows.
         done: those done before.
 
     Yields:

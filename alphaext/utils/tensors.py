@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,31 @@ from .checks import format_ids
 
 TensorLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 """What users have at hand: a tensor, a NumPy array (also a read-only memory map), or nested lists of numbers."""
+
+
+class LabelledFeatures(Protocol):
+    """Features that know their labels, such as :class:`alphaext.features.Features`."""
+
+    @property
+    def features(self) -> npt.NDArray[Any]: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
+def features_and_labels(
+    features: TensorLike | LabelledFeatures | None,
+    labels: TensorLike | None,
+    name: str = "features",
+    labels_name: str = "labels",
+) -> tuple[TensorLike, TensorLike]:
+    """Features and labels apart, which may be given as one."""
+    both: Any = features
+    if hasattr(both, "features") and hasattr(both, "labels"):
+        features, labels = both.features, both.labels if labels is None else labels
+    if features is None or labels is None:
+        raise ValueError(f"{name} and {labels_name} must be given together, or as one, such as alphaext.features.Features")
+    return features, labels  # type: ignore[return-value]
 
 
 def as_tensor(value: TensorLike, name: str) -> Tensor:

@@ -1,0 +1,424 @@
+"""A model and its data, as they are: the features of a loader's batches, and the model with its rare classes repaired."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..features.store import Features
+from ..models.split import check_used_once, compare_scores, find_classifier, linear_layers, plain_scores, unwrapped
+from ..utils.checks import check_class_names, check_integer, check_kind
+from ..utils.linear import make_linear, wide
+from ..utils.modules import evaluating
+from ..utils.progress import task_bar
+from ..utils.tensors import as_tensor, check_device, check_finite, check_labels
+from ..utils.text import percent
+from .repair import Repair, repair
+
+__all__ = ["RepairedModel", "extract_features", "repair_model"]
+
+LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+"""What labels are called in batches that have names."""
+
+
+def extract_features(
+    model: nn.Module,
+    data: Any,
+    *,
+    classifier: str | None = None,
+    label_name: str | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> Features:
+    """Compute what goes into a model's last linear layer, for every sample of its data; the result stays in memory.
+
+    Args:
+        model: any module whose output, or the output's ``logits``, is that of an ``nn.Linear``. It runs in eval mode, without
+            gradients, and is afterwards as it was.
+        data: a ``DataLoader`` or another iterable of batches; a ``Dataset`` of samples; or arrays ``(inputs, labels)``, or a
+            mapping of arrays by name. A batch is a tuple whose last entry is the labels, or has names (a mapping, a dataclass,
+            a named tuple): then the labels are under one of ``labels``, ``label``, ``targets``, ``target`` and ``y``, and the
+            model gets all other tensors by their names. Any other object with such an attribute goes into the model whole.
+            Inputs are of any kind: images, token ids, rows of a table.
+        classifier: dotted name of the last linear layer. Default: the one whose output is the model's.
+        label_name: the name of the labels, where it is another one.
+        num_classes: N, which must be the layer's; default the layer's own.
+        class_names: of all classes. Default: those of the data set (``classes``), or of the model's configuration
+            (``id2label``), or none.
+        batch_size: samples at a time, default 64; of a ``Dataset`` and of arrays only.
+        device: where the model computes; it goes back afterwards. Default: where it is.
+        progress: show a progress bar; None shows it where standard error is a terminal.
+
+    Returns:
+        The features, float32 ``[n, D]`` in the order of the data, with their labels: a :class:`alphaext.features.Features`,
+        which :func:`alphaext.fit`, :func:`alphaext.repair` and the rest take in place of arrays.
+
+    Raises:
+        TypeError: no module, no data of a known kind, labels that are not integers.
+        ValueError: a model that does not end in a plain linear layer, or whose layer is used twice; batches without labels;
+            labels beyond the classes; no samples. The message names what was seen.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> features = extract_features(model, (torch.randn(10, 6), torch.arange(10) % 3))
+        >>> features.features.shape, features.class_counts()
+        ((10, 4), tensor([4, 3, 3]))
+    """
+    check_kind(model, nn.Module, "model")
+    model, classifier = unwrapped(model, classifier)
+    batches, total = _batches(data, check_integer(batch_size, "batch_size", minimum=1))
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("model must have parameters, it has none")
+    place = check_device(parameter.device if device is None else device)
+    layers = linear_layers(model) if classifier is None else {classifier: _named_layer(model, classifier)}
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    bar = task_bar(progress, "batches through the model", total=total)
+    with _on_device(model, place), evaluating(model), torch.autocast(place.type, enabled=False), bar as report:
+        for batch in batches:
+            inputs, targets = _inputs_and_labels(batch, label_name)
+            passed, logits = _watched(model, layers, _prepared(inputs, place, parameter.dtype))
+            if classifier is None:
+                classifier = _ending(passed, logits, layers)
+                layers = {classifier: layers[classifier]}
+            features = _features(passed[classifier], logits, classifier)
+            check_finite(features, "the model's features", first_row=sum(map(len, rows)))
+            if not rows:
+                compare_scores(plain_scores(layers[classifier], features), logits, classifier, "the model's output")
+            rows.append(features.float().cpu())
+            labels.append(_labels(targets, len(features), layers[classifier].out_features))
+            report()
+    if classifier is None or not rows:
+        raise ValueError("data must hold at least one batch, got none")
+    available = layers[classifier].out_features
+    if num_classes is not None and num_classes != available:
+        raise ValueError(f"num_classes must be that of the model's classifier, {available}, got {num_classes}")
+    names = _class_names(data, model, available) if class_names is None else class_names
+    if names is not None:
+        names = check_class_names(names, available, distinct=False)
+    return Features(torch.cat(rows).numpy(), torch.cat(labels), available, names, {"classifier": classifier})
+
+
+@dataclass(frozen=True)
+class RepairedModel:
+    """What :func:`repair_model` made.
+
+    Attributes:
+        model: a copy of the model with the repaired layer in it.
+        classifier: that layer's name.
+        repair: the layer alone, its head, the training's result, and which classes are few.
+        train: the training features, which another repair can start from.
+        val: the validation features, or None.
+    """
+
+    model: nn.Module
+    classifier: str
+    repair: Repair
+    train: Features
+    val: Features | None
+
+    @property
+    def before(self) -> dict[str, float] | None:
+        """Top-1 accuracy of the model as it was, on the validation samples: ``few``, ``medium``, ``many``, ``all``."""
+        return self.repair.result.before
+
+    @property
+    def after(self) -> dict[str, float] | None:
+        """The same of the repaired model."""
+        return self.repair.result.after
+
+    def __str__(self) -> str:
+        before, after = self.before, self.after
+        few = f"{len(self.repair.split.few)} of {self.train.num_classes} classes are few"
+        if before is None or after is None:
+            return f"{few}; without validation samples nothing was measured"
+        gains = (f"{part} {percent(before[part])} -> {percent(after[part])}" for part in before)
+        return f"{few}; top-1 in % on the validation samples: {', '.join(gains)}"
+
+
+def repair_model(
+    model: nn.Module,
+    train: Any,
+    val: Any = None,
+    *,
+    classifier: str | None = None,
+    label_name: str | None = None,
+    class_names: Sequence[str] | None = None,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> RepairedModel:
+    """Repair the rare classes of a trained model, by its own data.
+
+    Args:
+        model: the trained model, as for :func:`extract_features`. It is not changed.
+        train: the training data, as for :func:`extract_features`: each image once, as it is used in tests, not augmented. Or
+            the features of it.
+        val: validation data likewise, which all choices go by. Without, none are made.
+        classifier: dotted name of the last linear layer. Default: the one whose output is the model's.
+        label_name: as for :func:`extract_features`, as are ``class_names``, ``batch_size`` and ``device``.
+        class_names: of all classes.
+        batch_size: samples at a time.
+        device: where the model computes.
+        progress: show progress bars; None shows them where standard error is a terminal.
+        options: of :func:`alphaext.repair`: ``preset``, ``few_below``, ``many_above``, and so on.
+
+    Returns:
+        A :class:`RepairedModel`; printed, it says what was gained.
+
+    Raises:
+        TypeError, ValueError: as :func:`extract_features` and :func:`alphaext.repair`.
+        FloatingPointError: the training diverged.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> labels = torch.tensor([0] * 120 + [1] * 50 + [2] * 5)
+        >>> made = repair_model(model, (torch.randn(175, 6), labels), epochs=2)
+        >>> made.classifier, torch.equal(made.model[2].weight[:2], model[2].weight[:2])
+        ('2', True)
+    """
+    check_kind(model, nn.Module, "model")
+    model, classifier = unwrapped(model, classifier)
+    common: dict[str, Any] = {"label_name": label_name, "class_names": class_names, "batch_size": batch_size, "device": device}
+    parts = []
+    for data in (train, val):
+        if data is not None and not isinstance(data, Features):
+            data = extract_features(model, data, classifier=classifier, progress=progress, **common)
+        if data is not None and classifier is None:
+            classifier = data.metadata.get("classifier")
+        parts.append(data)
+    name = find_classifier(model) if classifier is None else classifier
+    layer = _named_layer(model, name)
+    wide_layer = make_linear(wide(layer.weight), None if layer.bias is None else wide(layer.bias))
+    made = repair(wide_layer, parts[0], val_features=parts[1], progress=progress, **options)
+    repaired = copy.deepcopy(model)
+    new = copy.deepcopy(made.linear).to(layer.weight).train(layer.training)
+    new.requires_grad_(layer.weight.requires_grad)
+    if name:
+        repaired.set_submodule(name, new)
+    return RepairedModel(repaired if name else new, name, made, parts[0], parts[1])
+
+
+# ---- Data and batches --------------------------------------------------------------------------------------------------
+
+
+def _batches(data: Any, batch_size: int) -> tuple[Iterable[Any], int | None]:
+    """The batches of data of any kind, and how many there are where that is known."""
+    if isinstance(data, tuple) and len(data) == 2 and _are_arrays(data[0]) and isinstance(data[1], (Tensor, np.ndarray)):
+        return _slices(data, len(data[1]), batch_size)
+    if isinstance(data, Mapping) and data and _are_arrays(data):
+        return _slices(data, len(next(iter(data.values()))), batch_size)
+    is_batches = isinstance(data, (DataLoader, list, tuple)) or not hasattr(data, "__getitem__")
+    if isinstance(data, IterableDataset) or not is_batches:
+        loader: Iterable[Any] = DataLoader(data, batch_size=batch_size)
+    else:
+        loader = data
+    if isinstance(data, (str, bytes, Tensor, np.ndarray, Mapping)) or not hasattr(loader, "__iter__"):
+        raise TypeError(
+            "data must be a DataLoader or another iterable of batches, a Dataset, arrays (inputs, labels) or a mapping of "
+            f"arrays, got {type(data).__name__}"
+        )
+    countable = hasattr(loader, "__len__") and not isinstance(getattr(loader, "dataset", None), IterableDataset)
+    return loader, len(loader) if countable else None  # type: ignore[arg-type]
+
+
+def _are_arrays(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_are_arrays, value.values()))
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def _slices(data: Any, samples: int, batch_size: int) -> tuple[Iterator[Any], int]:
+    def cut(value: Any, rows: slice) -> Any:
+        if isinstance(value, Mapping):
+            return {name: cut(entry, rows) for name, entry in value.items()}
+        if isinstance(value, tuple):
+            return tuple(cut(entry, rows) for entry in value)
+        if len(value) != samples:
+            raise ValueError(f"data must have one entry a sample in each array, got {len(value)} and {samples}")
+        return value[rows]
+
+    starts = range(0, samples, batch_size)
+    return (cut(data, slice(start, start + batch_size)) for start in starts), len(starts)
+
+
+def _inputs_and_labels(batch: Any, label_name: str | None) -> tuple[Any, Any]:
+    """What goes into the model, and the labels."""
+    names = LABEL_NAMES if label_name is None else (label_name,)
+    if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
+        batch = batch._asdict()
+    elif dataclasses.is_dataclass(batch):
+        batch = {entry.name: getattr(batch, entry.name) for entry in dataclasses.fields(batch)}
+    if isinstance(batch, Mapping):
+        found = next((name for name in names if name in batch), None)
+        if found is None:
+            raise ValueError(
+                f"a batch must have {' or '.join(names)}, got {', '.join(map(str, batch))}; label_name says another"
+            )
+        return {name: value for name, value in batch.items() if name != found}, batch[found]
+    if isinstance(batch, (tuple, list)):
+        if len(batch) < 2:
+            raise ValueError(f"a batch must be of inputs and labels, got a {type(batch).__name__} of {len(batch)}")
+        return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
+    found = next((name for name in names if hasattr(batch, name)), None)
+    if found is None:
+        raise ValueError(
+            f"a batch must be a tuple (inputs, labels), have names, or have an attribute {' or '.join(names)}, got a "
+            f"{type(batch).__name__}"
+        )
+    return batch, getattr(batch, found)
+
+
+def _prepared(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Inputs where the model computes; of those by name, the tensors alone."""
+    if isinstance(inputs, np.ndarray):
+        inputs = as_tensor(inputs, "inputs")
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, dtype if inputs.is_floating_point() else None)
+    if isinstance(inputs, Mapping):
+        kept = {name: value for name, value in inputs.items() if isinstance(value, (Tensor, np.ndarray))}
+        return {name: _prepared(value, device, dtype) for name, value in kept.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_prepared(value, device, dtype) for value in inputs)
+    return inputs.to(device) if hasattr(inputs, "to") else inputs
+
+
+def _labels(targets: Any, samples: int, num_classes: int) -> Tensor:
+    labels = as_tensor(targets, "labels")
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    labels = check_labels(labels, num_classes).cpu()
+    if len(labels) != samples:
+        raise ValueError(f"a batch must have one label a sample, got {len(labels)} labels and {samples} rows of features")
+    return labels
+
+
+def _class_names(data: Any, model: nn.Module, num_classes: int) -> Sequence[str] | None:
+    """The names that the data set or the model's configuration has for all classes, if any."""
+    classes = getattr(getattr(data, "dataset", data), "classes", None)
+    id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
+    for names in (classes, [id2label.get(index) for index in range(num_classes)]):
+        if isinstance(names, (list, tuple)) and len(names) == num_classes and all(isinstance(name, str) for name in names):
+            return names
+    return None
+
+
+# ---- The model ---------------------------------------------------------------------------------------------------------
+
+
+def _named_layer(model: nn.Module, name: str) -> nn.Linear:
+    layer = dict(model.named_modules()).get(name)
+    if not isinstance(layer, nn.Linear):
+        seen = "not there" if layer is None else f"a {type(layer).__name__}"
+        raise ValueError(
+            f"classifier must name an nn.Linear of the model, but {name!r} is {seen}. Its linear layers: "
+            f"{', '.join(map(repr, linear_layers(model)))}"
+        )
+    return layer
+
+
+@contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
+def _watched(
+    model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Any
+) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], Tensor]:
+    """What each layer is given and returns in a pass, and the model's logits."""
+    passed: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+
+    def watch(name: str) -> Any:
+        def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+            passed[name].append((arguments[0] if arguments else named["input"], output))
+
+        return keep
+
+    hooks = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        output = _call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(logits, (tuple, list)) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        seen = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise ValueError(f"model must return logits [n, N], or an object with such logits, got {seen}")
+    return passed, logits
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if not isinstance(inputs, Mapping):
+        return model(inputs)
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = {name: value for name, value in inputs.items() if takes_all or name in parameters}
+    if not known and len(inputs) == 1:
+        return model(*inputs.values())
+    return model(**known)
+
+
+def _position(output: Tensor, logits: Tensor) -> Tensor | None:
+    """Which of the positions ``[n, T, N]`` of a layer's output are the logits, ``[n]``; None where they are not all there."""
+    if output.shape[0] != logits.shape[0] or output.shape[2] != logits.shape[1]:
+        return None
+    same = (output == logits[:, None]).all(dim=2)
+    return same.int().argmax(dim=1) if bool(same.any(dim=1).all()) else None
+
+
+def _ending(passed: Mapping[str, list[tuple[Tensor, Tensor]]], logits: Tensor, layers: Mapping[str, nn.Linear]) -> str:
+    """The layer whose output is the model's."""
+
+    def ends(output: Tensor) -> bool:
+        if output.dim() == 3:
+            return _position(output, logits) is not None
+        return output.shape == logits.shape and torch.allclose(output, logits, rtol=0, atol=0, equal_nan=True)
+
+    same = [name for name, calls in passed.items() if any(ends(output) for _, output in calls)]
+    if not same:
+        shown = ", ".join(f"{name!r} [{layer.out_features}, {layer.in_features}]" for name, layer in list(layers.items())[-8:])
+        raise ValueError(
+            f"model must end in an nn.Linear whose output it returns, but its logits {list(logits.shape)} are not those of any "
+            f"(a softmax or a scale may follow). Its last linear layers: {shown}"
+        )
+    return same[-1]
+
+
+def _features(calls: list[tuple[Tensor, Tensor]], logits: Tensor, name: str) -> Tensor:
+    """What the classifier was given for each sample; of a sequence, at the position whose scores are the model's."""
+    check_used_once(name, len(calls))
+    features, output = calls[0]
+    if features.dim() == 3:
+        position = _position(output, logits)
+        if position is not None:
+            features = features[torch.arange(len(features), device=features.device), position]
+    if features.dim() != 2 or len(features) != len(logits):
+        raise ValueError(
+            f"features must have one row a sample, but the classifier {name!r} gets {list(features.shape)} where the logits "
+            f"are {list(logits.shape)}"
+        )
+    return features
