@@ -1,0 +1,65 @@
+"""What preset ``all`` does beyond ``few``: an average with two classifiers of other making, in which every row may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..baselines.averaging import average
+from ..baselines.linear_discriminant import discriminant
+from ..baselines.retraining import crt
+from ..training.builder import Builder
+from ..training.selection import BaselineResult
+from ..utils.checks import format_ids
+
+
+def check_all_rows(builder: Builder) -> None:
+    """Check what the preset needs, before anything is trained."""
+    if builder.validation is None:
+        raise ValueError("preset='all' chooses weights on validation samples: it needs val_features and val_labels")
+    if len(builder.split.empty):
+        raise ValueError(
+            "preset='all' makes every row anew and needs training samples of every class, labels has none of class "
+            f"{format_ids(builder.split.empty.tolist())}; preset='few' keeps the rows of such classes"
+        )
+
+
+def average_all_rows(repaired: nn.Linear, builder: Builder, seed: int, progress: bool | None) -> BaselineResult:
+    """Average a repaired layer with the discriminant, all of its means composed, and with balanced re-training.
+
+    A classifier that cannot be made of these features is left out; where the average is not better on validation samples, the
+    repaired layer is kept.
+    """
+    assert builder.validation is not None
+    features, labels = builder.samples.real(), builder.samples.labels
+    val_features, val_labels, split = builder.validation.real(), builder.validation.labels, builder.split
+    counts: Tensor = torch.bincount(labels, minlength=len(builder.weight))
+
+    def retrained() -> nn.Linear:
+        made = crt(
+            features,
+            labels,
+            len(counts),
+            val_features=val_features,
+            val_labels=val_labels,
+            split=split,
+            seed=seed,
+            progress=progress,
+        )
+        return made.linear
+
+    makers: list[Callable[[], nn.Linear]] = [
+        lambda: discriminant(features, labels, len(counts), split=split, compose="all").linear,
+        retrained,
+    ]
+    layers: list[nn.Module] = [repaired]
+    for make in makers:
+        try:
+            layers.append(make())
+        except (FloatingPointError, ValueError):  # no scatter within classes; a training that diverged
+            continue
+    if len(layers) == 1:
+        layers.append(repaired)
+    return average(layers, val_features, val_labels, split, class_counts=counts)
