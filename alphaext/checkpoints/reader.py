@@ -136,6 +136,7 @@ class Checkpoint:
         if layer.bias is not None:
             state[f"{classifier}.bias"] = self._bias_or_zero()
         model.load_state_dict(state)
+        self._set_input_transform(model)
 
     def load_backbone_into(self, model: nn.Module, classifier: str) -> None:
         """Give ``model`` the backbone of this checkpoint, and leave its layer ``classifier``, of whatever classes, as it is.
@@ -148,6 +149,23 @@ class Checkpoint:
         own = f"{classifier}."
         wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
         model.load_state_dict(self._fitting(wanted, classifier), strict=False)
+        self._set_input_transform(model)
+
+    def _set_input_transform(self, model: nn.Module) -> None:
+        """What no state dict says: whether torchvision's GoogLeNet or Inception changes its input, as the published ones do."""
+        if not hasattr(model, "transform_input"):
+            return
+        noted = self.metadata.get("transform_input")
+        if self.path.name.startswith(("googlenet-", "inception_v3_google-")):  # as torchvision publishes them
+            noted = "true"
+        if noted is not None:
+            model.transform_input = noted == "true"  # type: ignore[assignment]
+            return
+        warnings.warn(
+            f"{self.path} does not say whether the model changes its input, as weights that began as torchvision's do: "
+            f"transform_input is {bool(model.transform_input)}; --model-options transform_input=true changes that",
+            stacklevel=3,
+        )
 
     def _fitting(self, wanted: Mapping[str, Tensor], classifier: str) -> dict[str, Tensor]:
         """The backbone's tensors under the names of a model; those that take no part in what it computes may be missing."""

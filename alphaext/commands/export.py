@@ -65,7 +65,7 @@ class Export(CommonOptions, ModelOptions):
             format=self.format,
             model=model,
             classifier=None if model is None else self.classifier_layer,
-            example=None if model is None else self.example(),
+            example=None if model is None else self.example(model),
             overwrite=self.overwrite,
         )
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)

@@ -56,13 +56,15 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
                 self.features.mkdir(parents=True, exist_ok=True)
             group.barrier()
             found: dict[str, Any] = {}
+            if group.is_main:
+                self.tell_transform(console, self.test_transform(model.model), model.model)
             for part, images in parts.items():
                 several = part == "train" and self.passes > 1
                 features = alphaext.features.extract(
                     model,
                     images,
                     self.features / part,
-                    transform=self.train_transform() if several else self.test_transform(),
+                    transform=self.train_transform(model.model) if several else self.test_transform(model.model),
                     dtype=self.dtype,
                     batch_size=self.batch_size,
                     workers=self.workers,

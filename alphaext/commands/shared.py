@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import math
 import os
 import sys
 import warnings
@@ -18,6 +20,7 @@ from .options import Options, option
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
     from torch import nn
 
 PARTS = ("train", "val", "test")
@@ -135,45 +138,32 @@ class LayerOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformOptions(Options):
-    """How an image becomes what the network takes."""
+class ModelOptions(LayerOptions):
+    """The network and its trained weights, and how an image becomes what the network takes."""
 
     section: ClassVar[str] = "model"
-    transform: str = option(
-        "imagenet",
+    transform: str | None = option(
+        None,
         choices=("imagenet", "small"),
-        help="imagenet: resize, centre crop, ImageNet's mean and deviation; small: for images of some 8 to 64 pixels",
+        help="imagenet: resize, centre crop, ImageNet's mean and deviation; small: for images of some 8 to 64 pixels; without, "
+        "as the network's library says, else imagenet",
     )
-    image_size: int = option(224, metavar="PIXELS", help="height and width that the network takes")
-    resize: int | None = option(None, metavar="PIXELS", help="shorter side before the crop; without, 8/7 of the image size")
+    image_size: int | None = option(
+        None, metavar="PIXELS", help="height and width that the network takes; without, as its library says, else 224"
+    )
+    resize: int | None = option(
+        None, metavar="PIXELS", help="shorter side before the crop; without, as the library says, else 8/7 of the image size"
+    )
     channels: int = option(3, help="3 for colour, 1 for grey")
     mean: tuple[float, ...] | None = option(None, help="of each channel, what is subtracted; without, the transform's own")
     std: tuple[float, ...] | None = option(None, help="of each channel, what is divided by")
-
-    def test_transform(self) -> alphaext.data.ImageTransform:
-        if self.transform == "small":
-            return alphaext.data.small_test_transform(self.image_size, **self._of_channels())
-        resize = self.resize if self.resize is not None else round(self.image_size * 8 / 7)
-        return alphaext.data.test_transform(self.image_size, resize=resize, **self._of_channels())
-
-    def train_transform(self) -> alphaext.data.ImageTransform:
-        make = alphaext.data.small_train_transform if self.transform == "small" else alphaext.data.train_transform
-        return make(self.image_size, **self._of_channels())
-
-    def _of_channels(self) -> dict[str, Any]:
-        given = {name: getattr(self, name) for name in ("mean", "std") if getattr(self, name) is not None}
-        return {"channels": self.channels, **given}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions(TransformOptions, LayerOptions):
-    """The network and its trained weights."""
-
-    section: ClassVar[str] = "model"
     backbone: str | None = option(
         None,
         metavar="NAME",
         help="a torchvision classification model (resnext50_32x4d, resnet152, ...), timm:NAME, small, or module:function",
+    )
+    model_options: tuple[str, ...] = option(
+        (), metavar="NAME=VALUE", help="what the library's function for the model takes besides, as in img_size=64"
     )
     checkpoint: Path | None = option(None, help="trained weights: .pth of any known layout, or .safetensors")
     pretrained: bool = option(False, help="start from weights that torchvision or timm publishes")
@@ -184,8 +174,49 @@ class ModelOptions(TransformOptions, LayerOptions):
             raise ValueError("--backbone must be given, or backbone in [model] of the configuration: the network's name")
         if ":" in self.backbone and not self.backbone.startswith("timm:"):
             return _own_model(self.backbone, num_classes, seed)
-        options: dict[str, Any] = {"in_channels": self.channels, "pretrained": self.pretrained, "seed": seed}
-        return alphaext.models.make_model(self.backbone, num_classes, **options)
+        options = dict(map(_named_value, self.model_options))
+        return alphaext.models.make_model(
+            self.backbone, num_classes, in_channels=self.channels, pretrained=self.pretrained, seed=seed, options=options
+        )
+
+    def preprocessing(self, model: nn.Module) -> alphaext.models.Preprocessing | None:
+        """How the network wants its images, where that is known and no transform is asked for."""
+        if self.transform is not None:
+            return None
+        return alphaext.models.find_preprocessing(
+            self.backbone, model, pretrained=self.pretrained and self.checkpoint is None, checkpoint=self.checkpoint
+        )
+
+    def test_transform(self, model: nn.Module) -> alphaext.data.ImageTransform:
+        """For the network's features and accuracies."""
+        options = self._of_images(model)
+        if self.transform == "small":
+            return alphaext.data.small_test_transform(**options)
+        known, size = self.preprocessing(model), options["image_size"]
+        resize = round(size * 8 / 7)
+        if known is not None:
+            options["squash"], resize = known.squash, max(size, math.floor(size * known.resize_ratio))
+        return alphaext.data.test_transform(resize=resize if self.resize is None else self.resize, **options)
+
+    def train_transform(self, model: nn.Module) -> alphaext.data.ImageTransform:
+        """For the network's training."""
+        make = alphaext.data.small_train_transform if self.transform == "small" else alphaext.data.train_transform
+        return make(**self._of_images(model))
+
+    def tell_transform(self, console: Console, transform: alphaext.data.ImageTransform, model: nn.Module) -> None:
+        """Say once how images are transformed, and who says so."""
+        known = self.preprocessing(model)
+        source = "as the options say" if known is None else known.source
+        description = ", ".join(f"{name} {value}" for name, value in transform.description.items() if name != "name")
+        console.print(f"Images are transformed ({source}): {description}", markup=False, highlight=False, soft_wrap=True)
+
+    def _of_images(self, model: nn.Module) -> dict[str, Any]:
+        known = self.preprocessing(model)
+        options: dict[str, Any] = {"image_size": 224}
+        if known is not None:
+            options = {name: getattr(known, name) for name in ("image_size", "mean", "std", "interpolation")}
+        given = {name: getattr(self, name) for name in ("image_size", "mean", "std") if getattr(self, name) is not None}
+        return {**options, **given, "channels": self.channels}
 
     def read_checkpoint(self, num_classes: int | None = None) -> alphaext.checkpoints.Checkpoint:
         if self.checkpoint is None:
@@ -195,7 +226,7 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def load(self, model: nn.Module, checkpoint: alphaext.checkpoints.Checkpoint) -> None:
         """Give a model, in eval mode from then on, a checkpoint's weights; of one with other classes the backbone alone."""
-        layer = self.classifier_layer or alphaext.models.find_classifier(model.eval(), self.example())
+        layer = self.classifier_layer or alphaext.models.find_classifier(model.eval(), self.example(model))
         num_classes = model.get_submodule(layer).out_features
         if num_classes == checkpoint.num_classes:
             checkpoint.load_into(model, layer)
@@ -209,7 +240,6 @@ class ModelOptions(TransformOptions, LayerOptions):
 
     def trained_model(self, num_classes: int | None, device: torch.device) -> alphaext.models.SplitModel:
         """The network with the checkpoint's weights, its last linear layer found and checked on a batch of noise."""
-        example = self.example().to(device)
         if self.checkpoint is not None or not self.pretrained:
             checkpoint = self.read_checkpoint(num_classes)
             model = self.model(len(checkpoint.weight))
@@ -218,15 +248,26 @@ class ModelOptions(TransformOptions, LayerOptions):
             raise ValueError("--num-classes must be given with --pretrained, or num_classes in [data] of the configuration")
         else:
             model = self.model(num_classes)
+        example = self.example(model).to(device)
         return alphaext.models.split_model(model.to(device).eval(), self.classifier_layer, example)
 
-    def example(self) -> torch.Tensor:
+    def example(self, model: nn.Module) -> torch.Tensor:
         """A batch of two images of noise."""
         from ..utils.seeds import noise
 
-        check_integer(self.image_size, "image_size", minimum=1)
-        check_integer(self.channels, "channels", minimum=1)
-        return noise(2, self.channels, self.image_size, self.image_size)
+        size = check_integer(self._of_images(model)["image_size"], "image_size", minimum=1)
+        return noise(2, check_integer(self.channels, "channels", minimum=1), size, size)
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    """``name=value`` as a name and a number, a truth or a text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ValueError(f"model_options must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _own_model(name: str, num_classes: int, seed: int) -> nn.Module:

@@ -70,6 +70,8 @@ class Train(CommonOptions, DataOptions, ModelOptions):
         model = self.model(images.num_classes, self.seed)
         if self.checkpoint is not None:
             self.load(model, self.read_checkpoint())
+        if results.is_main_process():
+            self.tell_transform(console, self.train_transform(model), model)
         # Its own options have the names of train_model's.
         options = {kind.name: getattr(self, kind.name) for kind in kinds_of(Train) if kind.section == "train"}
         for name in ("output", "overwrite"):
@@ -82,9 +84,9 @@ class Train(CommonOptions, DataOptions, ModelOptions):
                 model,
                 images,
                 folder.path,
-                transform=self.train_transform(),
+                transform=self.train_transform(model),
                 val_images=val,
-                val_transform=None if val is None else self.test_transform(),
+                val_transform=None if val is None else self.test_transform(model),
                 few_below=self.few_below,
                 many_above=self.many_above,
                 device=self.device,

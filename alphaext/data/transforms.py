@@ -107,8 +107,11 @@ def test_transform(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     channels: int = 3,
+    *,
+    interpolation: str = "bilinear",
+    squash: bool = False,
 ) -> ImageTransform:
-    """The usual test transform: shorter side to ``resize`` (bilinear, antialiased), centre crop, 0..1, normalise.
+    """The usual test transform: shorter side to ``resize`` (antialiased), centre crop, 0..1, normalise.
 
     Args:
         image_size: side of the crop in pixels, 224 for ImageNet's models.
@@ -116,6 +119,8 @@ def test_transform(
         mean: one value a channel, or a single one for all, in 0..1. Three for one channel are averaged.
         std: likewise, above 0.
         channels: 3, or 1 for gray; images of the other kind are converted.
+        interpolation: of the resize: ``"bilinear"``, ``"bicubic"``, ``"nearest"`` or ``"lanczos"``.
+        squash: resize both sides to ``resize``, whatever the image's shape.
 
     Raises:
         TypeError, ValueError: arguments of another type or out of range.
@@ -127,7 +132,8 @@ def test_transform(
         >>> transform(Image.new("RGB", (400, 300))).shape, transform.random
         (torch.Size([3, 224, 224]), False)
     """
-    return ImageTransform(dict(name="test", image_size=image_size, resize=resize, mean=mean, std=std, channels=channels))
+    options = {"image_size": image_size, "resize": resize, "mean": mean, "std": std, "channels": channels}
+    return ImageTransform({"name": "test", **options, "interpolation": interpolation, "squash": squash})
 
 
 # pytest takes whatever begins with test_, in any test file that imports it.
@@ -142,6 +148,7 @@ def train_transform(
     *,
     flip: bool = True,
     jitter: float = 0.4,
+    interpolation: str = "bilinear",
 ) -> ImageTransform:
     """The training transform of Kang et al. (ICLR 2020): a crop of random size and place, flip, colour jitter, normalise.
 
@@ -153,6 +160,7 @@ def train_transform(
         channels: 3, or 1 for gray.
         flip: mirror every other image, left to right.
         jitter: how far brightness, contrast and saturation are scaled, by a factor in 1 - jitter .. 1 + jitter; 0.4 there.
+        interpolation: see :func:`test_transform`.
 
     Raises:
         TypeError, ValueError: arguments of another type or out of range.
@@ -165,7 +173,7 @@ def train_transform(
         (True, True)
     """
     options = {"image_size": image_size, "mean": mean, "std": std, "channels": channels, "flip": flip, "jitter": jitter}
-    return ImageTransform({"name": "train", **options})
+    return ImageTransform({"name": "train", **options, "interpolation": interpolation})
 
 
 def small_test_transform(
@@ -248,6 +256,11 @@ _OPTIONS = {
     "small test": ("image_size", "mean", "std", "channels"),
     "small train": ("image_size", "mean", "std", "channels", "padding", "flip"),
 }
+# What a description says only where it is something else.
+_USUAL: dict[str, dict[str, Any]] = {
+    "test": {"interpolation": "bilinear", "squash": False},
+    "train": {"interpolation": "bilinear"},
+}
 _RANDOM = ("train", "small train")
 
 
@@ -257,7 +270,8 @@ def _checked(description: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise TypeError(f"description must be a dict, got {type(description).__name__}")
     kind: Any = description.get("name")
     check_choice(kind, "a transform's name", [*_OPTIONS])
-    wanted, given = set(_OPTIONS[kind]), set(description) - {"name"}
+    usual = _USUAL.get(kind, {})
+    wanted, given = set(_OPTIONS[kind]), set(description) - {"name", *usual}
     if wanted != given:
         parts = (("lacks", wanted - given), ("has unknown", given - wanted))
         wrong = " and ".join(f"{verb} {', '.join(sorted(map(str, names)))}" for verb, names in parts if names)
@@ -275,8 +289,12 @@ def _checked(description: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         "padding": lambda value: check_integer(value, "padding", minimum=0, maximum=size),
         "flip": lambda value: check_flag(value, "flip"),
         "jitter": lambda value: check_number(value, "jitter", minimum=0, maximum=1),
+        "squash": lambda value: check_flag(value, "squash"),
     }
-    return kind, {name: checks[name](description[name]) for name in _OPTIONS[kind]}
+    check_choice(description.get("interpolation", "bilinear"), "interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
+    unusual = {name: description[name] for name in usual if description.get(name, usual[name]) != usual[name]}
+    options = {name: checks[name](description[name]) for name in _OPTIONS[kind]}
+    return kind, {**options, **{name: checks.get(name, str)(value) for name, value in unusual.items()}}
 
 
 def _per_channel(values: object, name: str, channels: int, above: float | None = None) -> list[float]:
@@ -299,14 +317,15 @@ def _compose(kind: str, options: Mapping[str, Any]) -> Callable[[Any], Any]:
     except ImportError as error:
         raise ImportError(f"image transforms need torchvision ({error}): pip install 'alphaext[vision]'") from error
     size = options["image_size"]
-    bilinear = v2.InterpolationMode.BILINEAR
+    way = v2.InterpolationMode(options.get("interpolation", "bilinear"))
     # All but the last three work on the PIL image, as the published models' pipelines did: Pillow's resize differs from that of
     # tensors in the last bits.
     steps: list[Any] = []
     if kind == "train":
-        steps.append(v2.RandomResizedCrop(size, interpolation=bilinear, antialias=True))
+        steps.append(v2.RandomResizedCrop(size, interpolation=way, antialias=True))
     else:
-        steps.append(v2.Resize(options.get("resize", size), interpolation=bilinear, antialias=True))
+        resize = options.get("resize", size)
+        steps.append(v2.Resize([resize, resize] if options.get("squash") else resize, interpolation=way, antialias=True))
         steps.append(v2.CenterCrop(size))
     if options.get("padding"):
         steps.append(v2.RandomCrop(size, padding=options["padding"]))

@@ -155,6 +155,8 @@ class SplitModel:
         """
         own = f"{self.classifier_name}." if self.classifier_name else ""
         digest = hashlib.sha256()
+        if getattr(self.model, "transform_input", False):  # of torchvision's GoogLeNet and Inception, in no state dict
+            digest.update(b"transform_input\n")
         for name, tensor in sorted(self.model.state_dict().items()):
             if name.startswith(own) or not isinstance(tensor, Tensor):
                 continue

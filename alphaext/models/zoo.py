@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,7 +76,15 @@ def model_names() -> list[str]:
     return ["small", *models.list_models(module=models)]
 
 
-def make_model(name: str, num_classes: int, *, in_channels: int = 3, pretrained: bool = False, seed: int = 0) -> nn.Module:
+def make_model(
+    name: str,
+    num_classes: int,
+    *,
+    in_channels: int = 3,
+    pretrained: bool = False,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Make a classification model of a known architecture, on the CPU.
 
     Args:
@@ -86,6 +95,7 @@ def make_model(name: str, num_classes: int, *, in_channels: int = 3, pretrained:
         pretrained: with the library's own weights (downloaded if they are not on this machine), and a new last layer where
             ``num_classes`` is not theirs. Default: random weights.
         seed: of the random weights. The global random state stays as it is.
+        options: of the library's own function for the model, as in ``{"img_size": 64}`` or ``{"global_pool": "avg"}``.
 
     Returns:
         The model, in training mode, as torchvision and timm hand them out.
@@ -110,7 +120,7 @@ def make_model(name: str, num_classes: int, *, in_channels: int = 3, pretrained:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         try:
-            return make(name, num_classes, in_channels, pretrained)
+            return make(name, num_classes, in_channels, pretrained, dict(options or {}))
         except (ImportError, TypeError, ValueError):
             raise
         except Exception as error:  # of a download: what urllib, ssl, huggingface_hub and the disk raise knows no limits
@@ -122,10 +132,10 @@ def make_model(name: str, num_classes: int, *, in_channels: int = 3, pretrained:
             ) from error
 
 
-def _make_small(_: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+def _make_small(_: str, num_classes: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     if pretrained:
         raise ValueError("pretrained must be False for 'small', which has no pretrained weights")
-    return SmallConvNet(num_classes, in_channels)
+    return SmallConvNet(num_classes, in_channels, **options)
 
 
 def _torchvision_models() -> Any:
@@ -138,17 +148,17 @@ def _torchvision_models() -> Any:
     return models
 
 
-def _make_torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+def _make_torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     models, known = _torchvision_models(), model_names()
     if name not in known:
         raise ValueError(_unknown(name, known, "alphaext.models.model_names() lists all; timm's are written 'timm:NAME'"))
     if in_channels != 3:
         raise ValueError(f"in_channels must be 3 for torchvision's {name}, got {in_channels}; 'small' and timm: take others")
     if not pretrained:
-        options = {"init_weights": True} if name in _NEEDS_INIT_WEIGHTS else {}
-        made: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
+        initial = {"init_weights": True} if name in _NEEDS_INIT_WEIGHTS else {}
+        made: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **initial, **options)
         return made
-    model: nn.Module = models.get_model(name, weights="DEFAULT")
+    model: nn.Module = models.get_model(name, weights="DEFAULT", **options)
     _replace_classifiers(model, name, num_classes)
     return model
 
@@ -166,7 +176,7 @@ def _replace_classifiers(model: nn.Module, name: str, num_classes: int) -> None:
         model.set_submodule(layer, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
 
 
-def _make_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+def _make_timm(name: str, num_classes: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
         import timm
     except ImportError as error:
@@ -174,7 +184,8 @@ def _make_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) 
     architecture = name.removeprefix("timm:")
     if not timm.is_model(architecture.split(".")[0]):
         raise ValueError(_unknown(name, [f"timm:{model}" for model in timm.list_models()], "timm.list_models() lists all"))
-    model: nn.Module = timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+    options = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": in_channels, **options}
+    model: nn.Module = timm.create_model(architecture, **options)
     return model
 
 

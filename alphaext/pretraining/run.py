@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -309,8 +310,12 @@ class JointRun(ResumableTraining):
         self.model.eval()
         with self.group.together():
             if self.group.is_main:
+                content: dict[str, Tensor] = OrderedDict(_plain_state(self.model))
+                if hasattr(self.model, "transform_input"):  # of torchvision's models, in no state dict
+                    noted = str(bool(self.model.transform_input)).lower()
+                    content.alphaext_metadata = {"transform_input": noted}  # type: ignore[attr-defined]
                 with whole_file(path) as file:
-                    torch.save(_plain_state(self.model), file)
+                    torch.save(content, file)
                 self._write_history()
         return path
 
