@@ -170,6 +170,9 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
                 "before": trained.metrics_before,
                 "after": trained.metrics_after,
                 "clamped": trained.clamped,
+                "verified": trained.verified,
+                "kept_original": trained.kept_original,
+                "notes": trained.notes,
                 "candidates": [_candidate(entry) for entry in runs],
                 "few_classes": head.few_classes.tolist(),
                 "empty_classes": split.empty.tolist(),
@@ -224,6 +227,8 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
                 if len(values) > 1:
                     by = result["policy"] or result["selection"]
                     console.print(f"{name} {_value(result[name])} chosen of {', '.join(values)} by {by}", highlight=False)
+        for note in result["notes"]:
+            console.print(f"Note: {note}", markup=False, highlight=False)
         for candidate in result["candidates"]:
             if "error" in candidate:
                 console.print(f"{_named(candidate)}: {candidate['error']}", markup=False, highlight=False)
@@ -255,8 +260,10 @@ def choose(
 
     def score(number: int) -> float:
         before, after = trained[number].metrics_before, trained[number].metrics_after
-        if before is None or after is None or select == "last":
-            return 0.0 if after is None else after["all"]
+        if before is None or after is None or not trained[number].verified:
+            return 0.0
+        if select == "last":
+            return after["all"]
         return selection_score(select or "best_all", after, before["all"] if min_all is None else min_all)
 
     return max(trained, key=score)

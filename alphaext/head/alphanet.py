@@ -22,7 +22,10 @@ from .neighbors import check_members, reduce_classifiers, submodule_inputs
 from .outputs import clamped_outputs, identity_outputs
 
 # What a state_dict says of a head besides its tensors.
-_EXTRA_STATE = ("gamma", "rule", "coefficients", "first_layer", "first_layer_decay", "projected_gradient", "seed", "few_bias")
+_EXTRA_STATE = (
+    *("gamma", "rule", "coefficients", "first_layer", "first_layer_decay", "projected_gradient", "seed", "few_bias"),
+    "keeps_original",
+)
 
 
 class AlphaNet(nn.Module):
@@ -63,7 +66,9 @@ class AlphaNet(nn.Module):
             seed start the same.
 
     All tensors share the dtype and device of ``weight``. The attribute ``few_bias``, 0 at first, is a constant on all few
-    scores (chosen by :func:`alphaext.fit` with ``few_bias=True``); it is part of the scores, of ``fold()`` and of the state.
+    scores (chosen by :func:`alphaext.fit` with ``few_bias=True``); it is part of the scores, of ``fold()`` and of the state. So
+    is ``keeps_original``: where it is True, the head is the original classifier, whatever was learned (``fit`` sets it where
+    nothing that it learned is better on validation samples).
 
     Raises:
         ValueError, TypeError: for values, shapes, dtypes or devices that do not fit; the message names the argument.
@@ -149,7 +154,7 @@ class AlphaNet(nn.Module):
         self.residual = None if directions is None else nn.Parameter(weight.new_zeros(num_few, len(directions)))
         self.rule, self.coefficients, self.first_layer = rule, coefficients, first_layer
         self.projected_gradient = bool(projected_gradient)
-        self.few_bias, self.first_layer_decay = 0.0, 1.0
+        self.few_bias, self.first_layer_decay, self.keeps_original = 0.0, 1.0, False
         self.seed = check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
         networks = 1 if shared else num_few
         self._init_first_layer(networks, hidden_dim)
@@ -352,6 +357,9 @@ class AlphaNet(nn.Module):
         width = self.out_features if weight is None else self.in_features
         self._check_input(input, name, width)
         flat = input.reshape(-1, width)
+        if self.keeps_original:
+            original = flat if weight is None else nn.functional.linear(flat, weight, self.bias)
+            return original.view(*input.shape[:-1], self.out_features)
         z, w1, b1 = self._first_layer_arguments()
         scores = ops.alpha_head(
             flat,
@@ -418,7 +426,10 @@ class AlphaNet(nn.Module):
 
     def alphas(self) -> Tensor:
         """The coefficients alpha, ``[F, K+1]`` in float32 (float64 for a float64 head): column 0 the few class's own."""
-        return self._evaluate()[2]
+        alpha = self._evaluate()[2]
+        if self.keeps_original:
+            alpha = torch.zeros_like(alpha).index_fill_(1, self.members.new_zeros(1), 1)
+        return alpha
 
     def clamped(self) -> Tensor:
         """``[F]`` bool: classes whose own coefficient is held by the clamp, so that its gradient is blocked.
@@ -466,6 +477,8 @@ class AlphaNet(nn.Module):
     @torch.no_grad()
     def composed(self) -> tuple[Tensor, Tensor | None]:
         """The composed few rows: weight ``[F, D]`` and bias ``[F]``, or None without (equations 1 and 2)."""
+        if self.keeps_original:
+            return self.weight[self.few_classes], None if self.bias is None else self.bias[self.few_classes]
         alpha = self.alphas()
         wide = self.weight.to(alpha.dtype)
         # embedding_bag sums alpha-weighted rows without first gathering all F (K+1) of them.
@@ -515,6 +528,7 @@ class AlphaNet(nn.Module):
             "shared=True": self.shared,
             f"first_layer={self.first_layer!r}": self.first_layer != "factored",
             "projected_gradient=False": not self.projected_gradient,
+            "keeps_original=True": self.keeps_original,
         }
         usual = f"in_features={self.in_features}, out_features={self.out_features}, num_few={self.num_few}, top_k={self.top_k}"
         parts = [usual, f"gamma={self.gamma:g}", f"rule={self.rule!r}", network]
@@ -563,4 +577,5 @@ def _read_extra_state(state: Tensor) -> dict[str, Any]:
     stored = {name: text[name] for name in _EXTRA_STATE}
     ops.rule_number(stored["rule"])
     stored |= {"gamma": check_gamma(stored["gamma"]), "projected_gradient": bool(stored["projected_gradient"])}
+    stored["keeps_original"] = bool(stored["keeps_original"])
     return stored | {name: float(stored[name]) for name in ("few_bias", "first_layer_decay")}

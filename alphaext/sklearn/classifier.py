@@ -27,7 +27,7 @@ from ..head.alphanet import AlphaNet
 from ..head.neighbors import pool_classes, pool_size
 from ..training.builder import Builder
 from ..training.options import OPTIONS, check_known, read_options, takes_options
-from ..training.result import FitResult
+from ..training.result import AlphaNetWarning, FitResult
 from ..training.single import Run, split_of, train
 from ..utils.linear import make_linear
 from .estimators import (
@@ -58,10 +58,6 @@ _OPTIONS = [name for name in OPTIONS if name not in _NOT_OFFERED]
 
 # Of each base class this part is held out to find the scale of the scores by: one number, for which that is plenty.
 _SCALE_FRACTION = 0.25
-
-
-class AlphaNetWarning(UserWarning):
-    """Alpha Net did less than it was asked to: the message says what and why."""
 
 
 def _has(method: str) -> Callable[[AlphaNetClassifier], bool]:

@@ -294,6 +294,7 @@ class Trainings:
 
     def _options_of(self, configuration: Configuration, seed: int | None) -> dict[str, Any]:
         own = {"seed": self._seed_of(seed), "neighbor_seed": self._seed_of(seed), "pca_dim": self.options.pca_dim}
+        own["keep_original"] = False  # it is the trained that is measured
         options = {name: value for name, value in configuration.cells().items() if name != "few_samples"} | own
         selection = self.problem.selection()
         # Epochs are measured without the constant that is yet to come: fit then takes the last.

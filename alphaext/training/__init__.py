@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from .many import SweepRun, fit_many
     from .options import HeadOptions, TrainingOptions
     from .presets import PRESETS, preset_options
-    from .result import FitResult, plot_history
+    from .result import AlphaNetWarning, FitResult, plot_history
     from .single import fit
 else:
     __getattr__, __dir__ = load_at_first_use(__name__)
 
 __all__ = [
     "PRESETS",
+    "AlphaNetWarning",
     "FitResult",
     "HeadOptions",
     "SweepRun",

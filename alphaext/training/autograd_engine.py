@@ -118,10 +118,11 @@ class AutogradEngine:
     def _check_finite(self, loss: float, epoch: int, lr: float) -> None:
         finite = self.head._evaluate()[1].isfinite().all(dim=1)
         if not bool(finite.all()):
-            raise TrainingDiverged(f"class {int(self.head.few_classes[int((~finite).nonzero()[0, 0])])}", epoch, lr)
+            number = int(self.head.few_classes[int((~finite).nonzero()[0, 0])])
+            raise TrainingDiverged(f"class {number} is no longer finite", epoch, lr)
         with torch.no_grad():
             if not math.isfinite(loss) or not bool(self._scores(self._few_inputs[:1]).isfinite().all()):
-                raise TrainingDiverged("the loss", epoch, lr)
+                raise TrainingDiverged("the loss is no longer finite", epoch, lr)
 
     @torch.no_grad()
     def hits(self) -> Tensor | None:

@@ -19,10 +19,10 @@ ENGINES = ("auto", "native", "autograd")
 
 
 class TrainingDiverged(FloatingPointError):
-    """Something is no longer finite; the message names the class where one can be named."""
+    """Numbers are no longer finite, or far too large; the message names the class where one can be named."""
 
     def __init__(self, what: str, epoch: int, lr: float) -> None:
-        super().__init__(f"training diverged: {what} is no longer finite in epoch {epoch} (lr {lr:g}); a smaller lr may help")
+        super().__init__(f"training diverged: {what} in epoch {epoch} (lr {lr:g}); a smaller lr may help")
 
 
 @dataclass(frozen=True)

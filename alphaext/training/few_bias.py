@@ -56,6 +56,7 @@ def choose_few_bias(
     offsets: Sequence[float] | None = None,
     select: str | None = None,
     min_all: float | None = None,
+    policy: Policy | None = None,
 ) -> BaselineResult:
     """Choose the ``offset`` of :func:`few_bias` on validation features.
 
@@ -71,6 +72,7 @@ def choose_few_bias(
         offsets: candidates instead of all that matter.
         select: as for :func:`choose_tau`; of equal offsets, the one nearest to 0.
         min_all: as for :func:`choose_tau`.
+        policy: all of that at once.
 
     Returns:
         A :class:`alphaext.baselines.BaselineResult`. Of more than 41 candidates its table shows 41, evenly over their order,
@@ -92,9 +94,13 @@ def choose_few_bias(
             raise ValueError(f"split must have a {name} class for a constant on the few logits to matter, got {split!r}")
     given = None if offsets is None else sorted({check_number(offset, "offsets") for offset in check_list(offsets, "offsets")})
     validation = Validation(val_features, val_labels, split, weight)
+    for name, ids in (("few", split.few), ("base", split.base)):
+        if int(validation.counts[ids].sum()) == 0:
+            raise ValueError(f"val_labels has no sample of a {name} class, so it cannot tell which constant is best")
     gaps = _Gaps(validation, wide(weight), None if bias is None else wide(bias))
     original = gaps.accuracies(np.zeros(1))[0]
-    policy = Policy.of(select, min_all, validation.samples.labels, split.few, CHOOSING).bounded(original)
+    if policy is None:
+        policy = Policy.of(select, min_all, validation.samples.labels, split.few, CHOOSING).bounded(original)
     candidates = gaps.offsets(_rounding(weight)) if given is None else np.array(given)
     accuracies = gaps.accuracies(candidates)
     best = policy.choose(accuracies, np.abs(candidates).tolist())

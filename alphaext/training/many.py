@@ -176,10 +176,9 @@ def _train_all(trainings: list[_Training], workers: int, report: Callable[..., N
             run.prepare(training.path, logits=logits)
             advance(len(run.history) - 1)
             run.train(training.path, advance)
+            training.end(started)
         except (FloatingPointError, ValueError) as error:  # it diverged, or its checkpoint is of something else
             training.outcome.error = str(error)
-        else:
-            training.end(started)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="alphaext") as pool:
         pending = {pool.submit(train, training) for training in trainings}
@@ -211,9 +210,11 @@ def _train_side_by_side(trainings: list[_Training], logits: SharedLogits, report
         groups.setdefault((len(run.history), run.options.epochs, *group_key(run.engine)), []).append(training)
     for members in groups.values():
         _train_group(members, report)
-    for training in trainings:
-        if not training.outcome.error:
+    for training in (training for training in trainings if not training.outcome.error):
+        try:
             training.end(started)
+        except FloatingPointError as error:
+            training.outcome.error = str(error)
 
 
 def _train_group(trainings: list[_Training], report: Callable[..., None]) -> None:

@@ -154,7 +154,7 @@ class NativeEngine:
             where = f"step {failed_step + 1} of {self.steps_per_epoch}"
             if failed_class >= 0:
                 where = f"class {int(self.head.few_classes[failed_class])}, {where}"
-            return TrainingDiverged(where, epoch, lr)
+            return TrainingDiverged(f"{where} is no longer finite", epoch, lr)
         return loss / len(self.sampler)
 
     def hits(self) -> Tensor | None:

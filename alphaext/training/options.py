@@ -162,6 +162,11 @@ class TrainingOptions(_Table):
             ``"last"`` (default without, and with ``few_bias``, which epochs are measured without). Epoch 0, before training,
             takes part; of equal epochs the first wins.
         min_all: for ``"best_few"``, a fraction of 1; None takes the original classifier's own.
+        keep_original: where nothing that was trained is better than the original classifier on validation samples, by
+            ``select`` (under ``"last"``, by ``"best_all"``), keep the original; the result says so. Validation samples that
+            show less than half of the few or of the base classes, or less than ten samples of either, decide nothing.
+        max_base_drop: by how many points the accuracy over validation samples of base classes may fall; what falls further is
+            not chosen. None for no bound.
         seed: of the samples drawn and their order; in :func:`alphaext.fit_many` also of the weights.
 
     Raises:
@@ -205,6 +210,10 @@ class TrainingOptions(_Table):
     )
     min_all: float | None = _option(
         None, "under best_few: the least accuracy over all; without, the classifier's own", minimum=0
+    )
+    keep_original: bool = _option(True, "keep the original classifier where nothing is better on validation features")
+    max_base_drop: float | None = _option(
+        None, "points of accuracy that base classes may lose on validation features", minimum=0, maximum=100
     )
     seed: int = _option(0, "of everything random", minimum=0, maximum=2**63 - 1)
 

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-__all__ = ["FitResult", "history_html", "plot_history"]
+__all__ = ["AlphaNetWarning", "FitResult", "history_html", "plot_history"]
 
 _MOST_ROWS = 12
+
+
+class AlphaNetWarning(UserWarning):
+    """Alpha Net did less than it was asked to, or something to know of: the message says what and why."""
 
 
 @dataclass
@@ -42,6 +46,10 @@ class FitResult:
         seconds: wall-clock time.
         few_bias: the constant on the few scores that validation samples chose, in ``metrics_after`` but not in ``history``; 0
             where none was asked for.
+        kept_original: nothing was better than the original classifier on validation samples, and the head is that now; what was
+            learned is still in its parameters.
+        verified: validation samples have shown what was gained; False without them, and where they show too little.
+        notes: what to know of the result, in sentences: that it is not verified, that the original is kept, what is lost.
     """
 
     history: list[dict[str, float]] = field(repr=False)
@@ -54,6 +62,9 @@ class FitResult:
     engine_reason: str
     seconds: float
     few_bias: float = 0.0
+    kept_original: bool = False
+    verified: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def before(self) -> dict[str, float] | None:

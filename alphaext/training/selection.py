@@ -7,7 +7,7 @@ all measured from logits computed once, block by block, so that no ``[samples, c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,12 @@ __all__ = [
 
 # Elements of a block of logits: few enough to stay in a processor's cache between the product and the candidates.
 _BLOCK_ELEMENTS = 1 << 20
+
+# What a score is lowered by below a bound: no other score is lower than -2.
+_BELOW_ALL_OTHERS = 4
+
+# Fewer validation samples, of few or of base classes, are a handful, by which nothing is chosen.
+_HANDFUL = 10
 
 
 @dataclass
@@ -102,10 +108,14 @@ class Policy:
         select: ``"best_all"``, the best accuracy over all validation samples; ``"best_few"``, the best few accuracy among those
             whose accuracy over all is not below ``min_all`` (if none is, the best accuracy over all); or ``"last"``.
         min_all: a fraction of 1.
+        min_base: the least accuracy over samples of base classes, a fraction of 1; candidates below it come after all others.
+        base_samples: validation samples of medium and of many classes, whose accuracies that one is made of.
     """
 
     select: str
     min_all: float | None = None
+    min_base: float | None = None
+    base_samples: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(
@@ -138,11 +148,19 @@ class Policy:
             return self
         if original is None:
             raise ValueError("select='best_few' needs min_all, or linear, whose own accuracy over all is the default")
-        return Policy(self.select, original["all"])
+        return replace(self, min_all=original["all"])
 
     def score(self, accuracy: dict[str, float]) -> float:
         """How good a candidate is by its validation accuracy; under ``"last"``, by its ``epoch``."""
+        base = self.base_accuracy(accuracy)
+        if self.min_base is not None and base < self.min_base:
+            return base - _BELOW_ALL_OTHERS
         return float(accuracy["epoch"]) if self.select == "last" else selection_score(self.select, accuracy, self.min_all)
+
+    def base_accuracy(self, accuracy: dict[str, float]) -> float:
+        """The accuracy over samples of base classes; 0 where there are none."""
+        parts = [(accuracy[name], count) for name, count in zip(("medium", "many"), self.base_samples, strict=True) if count]
+        return sum(share * count for share, count in parts) / max(sum(self.base_samples), 1)
 
     def choose(self, accuracies: Sequence[dict[str, float]], changes: Sequence[float]) -> int:
         """The index of the candidate to take; ``changes`` says how far from no change each one is, at least 0."""
@@ -169,6 +187,17 @@ class Rescaling:
         if self.scale is None:
             return products if self.shift is None else products + self.shift
         return products * self.scale if self.shift is None else torch.addcmul(self.shift, products, self.scale)
+
+
+def unfit_to_choose(labels: Tensor, split: ClassSplit) -> str:
+    """Why nothing can be chosen by validation samples of these labels; empty where they will do."""
+    for name, classes in (("few", split.few), ("base", split.base)):
+        shown = torch.isin(labels, classes.to(labels.device))
+        if int(shown.sum()) < _HANDFUL:
+            return f"the validation samples have {int(shown.sum())} of {name} classes, and less than {_HANDFUL} say nothing"
+        if 2 * len(labels[shown].unique()) < len(classes):
+            return f"the validation samples show {len(labels[shown].unique())} of {len(classes)} {name} classes"
+    return ""
 
 
 class Validation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from torch import nn
 from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
 from ..metrics.accuracy import SplitMetrics
-from ..utils.checks import check_choice, check_integer, check_kind
+from ..utils.checks import check_choice, check_integer, check_kind, format_ids
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining, check_checkpoint
 from ..utils.tensors import LabelledFeatures, TensorLike
+from ..utils.text import percent
 from .autograd_engine import AutogradEngine
 from .builder import training_data
 from .cached_logits import data_digest
@@ -28,12 +30,19 @@ from .engine import ENGINES, TrainingData, TrainingDiverged, hits_of
 from .few_bias import choose_few_bias
 from .native_engine import NativeEngine, SharedLogits, why_not_native
 from .options import TrainingOptions, takes_options
-from .result import FitResult
-from .selection import Policy
+from .result import AlphaNetWarning, FitResult
+from .selection import Policy, unfit_to_choose
 from .sgd import DecayOfStart, Sgd
 
 # The native engine's epochs are short: writing a checkpoint after each would take longer than they do.
 _SECONDS_BETWEEN_CHECKPOINTS = 0.5
+
+# How many times as large the loss may become as it was before training, and few rows as any of the original classifier's:
+# beyond, the training has diverged.
+_MOST_LOSS, _MOST_ROWS = 100, 30
+
+# What base classes may lose without a word, in points of accuracy.
+_FEW_POINTS = 3
 
 
 @takes_options([entry.name for entry in fields(TrainingOptions)])
@@ -81,8 +90,8 @@ def fit(
 
     Raises:
         ValueError, TypeError: for arguments out of range or that disagree, before any training; the message names them.
-        FloatingPointError: when something is no longer finite, naming epoch, class and learning rate; the head then has the
-            best epoch's parameters so far.
+        FloatingPointError: when something is no longer finite, or far too large, naming epoch, class and learning rate; the
+            head then has the best epoch's parameters so far.
         KeyboardInterrupt: passed on after giving the head the best epoch's parameters so far.
 
     Example:
@@ -120,13 +129,16 @@ def train(
     reason: str | None = None,
     progress: bool | None = None,
 ) -> FitResult:
-    """Carry out a training from first to last: :meth:`Run.prepare`, :meth:`Run.train`, :meth:`Run.result`."""
+    """Carry out a training from first to last, and warn of what is to know of its result."""
     started = time.monotonic()
     run.prepare(checkpoint, sgd, optimizer)
     columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     with task_bar(progress, "epoch", *columns, total=run.options.epochs, done=len(run.history) - 1) as report:
         run.train(checkpoint, report)
-    return run.result(reason or "", time.monotonic() - started)
+    result = run.result(reason or "", time.monotonic() - started)
+    for note in result.notes:
+        warnings.warn(note, AlphaNetWarning, stacklevel=3)
+    return result
 
 
 class Run(ResumableTraining):
@@ -145,9 +157,15 @@ class Run(ResumableTraining):
         # Without the constant that is yet to come, an epoch's accuracy does not say which is best with it.
         select = "last" if options.few_bias and options.select is None else options.select
         self.policy = Policy.of(select, options.min_all, val_labels, split.few)
+        self.doubt = "there are no validation samples" if val_labels is None else unfit_to_choose(val_labels, split)
+        if self.doubt and options.max_base_drop is not None:
+            raise ValueError(f"max_base_drop={options.max_base_drop:g} cannot be held to: {self.doubt}")
         self.metrics: SplitMetrics | None = None
         if val_labels is not None:
-            self.metrics = SplitMetrics(split, torch.bincount(val_labels, minlength=head.out_features))
+            counts = torch.bincount(val_labels, minlength=head.out_features)
+            self.metrics = SplitMetrics(split, counts)
+            base_samples = int(counts[split.medium].sum()), int(counts[split.many].sum())
+            self.policy = Policy("last") if self.doubt else replace(self.policy, base_samples=base_samples)
         self.before: dict[str, float] | None = None
         self.engine: NativeEngine | AutogradEngine
         self._saved = time.monotonic()
@@ -195,17 +213,33 @@ class Run(ResumableTraining):
                 sgd = Sgd.of_parameter(optimizer, head.preactivation) or replace(sgd, weight_decay=0.0)
         self.decay = DecayOfStart(sgd)
         self.start_decay = self.decay_at_resumption = head.first_layer_decay
-        head.few_bias = 0.0  # of a training before; from here on nothing is refused
+        head.few_bias, head.keeps_original = 0.0, False  # of a training before; from here on nothing is refused
+        self.first_loss = max(self._initial_loss(), math.log(head.out_features))
         original = self.engine.original_hits()
         if original is not None and self.metrics is not None:
             self.before = self.metrics.of(original)
             self.policy = self.policy.bounded(self.before)
+            final = self.policy if self.policy.select != "last" else replace(self.policy, select="best_all")
+            if options.max_base_drop is not None:
+                # A hit less is not lost to the rounding of a share.
+                least = final.base_accuracy(self.before) - options.max_base_drop / 100 - 1e-9
+                final = replace(final, min_base=least)
+                self.policy = self.policy if options.few_bias else replace(self.policy, min_base=least)
+            self.final_policy = final
         if resumed:
             self.engine.load_state(state["engine"])
             self.decay.factor, self.decay.momentum, self.decay.steps = state["decay"]
             self.start_decay = state["start_decay"]
         else:
             self._record(0, math.nan, self.engine.learning_rate(options.lr_multiplier(1)))
+
+    @torch.no_grad()
+    def _initial_loss(self) -> float:
+        """The head's mean loss before training, on some of the samples that it will be trained on."""
+        head, samples, indices = self.head, self.data.samples, self.data.sampler.indices
+        some = indices[:: max(1, len(indices) // 256)]
+        scores = head(samples.features[some].to(device=head.weight.device, dtype=head.weight.dtype))
+        return float(nn.functional.cross_entropy(scores.float(), samples.labels[some].to(scores.device)))
 
     def train(self, path: Path | None, report: Callable[..., None]) -> None:
         """Train the remaining epochs and leave the head with the parameters of the selected one, whatever happens."""
@@ -246,33 +280,88 @@ class Run(ResumableTraining):
         self.selected = None
 
     def result(self, engine_reason: str, seconds: float) -> FitResult:
-        """What came of the training; chooses the constant on the few scores if the options ask for one."""
+        """What came of the training, with the constant on the few scores if one is asked for, or with the original kept."""
+        head, before = self.head, self.before
         chosen = self.history[self.selected_epoch]
-        after = None if self.before is None else {name: chosen[name] for name in self.before}
-        if self.options.few_bias:
-            after = self._choose_few_bias()
+        after = None if before is None else {name: chosen[name] for name in before}
+        notes: list[str] = []
+        sound = False
+        if before is not None and after is not None and not self.doubt:
+            if self.options.few_bias:
+                after = self._choose_few_bias()
+            sound = self.final_policy.score(after) > self.final_policy.score(before)
+            if not sound and self.options.keep_original and not head.weight.requires_grad:
+                head.few_bias, head.keeps_original, after = 0.0, True, before
+                notes.append("Nothing is better than the original classifier on the validation samples: it is kept.")
+            elif not sound:
+                notes.append(
+                    "This is no better than the original classifier on the validation samples: accuracy over all "
+                    f"{percent(before['all'])}% before, {percent(after['all'])}% after."
+                )
+        diverged = None if sound or head.keeps_original else self._blown_up()
+        if diverged is not None:
+            head.keeps_original = True
+            raise diverged
+        if before is not None and after is not None:
+            notes += self._unseen() + self._base_loss(before, after)
         return FitResult(
             history=self.history,
             selected_epoch=self.selected_epoch,
             selection=str(self.policy),
-            metrics_before=self.before,
+            metrics_before=before,
             metrics_after=after,
             clamped=int(chosen["clamped"]),
             engine=self.engine.name,
             engine_reason=engine_reason,
             seconds=seconds,
-            few_bias=self.head.few_bias,
+            few_bias=head.few_bias,
+            kept_original=head.keeps_original,
+            verified=not self.doubt,
+            notes=notes,
         )
 
     def _choose_few_bias(self) -> dict[str, float]:
         """Give the head the constant on its few scores that validation samples choose, and measure it again."""
         head, validation = self.head, self.data.validation
         assert validation is not None and self.metrics is not None
-        policy = Policy("best_all") if self.policy.select == "last" else self.policy
-        chosen_by: dict[str, Any] = {"select": policy.select, "min_all": policy.min_all}
-        found = choose_few_bias(head.fold(), validation.real(), validation.labels, self.split, **chosen_by)
+        found = choose_few_bias(head.fold(), validation.real(), validation.labels, self.split, policy=self.final_policy)
         head.few_bias = float(found.chosen["offset"])
         return self.metrics.of(hits_of(head.fold(), validation))
+
+    def _unseen(self) -> list[str]:
+        """A sentence on what validation samples do not show."""
+        if self.doubt:
+            return [f"Nothing was chosen by validation samples, and the result is not verified: {self.doubt}."]
+        assert self.data.validation is not None
+        classes = torch.cat([self.split.few, self.split.base]).cpu().sort().values
+        unseen = classes[~torch.isin(classes, self.data.validation.labels)].tolist()
+        return [f"No validation sample shows what became of the classes {format_ids(unseen)}."] if unseen else []
+
+    def _blown_up(self) -> TrainingDiverged | None:
+        """Whether the training ended in numbers that are finite, but far too large."""
+        head, last = self.head, self.history[-1]
+        growth = float(head.composed()[0].abs().max() / head.weight.abs().max())
+        if growth > _MOST_ROWS:
+            what = f"rows of few classes are {growth:.3g} times as large as any of the original classifier's"
+        elif last["loss"] > _MOST_LOSS * self.first_loss:
+            what = f"the loss is {last['loss']:.3g}, {last['loss'] / self.first_loss:.3g} times what it was before training"
+        else:
+            return None
+        return TrainingDiverged(what, int(last["epoch"]), last["lr"])
+
+    def _base_loss(self, before: dict[str, float], after: dict[str, float]) -> list[str]:
+        """A sentence on what base classes lose, if it is more than a few points."""
+        lost = self.policy.base_accuracy(before) - self.policy.base_accuracy(after)
+        if not lost > _FEW_POINTS / 100:
+            return []
+        original, validation = self.engine.original_hits(), self.data.validation
+        assert original is not None and validation is not None
+        counts = torch.bincount(validation.labels, minlength=self.head.out_features)
+        changes = (hits_of(self.head.fold(), validation)[0] - original[0]) / counts.clamp(min=1)
+        base = self.split.base.cpu()
+        worst = base[changes[base].argsort(stable=True)[:3]].tolist()
+        named = ", ".join(f"{number} ({percent(float(changes[number]), sign=True)})" for number in worst)
+        return [f"Base classes lose {100 * lost:.1f} points on the validation samples, most of all the classes {named}."]
 
     def _record(self, epoch: int, loss: float, lr: float) -> None:
         """Measure an epoch and add it to the history."""

@@ -300,7 +300,7 @@ def test_log_sum_exp_of_logits_far_apart():
         logits = whole_numbers(6, 12, low=-9, high=9).to(dtype)
         logits *= torch.tensor([[0.0], [1], [10], [1e3], [1e5], [-1e30]], dtype=dtype)
         kept = TrainingLogits(columns, 6)
-        cached_logits._keep(columns, logits, labels, kept.logits, kept.base_logsumexp, kept.label_logit)
+        ops.cache_logits(logits, labels, *columns.kept, kept.logits, kept.base_logsumexp, kept.label_logit)
         expected = base_of(head, logits.double()).logsumexp(dim=1)
         torch.testing.assert_close(
             kept.base_logsumexp.double(), expected, rtol=TOLERANCES[dtype] / 20, atol=TOLERANCES[dtype] / 20

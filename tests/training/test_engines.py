@@ -182,7 +182,9 @@ def check_against_reference(options: dict, how: dict, first_layer: str) -> None:
     results = []
     for engine in ("native", "autograd"):
         head = make_head(**options, first_layer=first_layer)
-        results.append(fit(head, features, labels, **validation(**sizes), **how, select="last", engine=engine))
+        results.append(
+            fit(head, features, labels, **validation(**sizes), **how, select="last", keep_original=False, engine=engine)
+        )
         assert results[-1].engine == engine and results[-1].selected_epoch == how["epochs"]
         assert_same(trained(head), expected, TOLERANCES[torch.float64])
         assert [entry["loss"] for entry in results[-1].history[1:]] == pytest.approx(losses, rel=TOLERANCES[torch.float64])
@@ -213,7 +215,15 @@ def test_engines_agree_in_float32(options, how, first_layer):
     dtype, sizes = torch.float32, {"num_few": options["num_few"]}
     heads = [make_head(**options, first_layer=first_layer, dtype=dtype) for _ in range(2)]
     results = [
-        fit(head, *make_data(dtype, **sizes), **validation(dtype, **sizes), **how, select="last", engine=engine)
+        fit(
+            head,
+            *make_data(dtype, **sizes),
+            **validation(dtype, **sizes),
+            **how,
+            select="last",
+            keep_original=False,
+            engine=engine,
+        )
         for head, engine in zip(heads, ("native", "autograd"), strict=True)
     ]
     assert_same(*map(trained, heads), TOLERANCES[dtype])
@@ -258,7 +268,17 @@ def test_300_steps_at_the_size_of_places_lt(shared):
         data = (features, labels)
         # The scale of 1,800 inputs is some 1,800 times the gradient: the learning rate makes up for it.
         results.append(
-            fit(heads[-1], *data, **validation(**sizes), epochs=12, lr=0.01, lr_step=4, engine=engine, select="last")
+            fit(
+                heads[-1],
+                *data,
+                **validation(**sizes),
+                epochs=12,
+                lr=0.01,
+                lr_step=4,
+                engine=engine,
+                select="last",
+                keep_original=False,
+            )
         )
     assert sum(labels >= 294) == 804 and -(-2 * 804 // 64) * 12 == 312
     assert results[0].history[-1]["loss"] < results[0].history[1]["loss"]
@@ -604,7 +624,7 @@ BAD_OPTIONS = {
     "momentum must be finite and at least 0, got -0.9": {"momentum": -0.9},
     "dampening must be finite and at least 0, got nan": {"dampening": math.nan},
     "weight_decay must be finite and at least 0, got -1e-05": {"weight_decay": -1e-5},
-    "negative_ratio must be finite and at least 0, got inf": {"negative_ratio": math.inf},
+    "negative_ratio must be finite and at least 0 and at most 1e6, got inf": {"negative_ratio": math.inf},
     "nesterov needs a momentum above 0 and no dampening, got momentum=0 and dampening=0": {"nesterov": True, "momentum": 0},
     "nesterov needs .* got momentum=0.9 and dampening=0.1": {"nesterov": True, "dampening": 0.1},
     "lr_schedule must be one of constant, step, multistep, cosine, got 'linear'": {"lr_schedule": "linear"},

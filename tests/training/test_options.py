@@ -143,8 +143,8 @@ def test_the_constant_is_the_best_that_validation_samples_know():
     features, labels = make_data()
     held_out = validation()
     plain, shifted = direct_head(directions=0), direct_head(directions=0)
-    fit(plain, features, labels, **held_out, **SHORT, select="last")
-    result = fit(shifted, features, labels, **held_out, **SHORT, few_bias=True)
+    fit(plain, features, labels, **held_out, **SHORT, select="last", keep_original=False)
+    result = fit(shifted, features, labels, **held_out, **SHORT, few_bias=True, keep_original=False)
     assert torch.equal(trained(plain), trained(shifted)) and result.selected_epoch == 3 and result.selection == "last"
     split = [torch.tensor([6, 7, 8]), torch.arange(6), torch.tensor([], dtype=torch.int64)]
     from alphaext import ClassSplit
