@@ -215,7 +215,7 @@ def test_trainings_are_those_of_fit_many(study, problem):
     train, val, test = (read_features(features / part) for part in ("train", "val", "test"))
     split = split_classes(train.class_counts(), **SPLIT)
     row = next(row for row in rows_of(study[0], "negatives") if row["negative_ratio"] == 0 and row["seed"] == 1)
-    config = {"gamma": 0.5, "top_k": 2, "epochs": 3, "negative_ratio": 0, "seed": 1, "pca_dim": 4}
+    config = {"gamma": 0.5, "top_k": 2, "epochs": 3, "negative_ratio": 0, "seed": 1, "pca_dim": 4, "keep_original": False}
     (made,) = fit_many(linear, train.features, train.labels, [config], val_features=val.features, val_labels=val.labels,
                        split=split, progress=False)  # fmt: skip
     assert made.head is not None and made.result is not None
