@@ -14,7 +14,7 @@ import alphaext
 
 from . import results
 from .options import option
-from .shared import PARTS, CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+from .shared import PARTS, PRECISIONS, CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         metavar="FOLDER",
         help="where result.json and, for all classifiers but the first, a table of all classes (.csv) go",
     )
+    precision: str = option("float32", choices=PRECISIONS, help="what the classifiers compute in; scores differ")
     overwrite: bool = option(False, help="replace results that are there")
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
@@ -68,7 +69,9 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             bootstrap: dict[str, Any] = {"resamples": self.resamples, "confidence": self.confidence, "seed": self.seed}
             metrics, intervals, calibration, predictions = {}, {}, {}, {}
             for name, linear in zip(names, linears, strict=True):
-                found = alphaext.metrics.predict(linear.to(device), part.features, part.labels, progress=self.progress)
+                found = alphaext.metrics.predict(
+                    linear.to(device), part.features, part.labels, precision=self.precision, progress=self.progress
+                )
                 predictions[name], metrics[name] = found, alphaext.metrics.split_metrics(found, split)
                 intervals[name] = alphaext.metrics.bootstrap_intervals(found, split, **bootstrap)
                 calibration[name] = alphaext.metrics.expected_calibration_error(found, split)

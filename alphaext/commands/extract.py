@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ import alphaext
 from ..utils.files import read_json
 from . import results
 from .options import option
-from .shared import PARTS, CommonOptions, DataOptions, FeaturesOptions, ModelOptions
+from .shared import PARTS, PRECISIONS, CommonOptions, DataOptions, FeaturesOptions, ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +33,24 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
     """
 
     section: ClassVar[str] = "extract"
+    goes_on: ClassVar[bool] = True
     dtype: str = option("float16", choices=("float16", "float32"), help="of the features on disk")
-    batch_size: int = option(64, help="images at a time")
-    workers: int = option(0, metavar="N", help="processes that read images; 0 reads in this one")
+    precision: str = option("float32", choices=PRECISIONS, help="what the network computes in; features differ")
+    batch_size: int | None = option(
+        None, help="images at a time; without, what the folder says, or else 8 on a CPU and 64 on a GPU"
+    )
+    processes: int | None = option(
+        None, metavar="N", help="processes that compute on a CPU, one thread each; without, one a core; 0 computes in this one"
+    )
+    workers: int = option(
+        0, metavar="N", help="processes that read images, beside each one that computes; 0 reads where the network computes"
+    )
     passes: int = option(1, help="features of each training image: above 1, each pass augments anew (training part only)")
     skip_unreadable: bool = option(False, help="leave out images that cannot be read, and count them")
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Extract all parts that are given; returns, for each, how many images, how wide, what was skipped."""
-        from ..utils.processes import process_group
+        from ..utils.processes import keep_freed_memory, process_group, processors_per_process
 
         console, started = results.console_or_quiet(console), time.monotonic()
         named = [part for part in PARTS if getattr(self, part) is not None]
@@ -49,6 +59,10 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
         if self.passes < 1:
             raise ValueError(f"passes must be at least 1, got {self.passes}")
         with process_group(self.device) as group:
+            on_cpu = group.device.type == "cpu"
+            processes = self.processes if self.processes is not None else processors_per_process() if on_cpu else 0
+            if on_cpu and not processes:
+                keep_freed_memory()
             model = self.trained_model(self.num_classes, group.device)
             parts = self._open(named, model.num_classes)
             before = self._earlier_results()
@@ -58,7 +72,8 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
             found: dict[str, Any] = {}
             if group.is_main:
                 self.tell_transform(console, self.test_transform(model.model), model.model)
-            for part, images in parts.items():
+            for number, (part, images) in enumerate(parts.items(), start=1):
+                complete = (self.features / part / "features.json").exists()
                 several = part == "train" and self.passes > 1
                 features = alphaext.features.extract(
                     model,
@@ -66,14 +81,19 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
                     self.features / part,
                     transform=self.train_transform(model.model) if several else self.test_transform(model.model),
                     dtype=self.dtype,
+                    precision=self.precision,
                     batch_size=self.batch_size,
+                    processes=processes,
                     workers=self.workers,
                     passes=self.passes if several else 1,
                     device=group.device,
                     skip_unreadable=self.skip_unreadable,
                     seed=self.seed,
-                    progress=self.progress,
+                    progress=self.always_shown(),
+                    title=f"{part} (part {number} of {len(parts)})",
                 )
+                if complete and group.is_main and not self.quiet:
+                    print(f"{part} (part {number} of {len(parts)}): already complete", file=sys.stderr)
                 found[part] = {
                     "folder": str(self.features / part),
                     "samples": len(features.labels),

@@ -69,6 +69,8 @@ class Options:
     """What all options classes share. Values are checked for their type and their choices when one is made."""
 
     section: ClassVar[str] = ""
+    goes_on: ClassVar[bool] = False
+    """Whether the same command goes on where it was interrupted."""
 
     def __post_init__(self) -> None:
         for kind in kinds_of(type(self)):

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+# Of alphaext.utils.modules, which needs torch.
+PRECISIONS = ("float32", "bfloat16")
+
 PARTS = ("train", "val", "test")
 
 
@@ -34,6 +37,16 @@ class CommonOptions(Options):
     seed: int = option(0, help="of everything random")
     device: str | None = option(None, help='"cpu", "cuda" or "cuda:1"; without, a GPU where there is one')
     progress: bool | None = option(None, help="show progress bars; without, where standard error is a terminal")
+    quiet: bool = option(False, help="print neither progress nor results; warnings and errors all the same")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quiet:
+            object.__setattr__(self, "progress", False)
+
+    def always_shown(self) -> bool:
+        """Whether long work shows how far it is: in a line now and then where standard error is no terminal."""
+        return self.progress is not False
 
     def chosen_device(self) -> torch.device:
         """The device asked for, checked."""

@@ -41,6 +41,7 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     """
 
     section: ClassVar[str] = "study"
+    goes_on: ClassVar[bool] = True
     classifier: Path = option(help="the trained classifier: a checkpoint of any known layout, or a folder that a command wrote")
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="start anew where there are results")

@@ -13,7 +13,7 @@ import alphaext
 
 from . import results
 from .options import kinds_of, option
-from .shared import CommonOptions, DataOptions, ModelOptions
+from .shared import PRECISIONS, CommonOptions, DataOptions, ModelOptions
 
 # What train_model writes, and goes on from.
 _OF_THE_TRAINING = ("training.pt", "model.pth", "history.json")
@@ -32,6 +32,7 @@ class Train(CommonOptions, DataOptions, ModelOptions):
     """
 
     section: ClassVar[str] = "train"
+    goes_on: ClassVar[bool] = True
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="start anew and replace what is there; without, an interrupted training goes on")
     epochs: int = option(90, help="of training")
@@ -50,9 +51,7 @@ class Train(CommonOptions, DataOptions, ModelOptions):
     )
     label_smoothing: float = option(0.0, help="share of the target spread over all classes")
     precision: str = option(
-        "float32",
-        choices=("float32", "bfloat16"),
-        help="what the network computes in; bfloat16 is faster where the processor has it",
+        "float32", choices=PRECISIONS, help="what the network computes in; bfloat16 is faster where the processor has it"
     )
     sync_batch_norm: bool = option(False, help="batch normalisation over all processes; GPUs only")
     select: str | None = option(
@@ -63,10 +62,13 @@ class Train(CommonOptions, DataOptions, ModelOptions):
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Train and write; returns what result.json holds."""
         from ..metrics.terminal import metrics_table
+        from ..utils.processes import keep_freed_memory
 
         console, started = results.console_or_quiet(console), time.monotonic()
         images = self.need("train")
         val = self.images("val", num_classes=images.num_classes, class_names=images.class_names)
+        if self.chosen_device().type == "cpu":
+            keep_freed_memory()
         model = self.model(images.num_classes, self.seed)
         if self.checkpoint is not None:
             self.load(model, self.read_checkpoint())
@@ -91,7 +93,7 @@ class Train(CommonOptions, DataOptions, ModelOptions):
                 many_above=self.many_above,
                 device=self.device,
                 seed=self.seed,
-                progress=self.progress,
+                progress=self.always_shown(),
                 **options,
             )
             found = {

@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeAlias
 
-from rich.progress import BarColumn, MofNCompleteColumn
-
 from ..data.images import ArrayImages, DatasetImages, FileImages, ImageReadError, LabelledImages
-from ..utils.progress import ImagesPerSecond, task_bar
+from ..utils.progress import task_bar
 from .report import Finding, Level, plural
 
 Parts: TypeAlias = Mapping[str, LabelledImages]
@@ -86,7 +84,7 @@ def read_all(
     ]
     total = sum(len(images) for images in parts.values())
     pool = ThreadPoolExecutor(threads, thread_name_prefix="alphaext-read")
-    with task_bar(progress, "images", MofNCompleteColumn(), BarColumn(), ImagesPerSecond(), total=total) as report:
+    with task_bar(progress, "reading", total=total, unit="images") as report:
         try:
             for count in pool.map(read, *zip(*tasks, strict=True)) if tasks else ():
                 report(count)

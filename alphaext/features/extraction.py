@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import platform
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-)
 from torch import Tensor
 
-from ..data.images import LabelledImages
-from ..data.loading import ImageBatch, Transform, image_batches, image_seed
-from ..models.zoo import SplitModel
+from ..data.images import ImageReadError, LabelledImages
+from ..data.loading import Transform
+from ..models.split import SplitModel
 from ..utils.checks import check_choice, check_integer, check_kind
-from ..utils.files import PathLike
-from ..utils.modules import cudnn_choice
+from ..utils.files import PathLike, read_json
+from ..utils.modules import PRECISIONS
 from ..utils.processes import Group, process_group
-from ..utils.progress import ImagesPerSecond, task_bar
+from ..utils.progress import task_bar
+from .computing import Computed, Computing, Task
 from .folder import ExtractionFolder, wait_for
-from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable
+from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable, read_identity
 from .store import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
 
 # How long processes work before they tell each other how far they are and whether all is well: far below the time after which a
 # waiting process gives another up, far above what the telling takes.
 _SECONDS_A_ROUND = 30.0
+
+_BATCH_SIZES = {"cpu": 8, "cuda": 64}
 
 
 def extract(
@@ -43,21 +42,28 @@ def extract(
     *,
     transform: Transform,
     dtype: str = "float16",
-    batch_size: int = 64,
+    precision: str = "float32",
+    batch_size: int | None = None,
+    processes: int = 0,
     workers: int = 0,
     passes: int = 1,
     device: str | torch.device | None = None,
     skip_unreadable: bool = False,
     seed: int = 0,
     progress: bool | None = None,
+    title: str = "extracting",
 ) -> Features:
     """Compute what goes into the classifier for each image, and keep it in a folder of cached features.
 
     The work is cut into shards of some hundred images. What is interrupted, by Ctrl-C, a kill, a full disk or an unreadable
     image, goes on at the last shard when the same call is made again. Processes started by ``torchrun`` share the shards;
     ``folder`` must then be on a file system that all of them see. The result has the same bits however many processes and
-    workers made it and however often it was interrupted, as long as they compute on the same kind of device with the same
-    number of threads.
+    workers made it and however often it was interrupted, on the same kind of processor or GPU, with the same versions and as
+    many threads in each process that computes; see docs/extraction.md.
+
+    On a CPU a copy of the model computes, with channels last and batch normalisations folded into convolutions: features are
+    those of the model but for rounding. ``processes=os.cpu_count()`` is then fastest. By default nothing is started, and
+    nothing that holds for the whole process is changed.
 
     A folder that already holds what is asked for is returned as it is. One that holds, or has begun, the features of another
     model, other images or other settings is left untouched, with an error that says what differs.
@@ -68,23 +74,29 @@ def extract(
         images: what to extract; their labels must be classes of the model.
         folder: where to. It is made if need be.
         transform: of each image, such as :func:`alphaext.data.test_transform`, the usual one for cached features.
-        dtype: of the features on disk, ``"float16"`` or ``"float32"``. The model computes in its own dtype all the same;
-            autocast is off.
-        batch_size: images that go through the model together; 64 by default.
-        workers: processes that read and transform images; 0: this process does.
+        dtype: of the features on disk, ``"float16"`` or ``"float32"``, whatever the model computes in.
+        precision: ``"float32"``: the model computes in its own dtype (default); ``"bfloat16"``: its products and convolutions
+            in bfloat16 (autocast), which is faster on processors and GPUs that have it.
+        batch_size: images that go through the model together. Default: what the folder says, or else 8 on a CPU, where larger
+            ones leave the caches, and 64 on a GPU.
+        processes: that compute on this machine's CPU, each on one thread, with ``workers`` of its own and keeping the memory
+            that it frees. 0: this process computes, with torch's threads.
+        workers: processes that read and transform images while the model computes; 0: whoever computes reads too.
         passes: features of each image: above 1 only with a random transform, which draws anew in each pass. Row ``p * m + i``
             is then image ``i`` of ``m`` in pass ``p``.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``. Default: a GPU where there is one; under ``torchrun`` each process's own.
         skip_unreadable: leave out images that cannot be read, with a warning, instead of stopping at the first. The sidecar
             names them, and no row stands for them.
         seed: of a random transform. What an image draws depends on this, its pass and its index alone.
-        progress: show a progress bar; None shows it where standard error is a terminal.
+        progress: show how far it is, in a line now and then where standard error is no terminal; None shows a bar where it is
+            one, and else nothing.
+        title: before the bar.
 
     Returns:
         The :class:`~alphaext.features.Features`, as :func:`alphaext.features.read_features` opens them. Their ``metadata`` has
         ``model`` and ``images`` (fingerprints), ``transform``, ``num_images``, ``passes``, ``seed`` (None where nothing was
-        drawn), ``batch_size``, ``skipped`` (index, name and reason of each image left out), ``device``, ``seconds`` (of all
-        processes and runs together, without waiting and joining) and ``versions``.
+        drawn), ``precision``, ``batch_size``, ``skipped`` (index, name and reason of each image left out), ``device`` (and how
+        it computed), ``seconds`` (of all processes and runs together, without waiting and joining) and ``versions``.
 
     Raises:
         TypeError, ValueError: arguments of a wrong type, out of range or that disagree; a label beyond the model's classes; a
@@ -92,6 +104,7 @@ def extract(
         ImageReadError: an image cannot be read; the error names it. After repair, the same call goes on.
         ValueError: features that are not finite, or too large for float16; the error names the image.
         OSError: the disk is full, or has too little room from the start; the error names the file or, at the start, both sizes.
+        RuntimeError: one of the ``processes`` was killed.
         PeerError: another process of ``torchrun`` failed.
         KeyboardInterrupt: passed on; the shards that are done stay.
 
@@ -111,8 +124,13 @@ def extract(
     """
     with process_group(device) as group:
         with group.together():
-            plan, identity = _checked(split_model, images, transform, dtype, batch_size, passes, seed)
+            identity = _identity(split_model, images, transform, dtype, precision, passes, seed)
+            identity["batch_size"] = _batch_size(batch_size, Path(folder), group.device)
+            plan = ShardPlan.of(len(images), identity["passes"], identity["batch_size"])
             workers = check_integer(workers, "workers", minimum=0)
+            processes = check_integer(processes, "processes", minimum=0)
+            if processes and group.device.type != "cpu":
+                raise ValueError(f"processes must be 0 on {group.device}, got {processes}: they compute on CPUs")
             class_names = _class_names(images, split_model.num_classes)
         _check_same_everywhere(group, identity)
         several = group.world_size > 1
@@ -122,17 +140,16 @@ def extract(
                 state = place.start(held) if group.is_main else None
             state = group.broadcast_object(state)
             if state is not None:
-                share = [state["missing"][position] for position in group.share(len(state["missing"]))]
-                work = _Work(split_model, images, transform, seed, place, group.device)
-                columns = (MofNCompleteColumn(), BarColumn(), ImagesPerSecond())
+                shards = _Shards(images, place)
+                tasks = shards.tasks([state["missing"][position] for position in group.share(len(state["missing"]))])
+                computing = Computing(split_model, images, transform, seed, precision, workers, group.device)
+                computed = computing.apart(tasks, processes) if processes else computing.here(tasks)
                 total, shown = len(images) * plan.passes, progress if group.is_main else False
-                with task_bar(shown, "{task.description}", *columns, total=total, done=state["done"]) as report:
-                    _in_rounds(group, work.shards(share, workers), report)
-                    report(0, description="joining")
+                with task_bar(shown, title, unit="images", total=total, done=state["done"]) as report:
+                    _in_rounds(group, shards.written(computed), report)
                     with group.together():
                         if group.is_main:
                             place.join(images.labels, class_names)
-                    report(0, description="extracted")
         with group.together():
             wait_for(place.path / SIDECAR_FILE, several=several)
             features = read_features(place.path)
@@ -143,75 +160,53 @@ def extract(
         return features
 
 
-class _Work:
-    """What one process does: its share of the shards."""
+class _Shards:
+    """The shards that fall to one process: batches become shards, and shards are written."""
 
-    def __init__(
-        self,
-        split_model: SplitModel,
-        images: LabelledImages,
-        transform: Transform,
-        seed: int,
-        place: ExtractionFolder,
-        device: torch.device,
-    ) -> None:
-        self.split_model, self.images, self.transform, self.seed = split_model, images, transform, seed
-        self.place, self.device = place, device
+    def __init__(self, images: LabelledImages, place: ExtractionFolder) -> None:
+        self.images, self.place = images, place
 
-    def shards(self, numbers: Sequence[int], workers: int) -> Iterator[int]:
-        """Make the shards ``numbers``; yields, batch by batch, how many images that were."""
+    def tasks(self, numbers: Sequence[int]) -> Iterator[Task]:
+        """The batches of these shards."""
+        for number in numbers:
+            for place, batch in enumerate(self.place.plan.batches(number)):
+                yield Task(number, place, batch)
+
+    def written(self, computed: Generator[Computed, None, None]) -> Iterator[int]:
+        """Write each shard when its batches are there; yields, batch by batch, how many images that were."""
         wait_for(self.place.path / IDENTITY_FILE, several=self.place.several)
-        if not numbers:
-            return
-        wanted = (
-            [(index, image_seed(self.seed, batch.pass_number, index)) for index in batch.images]
-            for number in numbers
-            for batch in self.place.plan.batches(number)
-        )
-        reading = image_batches(self.images, self.transform, wanted, workers=workers, pin_memory=self.device.type == "cuda")
-        with reading as begin, _on_device(self.split_model, self.device):
-            batches = begin()
-            yield 0  # the workers are there; what starts threads may do so now
-            for number in numbers:
-                yield from self._shard(number, batches)
+        parts: dict[int, dict[int, Computed]] = defaultdict(dict)
+        # Closed at once where this ends: what computes is to end its processes, and not when the garbage collector comes to it.
+        with closing(computed):
+            for part in computed:
+                self._check(part)
+                number = part.task.shard
+                parts[number][part.task.place] = part
+                yield len(part.task.batch.images)
+                if len(parts[number]) == len(self.place.plan.batches(number)):
+                    # Only now, so that a GPU has had a next batch to go on with.
+                    self.place.write(number, self._shard([part for _, part in sorted(parts.pop(number).items())]))
 
-    def _shard(self, number: int, batches: Iterator[ImageBatch]) -> Iterator[int]:
-        pending: list[Tensor] = []
-        indices: list[int] = []
-        unreadable: list[Unreadable] = []
-        seconds = 0.0
-        for wanted in self.place.plan.batches(number):
-            started = time.monotonic()
-            batch = next(batches)
-            unreadable += self._unreadable(batch)
-            if batch.images is not None:
-                pending.append(self._features(batch.images))
-            indices += batch.indices
-            seconds += time.monotonic() - started
-            yield len(wanted.images)
+    def _shard(self, parts: Sequence[Computed]) -> Shard:
+        indices = [index for part in parts for index in part.indices]
         started = time.monotonic()
-        # Only now, so that a GPU has had a next batch to go on with.
-        rows = self._rows(pending, indices)
-        seconds += time.monotonic() - started
-        shard = Shard(rows, np.array(indices, dtype=np.int64), tuple(unreadable), seconds, _device_name(self.device))
-        self.place.write(number, shard)
+        rows = self._rows([part.features for part in parts if part.features is not None], indices)
+        return Shard(
+            rows,
+            np.array(indices, dtype=np.int64),
+            tuple(self._left_out(index, error) for part in parts for index, error in part.unreadable),
+            sum(part.seconds for part in parts) + time.monotonic() - started,
+            next((part.device for part in parts if part.features is not None), ""),
+        )
 
-    def _unreadable(self, batch: ImageBatch) -> list[Unreadable]:
-        if batch.failure is not None:
-            raise ValueError(batch.failure)
-        if batch.unreadable and not self.place.skip_unreadable:
-            raise batch.unreadable[0][1]
-        return [Unreadable(index, self.images.name(index), error.reason or str(error)) for index, error in batch.unreadable]
+    def _left_out(self, index: int, error: ImageReadError) -> Unreadable:
+        return Unreadable(index, self.images.name(index), error.reason or str(error))
 
-    def _features(self, images: Tensor) -> Tensor:
-        try:
-            with torch.autocast(self.device.type, enabled=False):
-                return self.split_model.features(images.to(self.device, non_blocking=True))
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
-                f"{len(images)} images of {list(images.shape[1:])} at a time are too many for the memory of {self.device}: "
-                f"take a batch_size below {self.place.plan.batch_size}, in another folder. {error}"
-            ) from error
+    def _check(self, part: Computed) -> None:
+        if part.failure is not None:
+            raise ValueError(part.failure)
+        if part.unreadable and not self.place.skip_unreadable:
+            raise part.unreadable[0][1]
 
     def _rows(self, pending: Sequence[Tensor], indices: Sequence[int]) -> npt.NDArray[Any]:
         """The features of a shard in the dtype that they are kept in, checked."""
@@ -253,7 +248,7 @@ def _in_rounds(group: Group, steps: Iterator[int], report: Callable[..., None]) 
                     step = next(steps, None)
                     finished = step is None
                     own += step or 0
-                    report(step or 0, description="extracting")
+                    report(step or 0)
             states = group.all_gather_object([own, finished])
             total = sum(done for done, _ in states)
             report(total - own - others)
@@ -266,13 +261,30 @@ def _in_rounds(group: Group, steps: Iterator[int], report: Callable[..., None]) 
             steps.close()
 
 
-def _checked(
-    split_model: SplitModel, images: LabelledImages, transform: Transform, dtype: str, batch_size: int, passes: int, seed: int
-) -> tuple[ShardPlan, dict[str, Any]]:
-    """How the work is cut, and all that the features depend on."""
+def _batch_size(asked: int | None, folder: Path, device: torch.device) -> int:
+    """The batch size that is asked for, or else that of the folder's features, or else the device's."""
+    if asked is not None:
+        return check_integer(asked, "batch_size", minimum=1)
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        if (folder / SIDECAR_FILE).exists():
+            return int(read_json(folder / SIDECAR_FILE, "a sidecar")["batch_size"])
+        return int(read_identity(folder)["batch_size"])
+    return _BATCH_SIZES.get(device.type, 64)
+
+
+def _identity(
+    split_model: SplitModel,
+    images: LabelledImages,
+    transform: Transform,
+    dtype: str,
+    precision: str,
+    passes: int,
+    seed: int,
+) -> dict[str, Any]:
+    """All that the features depend on, but for the batch size."""
     _check_types(split_model, images, transform)
     check_choice(dtype, "dtype", DTYPES)
-    batch_size = check_integer(batch_size, "batch_size", minimum=1)
+    check_choice(precision, "precision", PRECISIONS)
     passes = check_integer(passes, "passes", minimum=1)
     if passes > 1 and not transform.random:
         raise ValueError(
@@ -280,7 +292,7 @@ def _checked(
         )
     seed = check_integer(seed, "seed", minimum=0)
     _check_labels(images, split_model.num_classes)
-    identity = {
+    return {
         "model": split_model.fingerprint(),
         "images": images.fingerprint(),
         "transform": as_json(transform.description, "transform.description"),
@@ -290,9 +302,8 @@ def _checked(
         "num_images": len(images),
         "passes": passes,
         "seed": seed if transform.random else None,
-        "batch_size": batch_size,
+        "precision": precision,
     }
-    return ShardPlan.of(len(images), passes, batch_size), identity
 
 
 def _check_types(split_model: SplitModel, images: LabelledImages, transform: object) -> None:
@@ -342,21 +353,3 @@ def _check_same_everywhere(group: Group, identity: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"all processes must extract the same, but in process {group.rank} and in {rank}: {'; '.join(found)}"
             )
-
-
-@contextmanager
-def _on_device(split_model: SplitModel, device: torch.device) -> Iterator[None]:
-    """The model on ``device``, where convolutions choose the same algorithm each time; then back to where it was."""
-    model, before = split_model.model, split_model.device
-    try:
-        if before != device:
-            model.to(device)
-        with cudnn_choice(deterministic=True, fastest=False):
-            yield
-    finally:
-        if before != device:
-            model.to(before)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"

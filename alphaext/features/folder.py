@@ -126,7 +126,7 @@ class ExtractionFolder:
             "skipped": [
                 {"index": image.index, "name": printable(image.name), "reason": printable(image.reason)} for image in left_out
             ],
-            "device": ", ".join(sorted({shard.device for shard in shards})),
+            "device": ", ".join(sorted({shard.device for shard in shards} - {""})),
             "seconds": round(sum(shard.seconds for shard in shards), 3),
             "versions": versions("alphaext", "torch", "torchvision", "numpy", "python"),
         }

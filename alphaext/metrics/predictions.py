@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..utils.checks import check_integer, check_kind
-from ..utils.modules import evaluating
+from ..utils.checks import check_choice, check_integer, check_kind
+from ..utils.modules import PRECISIONS, computing_in, evaluating
 from ..utils.progress import task_bar
 from ..utils.tensors import (
     LabelledFeatures,
@@ -143,6 +143,7 @@ def predict(
     *,
     block_rows: int | None = None,
     device: torch.device | str | None = None,
+    precision: str = "float32",
     progress: bool | None = None,
 ) -> Predictions:
     """Return what ``classifier`` says of each sample, from its features.
@@ -152,13 +153,15 @@ def predict(
 
     Args:
         classifier: maps [m, D] to scores [m, N], each row for itself: ``nn.Linear``, :class:`alphaext.AlphaNet` or any other
-            module. It is evaluated in evaluation mode, without gradient and without autocast, and left as it was.
+            module. It is evaluated in evaluation mode, without gradient, and left as it was.
         features: floating point [n, D], at least one row; a tensor, an array or a memory map (float16 too). They are
             converted to the classifier's dtype.
             Or a :class:`alphaext.features.Features`, which has its labels.
         labels: right class of each sample, integers [n], where ``features`` has none.
         block_rows: rows of features that are read at a time, rounded up to a multiple of 256; default 4096.
         device: where to compute; default where the classifier is. Elsewhere, a copy of the classifier is used.
+        precision: ``"float32"``: the classifier computes in its own dtype (default); ``"bfloat16"``: its products in bfloat16,
+            whose three digits make more scores equal.
         progress: show a progress bar; None shows it where standard error is a terminal.
 
     Returns:
@@ -177,6 +180,7 @@ def predict(
         (tensor([0, 1]), tensor([1, 0]))
     """
     check_kind(classifier, nn.Module, "classifier")
+    check_choice(precision, "precision", PRECISIONS)
     features, labels = features_and_labels(features, labels)
     source, floating = check_rows(features, "features", "D")
     samples, width = int(source.shape[0]), int(source.shape[1])
@@ -199,7 +203,7 @@ def predict(
         product_rows = _FEWEST_PRODUCT_ROWS
     collected = _Collected(samples, num_classes)
     bar = task_bar(progress, "samples scored", total=samples)
-    with evaluating(classifier), torch.autocast(place.type, enabled=False), bar as report:
+    with evaluating(classifier), computing_in(precision, place), bar as report:
         for start in range(0, samples, block_rows):
             block = as_tensor(source[start : start + block_rows], "features").detach().to(place)
             check_finite(block, "features", first_row=start)

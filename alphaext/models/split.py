@@ -16,7 +16,7 @@ from ..utils.tensors import check_floating, tensor_bytes
 
 # How far logits may be from those of a plain linear layer on the features, relative to the largest logit: the rounding of the
 # model's own dtype, with room for sums in another order.
-_PARITY = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+PARITY = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 def find_classifier(model: nn.Module, example: Tensor | None = None) -> str:
@@ -270,7 +270,7 @@ def compare_scores(plain: Tensor, logits: Tensor, name: str, what: str) -> None:
     expected, seen = plain.detach().double(), logits.detach().double()
     largest = float(seen.abs().max()) if seen.numel() else 0.0
     difference = float((expected - seen).abs().max()) if seen.numel() else 0.0
-    tolerance = _PARITY.get(logits.dtype, 1e-4) * largest
+    tolerance = PARITY.get(logits.dtype, 1e-4) * largest
     # Written so that NaN fails too.
     if not difference <= tolerance:
         raise ValueError(

@@ -31,6 +31,7 @@ from alphaext.features import shards
 from alphaext.features.extraction import extract
 from alphaext.features.folder import ExtractionFolder
 from alphaext.features.store import read_features
+from alphaext.models.inference import for_cpu
 from alphaext.utils import files as _files
 from alphaext.utils.files import folder_lock
 
@@ -68,6 +69,7 @@ def run(folder, images=None, *, model=None, transform=None, batch_size=4, **opti
 def direct(images, *, model=None, transform=None, batch_size=4, dtype="float16", passes=1, seed=0, left_out=()):
     """The same features by a plain loop."""
     model, transform = model or tiny_model(), transform or TinyTransform()
+    model, _ = for_cpu(model, torch.zeros(2, 1, 6, 6))
     rows = []
     for number in range(passes):
         for start in range(0, len(images), batch_size):
@@ -538,7 +540,7 @@ def test_with_real_transforms_and_a_real_network(tmp_path, pictures):
     assert np.array_equal(found[0].features, found[1].features)
     plain = run(tmp_path / "plain", images, model=model, transform=small_test_transform(8), dtype="float32")
     pictures = torch.stack([small_test_transform(8)(images.load(i)) for i in range(4)])
-    assert np.array_equal(plain.features[:4], model.features(pictures).numpy())
+    np.testing.assert_allclose(plain.features[:4], model.features(pictures).numpy(), rtol=1e-4, atol=1e-6)
     read_features(tmp_path / "plain", model=model, images=images, transform=small_test_transform(8))
 
 
@@ -794,7 +796,121 @@ def test_the_progress_bar_counts_what_was_done_before(tmp_path, monkeypatch, cap
     shards.shard_path(tmp_path / "f", 2).unlink()
     with pytest.raises(ImageReadError):
         run(tmp_path / "f", TinyImages(30, unreadable=(20,)), progress=True)
-    assert capsys.readouterr().err.startswith("extracting 26/30")
+    assert capsys.readouterr().err.startswith("extracting: 26 of 30 images")
     run(tmp_path / "f", progress=True)
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("extracted 30/30") and "images/s" in said.err
+    assert said.out == "" and said.err.startswith("extracting: 30 of 30 images") and "images a second" in said.err
+
+
+# Processes that compute
+
+
+def one_thread(tmp_path, **options):
+    """What a single thread of this process makes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return np.array(run(tmp_path / "here", dtype="float32", **options).features)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (3, 0), (2, 2)])
+def test_processes_that_compute_change_no_bit(tmp_path, processes, workers):
+    expected = one_thread(tmp_path)
+    threads = torch.get_num_threads()
+    features = run(tmp_path / "apart", dtype="float32", processes=processes, workers=workers)
+    assert np.array_equal(features.features, expected)
+    assert torch.get_num_threads() == threads and multiprocessing.active_children() == []
+    assert "1 thread" in features.metadata["device"]
+
+
+def test_processes_that_compute_go_on(tmp_path):
+    until_joined(tmp_path / "f", dtype="float32", processes=2)
+    for number in (1, 3):
+        shards.shard_path(tmp_path / "f", number).unlink()
+    log = tmp_path / "log"
+    features = run(tmp_path / "f", TinyImages(30, log), dtype="float32", processes=3)
+    assert sorted(loaded(log)) == [*range(8, 16), *range(24, 30)]
+    assert np.array_equal(features.features, one_thread(tmp_path))
+
+
+def test_all_processes_compute(tmp_path):
+    log = tmp_path / "log"
+    run(tmp_path / "f", TinyImages(30, log, seconds=0.02), processes=2)
+    by_process = {line.split()[1] for line in log.read_text().splitlines()}
+    assert len(by_process) == 2 and str(os.getpid()) not in by_process
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_ends_the_processes_that_compute(tmp_path, workers):
+    log, images = tmp_path / "log", TinyImages(30, tmp_path / "log", seconds=0.1)
+    child = in_child(lambda: run(tmp_path / "f", images, processes=2, workers=workers))
+    wait_until(lambda: len(loaded(log)) > 4)
+    os.killpg(child.pid, signal.SIGINT)
+    child.join(10)
+    assert child.exitcode not in (None, 0) and session(child.pid) == []
+
+
+def test_a_kill_ends_the_processes_that_compute(tmp_path):
+    log, images = tmp_path / "log", TinyImages(30, tmp_path / "log", seconds=0.1)
+    child = in_child(lambda: run(tmp_path / "f", images, processes=2))
+    wait_until(lambda: len(loaded(log)) > 4)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(10)
+    wait_until(lambda: session(child.pid) == [])
+    check_equal(run(tmp_path / "f"), direct(TinyImages(30)))
+
+
+class Deadly(TinyTransform):
+    """Kills the process that reads an image, as the system does where memory has run out."""
+
+    def __call__(self, image):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_computes_and_is_killed_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match=r"was killed \(exit code -9\).*take fewer processes"):
+        run(tmp_path / "f", transform=Deadly(), processes=2)
+    assert multiprocessing.active_children() == []
+
+
+def test_errors_come_back_from_processes_that_compute(tmp_path):
+    with pytest.raises(ImageReadError, match=r"tiny.npz\[9\]"):
+        run(tmp_path / "f", TinyImages(30, unreadable=(9,)), processes=2)
+    with pytest.raises(ValueError, match="cannot take images"):
+        run(tmp_path / "g", transform=Wide(), processes=2)
+    with pytest.warns(UserWarning, match="1 of 30 images cannot be read"):
+        features = run(tmp_path / "f", TinyImages(30, unreadable=(9,)), processes=2, skip_unreadable=True)
+    check_equal(features, direct(TinyImages(30), left_out=(9,)))
+    with pytest.raises(ValueError, match="processes must be at least 0, got -1"):
+        run(tmp_path / "h", processes=-1)
+
+
+class Wide(TinyTransform):
+    """Images with more channels than the model takes."""
+
+    def __call__(self, image):
+        return super().__call__(image).expand(2, 6, 6)
+
+
+# How images are computed
+
+
+def test_the_batch_size_is_that_of_the_folder_or_of_the_device(tmp_path):
+    assert run(tmp_path / "default", batch_size=None).metadata["batch_size"] == 8
+    assert run(tmp_path / "f", batch_size=4).metadata["batch_size"] == 4
+    assert run(tmp_path / "f", batch_size=None).metadata["batch_size"] == 4
+    until_joined(tmp_path / "begun", batch_size=5)
+    assert run(tmp_path / "begun", batch_size=None).metadata["batch_size"] == 5
+
+
+def test_bfloat16_is_nearly_the_same_and_never_taken_for_float32(tmp_path):
+    plain = run(tmp_path / "plain", dtype="float32")
+    narrow = run(tmp_path / "narrow", dtype="float32", precision="bfloat16")
+    assert not np.array_equal(plain.features, narrow.features)
+    np.testing.assert_allclose(narrow.features, plain.features, rtol=0.05, atol=0.02)
+    with pytest.raises(ValueError, match="precision is 'float32' here and 'bfloat16' there"):
+        run(tmp_path / "narrow", dtype="float32")
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'float16'"):
+        run(tmp_path / "other", precision="float16")
