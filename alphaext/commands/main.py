@@ -117,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_: errors.print(f"warning: {message}", markup=False, highlight=False)
             # Where there is no terminal, there is no width to keep to: wide enough for every table.
             width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
-            result = options.run(Console(quiet=as_json or options.quiet or not is_main_process(), width=width))
+            silent = as_json or getattr(options, "quiet", False) or not is_main_process()  # demo and info are never quiet
+            result = options.run(Console(quiet=silent, width=width))
         if as_json and is_main_process():
             # Without letters beyond ASCII, which standard output may not know.
             print(json.dumps(without_nan(result), indent=2), flush=True)
