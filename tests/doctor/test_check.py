@@ -594,7 +594,7 @@ def test_progress_is_shown_on_standard_error_when_asked_for(capsys: pytest.Captu
     assert capsys.readouterr() == ("", "")
     check(healthy()[0], progress=True)
     captured = capsys.readouterr()
-    assert captured.out == "" and "292/292" in captured.err
+    assert captured.out == "" and "292 of 292 images" in captured.err
     check(healthy()[0], progress=None)
     assert capsys.readouterr().err == ""
 

@@ -202,7 +202,7 @@ def test_a_progress_bar_on_standard_error(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr() == ("", "")
     predict(linear, features, labels, progress=True)
     shown = capsys.readouterr()
-    assert shown.out == "" and "300/300" in shown.err
+    assert shown.out == "" and "300 of 300" in shown.err
 
 
 def test_infinite_scores() -> None:
