@@ -1,8 +1,9 @@
-"""What is inside scikit-learn's linear classifiers: their rows, the features they see, and copies with other rows."""
+"""What is inside scikit-learn's linear classifiers: rows, scores of samples not seen, and copies with other rows."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
+from sklearn.base import clone
 from sklearn.pipeline import Pipeline
-from sklearn.utils import _safe_indexing, check_array
+from sklearn.utils import _safe_indexing
 from sklearn.utils.validation import _num_samples
 
 try:
@@ -22,11 +24,8 @@ except ImportError:  # scikit-learn before 1.6
 
 Array = npt.NDArray[Any]
 
-# Samples on which scores by coef_ and intercept_ are compared with the estimator's own.
+# Samples on which a classifier's scores are compared with those of its rows in another order.
 _COMPARED_SAMPLES = 64
-
-# Elements of a block of features that is converted to float64.
-_BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -62,40 +61,82 @@ class Rows:
     bias: Array
 
     @classmethod
-    def of(cls, classifier: Any, num_classes: int) -> Rows:
-        coef, intercept = np.atleast_2d(dense(attribute_of(classifier, "coef_"))), attribute_of(classifier, "intercept_")
-        rows = 1 if num_classes == 2 else num_classes
-        if coef.shape[0] != rows or np.size(intercept) not in (1, rows):
+    def of(cls, estimator: Any, num_classes: int) -> Rows:
+        """The rows of a fitted classifier."""
+        coef, intercept = own_rows(estimator)
+        if len(coef) != (1 if num_classes == 2 else num_classes):
             raise TypeError(
-                f"estimator must have a row of coef_ and an intercept_ for each class, {rows} here; "
-                f"{type(classifier).__name__} has coef_ {list(coef.shape)} and intercept_ {list(np.shape(intercept))}"
+                f"estimator must have a row of coef_ and an intercept_ for each class, {num_classes} here (of two classes, "
+                f"one); {type(classifier_of(estimator)).__name__} has coef_ {list(coef.shape)}"
             )
-        weight = np.array(coef, dtype=np.float64)
-        bias = np.array(np.broadcast_to(np.ravel(intercept), rows), dtype=np.float64)
-        if num_classes == 2:  # scores of the second class against the first: their difference stays what it was
-            return cls(np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2]))
-        return cls(weight, bias)
+        return cls(_of_two(coef.astype(np.float64).T).T, _of_two(intercept.astype(np.float64)))
 
-    def check(self, estimator: Any, X: Any, features: Any) -> None:
-        """Check that the estimator's scores are those of its rows: those of one class against one are not."""
-        some = np.arange(min(_COMPARED_SAMPLES, features.shape[0]))
-        X, features, classifier = _safe_indexing(X, some), features[some], classifier_of(estimator)
-        own = np.asarray(attribute_of(estimator, "decision_function")(X))
-        scores = np.asarray(features @ self.weight.T) + self.bias
-        if len(self.weight) == 2:
-            scores = scores[:, 1] - scores[:, 0]
-        # What rounding may make of a sum of such terms, with a wide margin.
-        narrow = np.float32 if np.float32 in (own.dtype, features.dtype) else np.float64
-        tolerance = np.sqrt(np.finfo(narrow).eps) * np.max(np.asarray(abs(features) @ abs(self.weight).T) + abs(self.bias))
-        same = own.shape == scores.shape and np.allclose(own, scores, rtol=0, atol=tolerance)
-        if same:  # rows twice as large show whether scores follow the rows
-            doubled = with_rows(estimator, 2 * dense(classifier.coef_), 2 * np.asarray(classifier.intercept_))
-            same = np.allclose(doubled.decision_function(X), 2 * own, rtol=0, atol=2 * tolerance)
-        if not same:
-            raise TypeError(
-                f"estimator must be a linear classifier with a row of coef_ for each class, but the decision_function of "
-                f"{type(classifier).__name__} is not X @ coef_.T + intercept_"
-            )
+    def mixed(self, mix: Array, shift: Array) -> Rows:
+        """Rows that are mixes ``[F, N]`` of these, all taken relative to their mean, with ``shift`` ``[F]`` in the bias.
+
+        To subtract one row from all of them changes no prediction.
+        """
+        mean, mean_bias = self.weight.mean(axis=0), self.bias.mean()
+        return Rows(mean + mix @ (self.weight - mean), mean_bias + mix @ (self.bias - mean_bias) + shift)
+
+
+def own_rows(estimator: Any) -> tuple[Array, Array]:
+    """Copies of ``coef_`` and ``intercept_`` of the classifier inside, with a row and an entry for each that it has."""
+    classifier = classifier_of(estimator)
+    coef = np.array(np.atleast_2d(dense(attribute_of(classifier, "coef_"))))
+    intercept = np.ravel(attribute_of(classifier, "intercept_"))
+    if len(intercept) not in (1, len(coef)):
+        raise TypeError(f"estimator must have an intercept_ for each row of coef_, {len(coef)} here, got {len(intercept)}")
+    return coef, np.array(np.broadcast_to(intercept, len(coef)), dtype=coef.dtype)
+
+
+def _of_two(values: Array) -> Array:
+    """Values whose last axis is the classes': of two classes, which scikit-learn gives one, one for each."""
+    # The second class against the first: their difference stays what it was.
+    return np.concatenate([-values / 2, values / 2], axis=-1) if values.shape[-1] == 1 else values
+
+
+def check_rows(estimator: Any, X: Any) -> None:
+    """Check that a fitted classifier's scores follow its rows, one for each class: those of one class against one do not."""
+    X = _safe_indexing(X, np.arange(min(_COMPARED_SAMPLES, _num_samples(X))))
+    coef, intercept = own_rows(estimator)
+    changed = with_rows(estimator, 2 * np.roll(coef, 1, axis=0), 2 * np.roll(intercept, 1))
+    own, others = (np.asarray(attribute_of(each, "decision_function")(X)) for each in (estimator, changed))
+    expected = 2 * (np.roll(own, 1, axis=1) if own.ndim == 2 else own)
+    # What rounding may make of a sum of such terms, with a wide margin.
+    tolerance = np.sqrt(np.finfo(own.dtype).eps) * (np.abs(expected).max() + np.abs(intercept).max())
+    if not np.allclose(others, expected, rtol=0, atol=tolerance):
+        raise TypeError(
+            f"estimator must be a linear classifier with a row of coef_ for each class, but the decision_function of "
+            f"{type(classifier_of(estimator)).__name__} is not X @ coef_.T + intercept_"
+        )
+
+
+def scores_of(estimator: Any, X: Any) -> Array:
+    """The scores ``[n, N]`` of a fitted classifier in float64, one for each class also where there are two."""
+    scores = np.asarray(attribute_of(estimator, "decision_function")(X), dtype=np.float64)
+    return _of_two(scores.reshape(len(scores), -1))
+
+
+def make_folds(samples: Samples, count: int, random: np.random.RandomState) -> Array:
+    """The fold of each sample, each class dealt out evenly; -1 for the only sample of a class, which is never held out."""
+    folds = np.full(len(samples.y), -1)
+    for label in np.unique(samples.labels):
+        indices = random.permutation(np.flatnonzero(samples.labels == label))
+        if len(indices) > 1:
+            folds[indices] = np.arange(len(indices)) % count
+    return folds
+
+
+def held_out_scores(estimator: Any, fitted: Any, samples: Samples, folds: Array) -> Array:
+    """Scores ``[n, N]`` of each sample by a copy of ``estimator`` that has not seen it, or, without a fold, by ``fitted``."""
+    scores = scores_of(fitted, samples.X)
+    for fold in range(folds.max() + 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are those of the estimator's own fit
+            other = samples.part(folds != fold).fit(clone(estimator))
+        scores[folds == fold] = scores_of(other, samples.part(folds == fold).X)
+    return scores
 
 
 def last_step(estimator: Any) -> Any:
@@ -115,15 +156,6 @@ def classifier_of(estimator: Any) -> Any:
     return classifier_of(estimator.estimator) if is_frozen(estimator) else estimator
 
 
-def features_of(estimator: Any, X: Any) -> Any:
-    """What the classifier inside ``estimator`` sees of ``X``: ``[n, D]``, an array or a sparse matrix of rows."""
-    if is_frozen(estimator):
-        return features_of(estimator.estimator, X)
-    if isinstance(estimator, Pipeline):
-        return features_of(estimator.steps[-1][1], estimator[:-1].transform(X) if len(estimator.steps) > 1 else X)
-    return check_features(X)
-
-
 def with_rows(estimator: Any, coef: Array, intercept: Array) -> Any:
     """A copy of ``estimator`` with other rows; all else is shared with it."""
     if is_frozen(estimator):
@@ -132,16 +164,12 @@ def with_rows(estimator: Any, coef: Array, intercept: Array) -> Any:
     if isinstance(estimator, Pipeline):
         name, last = estimator.steps[-1]
         other.steps = [*estimator.steps[:-1], (name, with_rows(last, coef, intercept))]
-    else:
-        try:
-            other.coef_, other.intercept_ = coef, intercept
-        except AttributeError as error:
-            raise TypeError(f"estimator must allow that its coef_ is set; {type(estimator).__name__} says {error}") from None
+        return other
+    try:
+        other.coef_, other.intercept_ = coef, intercept
+    except AttributeError as error:
+        raise TypeError(f"estimator must allow that its coef_ is set; {type(estimator).__name__} says {error}") from None
     return other
-
-
-def check_features(X: Any) -> Any:
-    return check_array(X, accept_sparse="csr", dtype=[np.float64, np.float32], estimator="AlphaNetClassifier", input_name="X")
 
 
 def dense(array: Any) -> Any:
@@ -158,35 +186,27 @@ def attribute_of(estimator: Any, name: str) -> Any:
         ) from None
 
 
-def held_out(samples: Samples, classes: Array, fraction: float, random: np.random.RandomState) -> Array:
-    """Mark a fraction of each of the ``classes``: at least one sample, but not all, so none where there is one only."""
-    held = np.zeros(len(samples.y), dtype=bool)
-    for label in np.flatnonzero(classes):
-        indices = random.permutation(np.flatnonzero((samples.labels == label) & (samples.weights > 0)))
-        held[indices[: min(max(1, round(fraction * len(indices))), max(0, len(indices) - 1))]] = True
-    return held
+def class_mean_accuracy(scores: Array, labels: Array, among: Array) -> float:
+    """The mean over the classes ``among`` of their accuracies; NaN where none has a sample."""
+    right = scores.argmax(axis=1) == labels
+    found = [right[labels == label].mean() for label in np.intersect1d(among, labels)]
+    return float(np.mean(found)) if found else np.nan
 
 
-def class_means(features: Any, labels: Array, weights: Array, num_classes: int) -> Array:
-    """``[N, D]`` in float64, of dense or sparse features; 0 for a class without samples."""
-    samples, width = features.shape
-    sums = np.zeros((num_classes, width))
-    block = samples if sparse.issparse(features) else max(1, _BLOCK_ELEMENTS // max(1, width))
-    for start in range(0, samples, block):
-        part = slice(start, min(start + block, samples))
-        columns = np.arange(part.stop - part.start)
-        of_class = sparse.csr_matrix((weights[part], (labels[part], columns)), shape=(num_classes, len(columns)))
-        sums += dense(of_class @ features[part])
-    totals = np.bincount(labels, weights=weights, minlength=num_classes)
-    return sums / np.where(totals > 0, totals, 1)[:, None]
+def best_scale(scores: Array, labels: Array, base: Array) -> float:
+    """What to multiply scores with for the least cross-entropy over base classes; 1 where they tell nothing of the labels.
 
-
-def best_scale(features: Any, labels: Array, rows: Rows, base: Array) -> float:
-    """What to multiply scores with for the least cross-entropy over base classes; 1 where they tell nothing of the labels."""
-    of_base = np.flatnonzero(base[labels])
-    scores = np.asarray(features[of_base] @ rows.weight[base].T) + rows.bias[base]
+    Args:
+        scores: ``[n, N]``, of samples not seen.
+        labels: ``[n]`` class ids.
+        base: ``[N]`` bool, which classes are base classes.
+    """
+    of_base = base[labels]
+    if base.sum() < 2 or not of_base.any():
+        return 1.0
+    scores, labels = scores[of_base][:, base], (np.cumsum(base) - 1)[labels[of_base]]
     samples, num_classes = scores.shape
-    own = scores[np.arange(samples), (np.cumsum(base) - 1)[labels[of_base]]]
+    own = scores[np.arange(samples), labels]
     others = (scores.sum(axis=1) - own) / (num_classes - 1)
     # Platt's correction: if targets were certain, samples all classified rightly would ask for an infinite scale.
     smoothing = 1 / (samples + 2)

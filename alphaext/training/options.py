@@ -297,15 +297,21 @@ def read_options(config: Mapping[str, Any]) -> tuple[HeadOptions, TrainingOption
     )
 
 
-def takes_options(names: Collection[str]) -> Callable[[_Function], _Function]:
-    """A decorator: the function's ``**options`` are those of the table with these names; its signature shows them."""
+def takes_options(names: Collection[str], default: Any = _SAME) -> Callable[[_Function], _Function]:
+    """A decorator: the function's ``**options`` are those of the table with these names; its signature shows them.
+
+    The signature shows the plain form's values, or ``default`` for all.
+    """
 
     def decorate(function: _Function) -> _Function:
         own = inspect.signature(function)
         kept = [each for each in own.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
         more = [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=OPTIONS[name].default, annotation=OPTIONS[name].type
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=OPTIONS[name].default if default is _SAME else default,
+                annotation=OPTIONS[name].type,
             )
             for name in names
         ]
