@@ -47,8 +47,7 @@ ESTIMATORS: dict[str, Any] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "auto": {},
     "score_scale=1": {"score_scale": 1.0},
-    "validation_fraction=0.2": {"validation_fraction": 0.2},
-    'and select="last"': {"validation_fraction": 0.2, "select": "last"},
+    'preset="paper"': {"preset": "paper"},
 }
 
 

@@ -191,7 +191,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.estimator_ = samples.fit(clone(estimator))
         self.classes_ = attribute_of(classifier_of(self.estimator_), "classes_")
         for name in ("n_features_in_", "feature_names_in_"):
-            vars(self).pop(name, None)  # of an earlier fit
+            self.__dict__.pop(name, None)  # of an earlier fit
             if hasattr(self.estimator_, name):
                 setattr(self, name, getattr(self.estimator_, name))
         if not reason and not np.array_equal(self.classes_, classes):

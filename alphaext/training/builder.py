@@ -31,10 +31,9 @@ class Builder:
     """Makes heads of one classifier, and their samples; what they share is computed once.
 
     Args:
-        linear: the trained classifier, as for :func:`alphaext.fit_many`, as are all others but the last.
+        linear: the trained classifier, as for :func:`alphaext.fit_many`, as are all others.
         features: ``[n, D]``, or features that know their labels.
         labels: ``[n]`` integers, where the features do not know them.
-        inputs: ``[N, P]``, what sub-modules read instead of the classifier's rows, before PCA.
 
     Attributes:
         split: which classes are few, medium and many.
@@ -53,7 +52,6 @@ class Builder:
         many_above: int = 100,
         split: ClassSplit | None = None,
         means: TensorLike | None = None,
-        inputs: Tensor | None = None,
     ) -> None:
         self.weight, self.bias = linear_parameters(linear)
         self.samples, self.validation = check_all_samples(self.weight, features, labels, val_features, val_labels)
@@ -68,7 +66,7 @@ class Builder:
         self._directions: tuple[Tensor, Tensor] | None = None
         # What heads of equal options share.
         self._members_of = functools.cache(self._find_members)
-        self._reduced_to = functools.cache(functools.partial(reduce_classifiers, self.weight if inputs is None else inputs))
+        self._reduced_to = functools.cache(functools.partial(reduce_classifiers, self.weight))
         self._drawn: dict[tuple[object, ...], Samples] = {}
         self._first: AlphaNet | None = None
 
