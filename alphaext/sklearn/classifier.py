@@ -48,8 +48,8 @@ from .estimators import (
 
 __all__ = ["AlphaNetClassifier", "AlphaNetWarning"]
 
-# Seeds come from random_state; there are scores of samples not seen in place of a validation set for the constant.
-_OPTIONS = [name for name in OPTIONS if name not in ("seed", "neighbor_seed", "few_bias")]
+# Seeds come from random_state. What base classes lose is bounded by a constant, chosen on scores of samples not seen.
+_OPTIONS = [name for name in OPTIONS if name not in ("seed", "neighbor_seed", "few_bias", "max_base_drop")]
 _CONSTANTS = 200
 
 
