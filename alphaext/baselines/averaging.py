@@ -39,6 +39,7 @@ def average(
     val_labels: TensorLike,
     split: ClassSplit,
     *,
+    original: nn.Module | None = None,
     class_counts: TensorLike | None = None,
     select: str | None = None,
     min_all: float | None = None,
@@ -46,17 +47,19 @@ def average(
     """Average linear layers: ``sum_j w_j (W_j x + b_j)``, and a constant on all few scores.
 
     Weights (at least 0) and constant are those under which the validation labels are likeliest; so the scores come out
-    calibrated. The first layer is a candidate too: where the average is not better by ``select``, it is kept as it is. It is
-    also kept, with a warning, where validation has fewer than ten samples of few classes or of base classes.
+    calibrated. Where the average is not better than ``original`` by ``select``, that is kept as it is. It is also kept, with a
+    warning, where validation has fewer than ten samples of few classes or of base classes.
 
     Args:
-        layers: two or more, such as ``nn.Linear``, all ``[N, D]``; the first is the one to do better than.
+        layers: two or more, such as ``nn.Linear``, all ``[N, D]``.
         val_features: ``[m, D]``, floating point; a tensor, an array or a memory map.
         val_labels: ``[m]`` integers.
         split: which classes are few, medium and many.
+        original: the classifier to do better than; default the first of ``layers``. One whose constant was chosen by its
+            accuracy on the same samples looks better on them than it is.
         class_counts: ``[N]`` integers, training samples of each class: fit a multiple of their log to all scores as well.
         select: ``"best_all"`` (default) or ``"best_few"``, as for :func:`alphaext.baselines.choose_tau`.
-        min_all: for ``"best_few"``, a fraction of 1; None takes the first layer's own accuracy over all.
+        min_all: for ``"best_few"``, a fraction of 1; None takes the original's own accuracy over all.
 
     Returns:
         A :class:`alphaext.baselines.BaselineResult`, ``chosen`` ``{"candidate": "average"}`` or ``"original"``. Its
@@ -75,17 +78,15 @@ def average(
     started = time.monotonic()
     if len(layers) < 2:
         raise ValueError(f"layers must be at least two, got {len(layers)}")
-    (weight, bias), *others = [linear_parameters(layer) for layer in layers]
-    parameters = [(weight, bias)]
-    for own_weight, own_bias in others:
-        check_fits(own_weight.to(weight), "the weight of each of layers", weight, tuple(weight.shape))
-        parameters.append((own_weight.to(weight), None if own_bias is None else own_bias.to(weight)))
+    weight, _ = linear_parameters(layers[0])
+    parameters = [_like(weight, layer) for layer in layers]
+    kept = parameters[0] if original is None else _like(weight, original)
     validation = Validation(val_features, val_labels, split, weight)
     split = validation.split
-    original = validation.of_layer(weight, bias)
-    policy = Policy.of(select, min_all, validation.samples.labels, split.few, CHOOSING).bounded(original)
-    candidates = [make_linear(weight, bias)]
-    table: list[dict[str, Any]] = [{"candidate": "original", **original}]
+    before = validation.of_layer(*kept)
+    policy = Policy.of(select, min_all, validation.samples.labels, split.few, CHOOSING).bounded(before)
+    candidates = [make_linear(*kept)]
+    table: list[dict[str, Any]] = [{"candidate": "original", **before}]
     settings: dict[str, Any] = {}
     shown = min(int(validation.counts[part].sum()) for part in (split.few, split.base))
     if shown < _LEAST_SAMPLES:
@@ -114,8 +115,15 @@ def average(
         policy=str(policy),
         settings=settings,
         seconds=time.monotonic() - started,
-        original=original,
+        original=before,
     )
+
+
+def _like(weight: Tensor, layer: nn.Module) -> _Layer:
+    """The parameters of a layer that is to have the shape of ``weight``, in its dtype and on its device."""
+    own, bias = linear_parameters(layer)
+    check_fits(own.to(weight), "the weight of each layer", weight, tuple(weight.shape))
+    return own.to(weight), None if bias is None else bias.to(weight)
 
 
 def _summed(parameters: Sequence[_Layer], weights: Tensor, shift: Tensor) -> nn.Linear:

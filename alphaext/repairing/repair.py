@@ -109,7 +109,7 @@ def repair(
     result = train(Run(head, of_training, data, builder.split), progress=progress)
     if preset != "all" or builder.validation is None:
         return Repair(head.fold(), head, result, builder.split)
-    average = average_all_rows(head.fold(), builder, of_training.seed, progress)
+    average = average_all_rows(head.fold(), linear, builder, of_training.seed, progress)
     metrics = SplitMetrics(builder.split, class_counts(builder.validation.labels, head.out_features))
     after = metrics.of(hits_of(average.linear, builder.validation))
     return Repair(average.linear, head, replace(result, metrics_after=after), builder.split, average)

@@ -124,7 +124,7 @@ def test_refusals() -> None:
     first, second = layers_of(5, features, labels)
     with pytest.raises(ValueError, match="layers must be at least two, got 1"):
         average([first], val, val_labels, SPLIT)
-    with pytest.raises(ValueError, match="the weight of each of layers"):
+    with pytest.raises(ValueError, match="the weight of each layer"):
         average([first, nn.Linear(4, 6)], val, val_labels, SPLIT)
     with pytest.raises(TypeError, match="linear must have a weight"):
         average([first, nn.ReLU()], val, val_labels, SPLIT)
