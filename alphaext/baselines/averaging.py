@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from ..classes import ClassSplit
 from ..training.options import CHOOSING
-from ..training.selection import BaselineResult, Policy, Validation
+from ..training.result import AlphaNetWarning
+from ..training.selection import BaselineResult, Policy, Validation, unfit_to_choose
 from ..utils.linear import check_fits, linear_parameters, make_linear
 from ..utils.tensors import TensorLike, as_tensor
 
 __all__ = ["average"]
 
-# Fewer samples of few classes, or of base ones, choose nothing about them.
-_LEAST_SAMPLES = 10
 _Layer: TypeAlias = tuple[Tensor, Tensor | None]
 
 # What keeps weights bounded where all samples are recognised: a normal prior with this deviation, at scores of unit spread.
@@ -48,7 +47,7 @@ def average(
 
     Weights (at least 0) and constant are those under which the validation labels are likeliest; so the scores come out
     calibrated. Where the average is not better than ``original`` by ``select``, that is kept as it is. It is also kept, with a
-    warning, where validation has fewer than ten samples of few classes or of base classes.
+    warning, where validation samples show too little of few or of base classes to choose by.
 
     Args:
         layers: two or more, such as ``nn.Linear``, all ``[N, D]``.
@@ -88,13 +87,9 @@ def average(
     candidates = [make_linear(*kept)]
     table: list[dict[str, Any]] = [{"candidate": "original", **before}]
     settings: dict[str, Any] = {}
-    shown = min(int(validation.counts[part].sum()) for part in (split.few, split.base))
-    if shown < _LEAST_SAMPLES:
-        warnings.warn(
-            f"val_labels must have at least {_LEAST_SAMPLES} samples of few and of base classes to choose weights by, got "
-            f"{shown} of one of them: the original classifier is kept",
-            stacklevel=2,
-        )
+    doubt = unfit_to_choose(validation.samples.labels, split)
+    if doubt:
+        warnings.warn(f"no weights are chosen, and the original classifier is kept: {doubt}", AlphaNetWarning, stacklevel=2)
     else:
         directions = {"few_bias": torch.zeros(len(weight), dtype=torch.float64, device="cpu")}
         directions["few_bias"][split.few] = 1.0

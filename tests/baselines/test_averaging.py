@@ -82,7 +82,7 @@ def test_where_the_first_is_best_it_is_kept_to_the_bit() -> None:
 def test_validation_that_does_not_show_both_chooses_nothing(part: slice) -> None:
     features, labels, val, val_labels = problem(2)
     layers = layers_of(2, features, labels)
-    with pytest.warns(UserWarning, match="val_labels must have at least 10 samples of few and of base classes"):
+    with pytest.warns(UserWarning, match="the original classifier is kept: the validation samples"):
         made = average(layers, val[part], val_labels[part], SPLIT)
     assert made.chosen == {"candidate": "original"} and torch.equal(made.linear.weight, layers[0].weight)
     assert made.linear.bias is None and made.accuracy == made.original

@@ -67,7 +67,7 @@ def test_validation_without_few_samples_keeps_what_it_has() -> None:
     linear, train, val = problem(1)
     base = val["val_labels"] < 4
     part = {name: value[base] for name, value in val.items()}
-    with pytest.warns(UserWarning, match="val_labels must have at least 10 samples"):
+    with pytest.warns(UserWarning, match="the original classifier is kept: the validation samples"):
         made = repair(linear, *train, **part, preset="all", few_bias=False, **FAST)
     assert made.average is not None and made.average.chosen == {"candidate": "original"}
 
