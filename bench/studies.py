@@ -39,10 +39,11 @@ from torch import nn
 from alphaext import split_classes
 from alphaext.baselines import run_baseline
 from alphaext.features import write_features
+from alphaext.study.plans import StudyOptions
 from alphaext.study.report.front import Front
 from alphaext.study.report.write import write_report
 from alphaext.study.rows import FRONT, read_rows
-from alphaext.study.run import CLASSES, CONFUSIONS, RESULTS, ROWS, StudyOptions, run_study
+from alphaext.study.run import CLASSES, CONFUSIONS, RESULTS, ROWS, run_study
 
 ROOT = Path(__file__).parent / "results"
 MANY_ABOVE = {"quickdraw": 40, "digits": 100}

@@ -14,7 +14,7 @@ from ..classes import ClassSplit
 from ..utils.checks import check_choice, names_or_ids
 from ..utils.files import PathLike
 from ..utils.records import Column, number, read_csv, write_records
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from ..utils.tensors import TensorLike, check_labels, check_shape, finite_tensor
 from .accuracy import SPLITS_AND_EMPTY
 from .comparison import check_pair
 from .evaluation import part_of_class, per_class
@@ -194,18 +194,16 @@ def read_class_table(path: PathLike) -> list[ClassRow]:
         ...     read_class_table(f"{folder}/classes.csv") == [row]
         True
     """
-    return read_csv(path, "a table of classes", _check_header, _row_of)
+    return read_csv(path, "a table of classes", _columns, _row_of)
 
 
-def _check_header(header: list[str]) -> None:
-    most = len(header[len(_PLAIN) :]) // len(_OF_NEIGHBOR)
-    if header != [*_PLAIN, *_neighbor_columns(most)]:
-        raise ValueError(f"its columns must be {', '.join([*_PLAIN, *_neighbor_columns(1)])} and so on")
+def _columns(number_of_columns: int) -> dict[str, Column]:
+    most = (number_of_columns - len(_PLAIN)) // len(_OF_NEIGHBOR)
+    return _PLAIN | dict.fromkeys(_neighbor_columns(most), Column(empty=""))
 
 
-def _row_of(line: list[str]) -> ClassRow:
-    values: dict[str, Any] = {name: column.read(name, cell) for (name, column), cell in zip(_PLAIN.items(), line, strict=False)}
-    cells = line[len(_PLAIN) :]
+def _row_of(values: dict[str, Any]) -> ClassRow:
+    cells = [values.pop(name) for name in [*values][len(_PLAIN) :]]
     neighbors = [cells[k : k + 3] for k in range(0, len(cells), 3) if cells[k] != ""]
     return ClassRow(
         **values,
@@ -245,11 +243,7 @@ def _composition(
 
 def _distances(class_means: TensorLike, members: Tensor, num_classes: int) -> list[float]:
     """From each few class's mean to the closest of its neighbours', [F]."""
-    means = as_tensor(class_means, "class_means").detach().cpu()
-    check_shape(means, "class_means", (num_classes, "D"))
-    check_floating(means, "class_means")
-    check_finite(means, "class_means")
-    wide = means.double()
+    wide = finite_tensor(class_means, "class_means", (num_classes, "D")).cpu().double()
     # Differences, not a matrix product, which cancels where means are close.
     return [float((wide[row[1:]] - wide[row[0]]).norm(dim=1).min()) for row in members]
 
@@ -267,16 +261,16 @@ def _sorted(rows: list[ClassRow], sort_by: str, descending: bool) -> list[ClassR
     return sorted(filter(known, rows), key=key, reverse=descending) + [row for row in rows if not known(row)]
 
 
-_COUNT, _ACCURACY, _MAYBE = Column(int), Column(float, empty=math.nan), Column(float, empty=None)
+_COUNT, _ACCURACY, _MAYBE = Column(int), Column(float, empty=math.nan, fraction=True), Column(float, empty=None)
 _PLAIN = {
     "class_id": _COUNT,
-    "name": Column(),
+    "name": Column(empty=""),
     "split": Column(choices=SPLITS_AND_EMPTY),
     "training_images": _COUNT,
     "test_samples": _COUNT,
     "accuracy_before": _ACCURACY,
     "accuracy_after": _ACCURACY,
-    "gain": _ACCURACY,
+    "gain": Column(float, empty=math.nan),
     "own_alpha": _MAYBE,
     "distance": _MAYBE,
 }

@@ -169,7 +169,7 @@ def _lines(rows: list[ConfusionRow]) -> list[Any]:
     return [[*_COLUMNS], *map(astuple, rows)]
 
 
-_CLASS, _NAME, _SPLIT, _COUNT = Column(int, empty=None), Column(), Column(choices=SPLITS_AND_EMPTY), Column(int)
+_CLASS, _NAME, _SPLIT, _COUNT = Column(int, empty=None), Column(empty=""), Column(choices=SPLITS_AND_EMPTY), Column(int)
 _KINDS = (_CLASS, _NAME, _SPLIT, _CLASS, _NAME, _SPLIT, _COUNT, _COUNT, _COUNT, _COUNT)
 _COLUMNS = dict(zip((entry.name for entry in fields(ConfusionRow)), _KINDS, strict=True))
 
@@ -181,13 +181,4 @@ def read_confusions(path: PathLike) -> list[ConfusionRow]:
         FileNotFoundError: there is no such file.
         ValueError: it is no such file, or has a value that its column cannot have; the message names the line.
     """
-    return read_csv(path, "a table of confusions", _check_header, _row_of)
-
-
-def _check_header(header: list[str]) -> None:
-    if header != [*_COLUMNS]:
-        raise ValueError(f"its columns must be {', '.join(_COLUMNS)}")
-
-
-def _row_of(line: list[str]) -> ConfusionRow:
-    return ConfusionRow(*(column.read(name, cell) for (name, column), cell in zip(_COLUMNS.items(), line, strict=True)))
+    return read_csv(path, "a table of confusions", lambda _: _COLUMNS, lambda values: ConfusionRow(**values))

@@ -6,7 +6,6 @@ the rest as :class:`StudyOptions` says.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,6 @@ from typing import Any
 from ..training.options import OPTIONS, HeadOptions, TrainingOptions, read_options
 from ..training.presets import PRESETS
 from ..utils.checks import check_choice, check_integer, check_number
-
-__all__ = ["EXPERIMENTS", "FORMS", "POLICIES", "Configuration", "StudyOptions", "Trial", "choose", "plan"]
 
 EXPERIMENTS = {
     "gamma": "the own coefficient's bound (figures 5 and 9 to 12)",
@@ -236,11 +233,19 @@ def plan(options: StudyOptions, most_neighbors: Mapping[str, int] | None = None)
         >>> [trial.configuration.head.top_k for trial in trials]
         [2, 5, 10]
     """
-    trials = []
-    for experiment in options.experiments:
-        name = CANDIDATES if experiment == "compare" else experiment
-        for (method, configuration), seed in itertools.product(_PLANS[experiment](options), options.seed_values()):
-            trials.append(Trial(name, method, configuration, None if method == FROZEN else seed))
+    variants = _variants(options)
+    trials = [
+        Trial(
+            CANDIDATES if experiment == "compare" else experiment,
+            method,
+            _base(options, gamma, form, **changes),
+            None if method == FROZEN else seed,
+        )
+        for experiment in options.experiments
+        for method, form, gammas, changes in variants[experiment]
+        for gamma in gammas
+        for seed in options.seed_values()
+    ]
     if most_neighbors is not None:
         trials = [_within(trial, most_neighbors) for trial in trials]
     return list(dict.fromkeys(trials))
@@ -260,64 +265,24 @@ def _base(options: StudyOptions, gamma: float, form: str = "plain", **changes: A
     return Configuration.of(**common | FORMS[form] | {"gamma": gamma} | changes)
 
 
-_Plan = Iterable[tuple[str, Configuration]]
+_Variant = tuple[str, str, Sequence[float], Mapping[str, Any]]
+"""A method, the form that it trains, with which gammas, and what differs from that form."""
 
 
-def _each(options: StudyOptions, gammas: Sequence[float], changes: Sequence[Mapping[str, Any]]) -> _Plan:
-    """All changes at all gammas in all forms. The plain form stands for preset few where that lacks the option."""
-    lacking = any(_NOT_OF_FEW.intersection(change) for change in changes)
-    forms = dict.fromkeys("plain" if form == "few" and lacking else form for form in options.forms)
-    for form, change, gamma in itertools.product(forms, changes, gammas):
-        yield METHODS[form], _base(options, gamma, form, **change)
-
-
-def _one_option(name: str, values: Iterable[Any]) -> list[dict[str, Any]]:
-    return [{name: value} for value in values]
-
-
-def _rule(options: StudyOptions) -> _Plan:
-    for gamma in options.fixed_gammas:
-        yield METHODS["plain"], _base(options, gamma)
-    # l1 has no gamma, and to softmax it is a bound and no share: both with the one that bounds nothing.
-    for rule in ("softmax", "l1"):
-        yield f"Alpha Net, {rule}", _base(options, 1.0, rule=rule)
-
-
-def _start(options: StudyOptions) -> _Plan:
-    names = {("identity", True): METHODS["plain"], ("default", False): METHODS["paper"]}
-    for init, projected, gamma in itertools.product(("identity", "default"), (True, False), options.fixed_gammas):
-        method = names.get((init, projected), f"Alpha Net, {init} start")
-        yield method, _base(options, gamma, init=init, projected_gradient=projected)
-
-
-def _controls(options: StudyOptions) -> _Plan:
-    for metric, gamma in itertools.product(("euclidean", "random", "cosine"), options.fixed_gammas):
-        method = METHODS["plain"] if metric == "euclidean" else f"Alpha Net, {metric} neighbours"
-        yield method, _base(options, gamma, metric=metric)
-    for gamma in options.gammas:
-        yield FROZEN, _base(options, gamma, epochs=0)
-
-
-def _compare(options: StudyOptions) -> _Plan:
-    for form, gamma in itertools.product(("plain", "paper"), options.gammas):
-        yield METHODS[form], _base(options, gamma, form)
-    yield METHODS["few"], _base(options, 1.0, "few")
-    yield METHODS[ROWS], _base(options, 1.0, "few", top_k=1)
-
-
-def _beyond(options: StudyOptions) -> _Plan:
-    """Each means alone, on the plain form with gamma 1; all together; and all but one, or with another in its place."""
-    few = FORMS["few"]
+def _variants(options: StudyOptions) -> dict[str, list[_Variant]]:
+    """What each experiment trains, in the order of the results."""
+    plain, few, one = METHODS["plain"], METHODS["few"], (1.0,)
+    of_few = FORMS["few"]
     alone: dict[str, dict[str, Any]] = {
         "one constant": {"few_bias": True},
         "direct coefficients": {"coefficients": "direct"},
-        "direct coefficients, L2": {"coefficients": "direct", "regularize": few["regularize"]},
-        "L2": {"regularize": few["regularize"]},
-        "more neighbours": {"top_k": few["top_k"]},
-        "residual, L2": {name: few[name] for name in ("coefficients", "residual", "regularize")},
-        "balanced classes": {"samples_per_class": few["samples_per_class"]},
+        "direct coefficients, L2": {"coefficients": "direct", "regularize": of_few["regularize"]},
+        "L2": {"regularize": of_few["regularize"]},
+        "more neighbours": {"top_k": of_few["top_k"]},
+        "residual, L2": {name: of_few[name] for name in ("coefficients", "residual", "regularize")},
+        "balanced classes": {"samples_per_class": of_few["samples_per_class"]},
         "prior correction": {"prior_correction": True},
-        "drawn samples": {name: few[name] for name in ("samples_per_class", "augment", "augment_neighbors")},
+        "drawn samples": {name: of_few[name] for name in ("samples_per_class", "augment", "augment_neighbors")},
     }
     left_out: dict[str, dict[str, Any]] = {
         "without the constant": {"few_bias": False},
@@ -333,28 +298,56 @@ def _beyond(options: StudyOptions) -> _Plan:
         "fewer neighbours": {"top_k": options.top_k},
         "random neighbours": {"metric": "random"},
     }
-    return [
-        (METHODS["plain"], _base(options, 1.0)),
-        *((f"Alpha Net, {name}", _base(options, 1.0, **changes)) for name, changes in alone.items()),
-        (METHODS["few"], _base(options, 1.0, "few")),
-        *((f"{METHODS['few']}, {name}", _base(options, 1.0, "few", **changes)) for name, changes in left_out.items()),
-        (METHODS[ROWS], _base(options, 1.0, "few", top_k=1)),
-    ]
+    sharing: list[dict[str, Any]] = [{"shared": False}, {"shared": True, "lr": options.sharing_lr}]
+    negatives = [{"negative_ratio": ratio} for ratio in options.negative_ratios]
+    fewer_samples = [{"few_samples": most} for most in (*options.few_samples, None)]
+    return {
+        "gamma": _in_each_form(options, options.gammas, [{}]),
+        "top-k": _in_each_form(options, options.fixed_gammas, [{"top_k": top_k} for top_k in options.top_ks]),
+        "pool": _in_each_form(options, options.gammas, [{"pool": pool} for pool in ("many", "base", "all")]),
+        "sharing": _in_each_form(options, options.gammas, sharing),
+        "negatives": _in_each_form(options, [_NEGATIVES_GAMMA], negatives),
+        "rule": [
+            (plain, "plain", options.fixed_gammas, {}),
+            # l1 has no gamma, and to softmax it is a bound and no share: both with the one that bounds nothing.
+            ("Alpha Net, softmax", "plain", one, {"rule": "softmax"}),
+            ("Alpha Net, l1", "plain", one, {"rule": "l1"}),
+        ],
+        "start": [
+            (plain, "plain", options.fixed_gammas, {"init": "identity", "projected_gradient": True}),
+            ("Alpha Net, identity start", "plain", options.fixed_gammas, {"init": "identity", "projected_gradient": False}),
+            ("Alpha Net, default start", "plain", options.fixed_gammas, {"init": "default", "projected_gradient": True}),
+            (METHODS["paper"], "plain", options.fixed_gammas, {"init": "default", "projected_gradient": False}),
+        ],
+        "controls": [
+            (plain, "plain", options.fixed_gammas, {"metric": "euclidean"}),
+            ("Alpha Net, random neighbours", "plain", options.fixed_gammas, {"metric": "random"}),
+            ("Alpha Net, cosine neighbours", "plain", options.fixed_gammas, {"metric": "cosine"}),
+            (FROZEN, "plain", options.gammas, {"epochs": 0}),
+        ],
+        "data-size": _in_each_form(options, options.fixed_gammas, fewer_samples),
+        # Each means alone, on the plain form with gamma 1; all together; and all but one, or with another in its place.
+        "beyond": [
+            (plain, "plain", one, {}),
+            *((f"Alpha Net, {name}", "plain", one, changes) for name, changes in alone.items()),
+            (few, "few", one, {}),
+            *((f"{few}, {name}", "few", one, changes) for name, changes in left_out.items()),
+            (METHODS[ROWS], "few", one, {"top_k": 1}),
+        ],
+        "compare": [
+            (plain, "plain", options.gammas, {}),
+            (METHODS["paper"], "paper", options.gammas, {}),
+            (few, "few", one, {}),
+            (METHODS[ROWS], "few", one, {"top_k": 1}),
+        ],
+    }
 
 
-_PLANS: dict[str, Callable[[StudyOptions], _Plan]] = {
-    "gamma": lambda options: _each(options, options.gammas, [{}]),
-    "top-k": lambda options: _each(options, options.fixed_gammas, _one_option("top_k", options.top_ks)),
-    "pool": lambda options: _each(options, options.gammas, _one_option("pool", ("many", "base", "all"))),
-    "sharing": lambda options: _each(options, options.gammas, [{"shared": False}, {"shared": True, "lr": options.sharing_lr}]),
-    "negatives": lambda options: _each(options, [_NEGATIVES_GAMMA], _one_option("negative_ratio", options.negative_ratios)),
-    "rule": _rule,
-    "start": _start,
-    "controls": _controls,
-    "data-size": lambda options: _each(options, options.fixed_gammas, _one_option("few_samples", (*options.few_samples, None))),
-    "beyond": _beyond,
-    "compare": _compare,
-}
+def _in_each_form(options: StudyOptions, gammas: Sequence[float], changes: Sequence[Mapping[str, Any]]) -> list[_Variant]:
+    """Changes of each form that the study is of; the plain form in the place of preset few where that has no such option."""
+    lacking = any(_NOT_OF_FEW.intersection(change) for change in changes)
+    forms = dict.fromkeys("plain" if form == "few" and lacking else form for form in options.forms)
+    return [(METHODS[form], form, gammas, change) for form in forms for change in changes]
 
 
 def choose(
@@ -400,8 +393,9 @@ def choose(
     known = [row for row in rows if _is_number(row.get("val_all"))]
     if not known:
         raise ValueError(f"rows must have at least one with val_all to choose by, got none among {len(rows)}")
+    best = max(known, key=lambda row: row["val_all"])
     if policy == "best_all":
-        return max(known, key=lambda row: row["val_all"])
+        return best
     with_few = [row for row in known if _is_number(row.get("val_few"))]
     if not with_few:
         raise ValueError(f"rows must have val_few for policy {policy!r}: there are no validation samples of few classes")
@@ -412,20 +406,13 @@ def choose(
     # A few rounding errors below, for the difference of two fractions is not exact.
     least = original["val_all"] - (drop or 0.0) / 100 - 1e-9
     allowed = [row for row in with_few if row["val_all"] >= least]
-    if not allowed:
-        return max(known, key=lambda row: row["val_all"])
-    return max(allowed, key=lambda row: (row["val_few"], row["val_all"]))
+    return max(allowed, key=lambda row: (row["val_few"], row["val_all"]), default=best)
 
 
 def _knee(rows: list[Mapping[str, Any]]) -> Mapping[str, Any]:
-    def beaten(row: Mapping[str, Any]) -> bool:
-        few, total = row["val_few"], row["val_all"]
-        return any(
-            other["val_few"] >= few and other["val_all"] >= total and (other["val_few"], other["val_all"]) != (few, total)
-            for other in rows
-        )
-
-    front = [row for row in rows if not beaten(row)]
+    points = {(row["val_few"], row["val_all"]) for row in rows}
+    beaten = {(few, total) for few, total in points if any(f >= few and t >= total for f, t in points - {(few, total)})}
+    front = [row for row in rows if (row["val_few"], row["val_all"]) not in beaten]
 
     def share(row: Mapping[str, Any], name: str) -> float:
         values = [other[name] for other in front]

@@ -19,11 +19,10 @@ from ..metrics.confusions import confusion_changes, write_confusions
 from ..metrics.predictions import predict
 from ..training.few_bias import choose_few_bias, few_bias
 from ..training.selection import BaselineResult
+from ..utils.files import without_nan
 from .plans import CANDIDATES, METHODS, RETRAINED, Trial, choose
-from .rows import FRONT, Row, chosen_columns, row_key, without_nan
+from .rows import FRONT, Row, chosen_columns, row_key
 from .trials import Problem, Trainings
-
-__all__ = ["compare_rivals"]
 
 _FRONT_POINTS = 21
 _CANDIDATES_OF = {"tau": "taus", "logit-adjustment": "taus", "few-bias": "offsets"}
@@ -36,24 +35,14 @@ _NCM: dict[str, dict[str, Any]] = {
 }
 
 
-def compare_rivals(problem: Problem, trainings: Trainings, classes: Path, confusions: Path) -> list[dict[str, Any]]:
-    """Add the rows of "compare", and of the candidates that are not trained, to the results.
+class Comparison:
+    """The experiment "compare": the rivals beside the Alpha Nets, each with what validation chooses for it.
 
     Args:
         problem: with its original classifier measured.
         trainings: which have run.
-        classes: the table of what became of each class under the chosen Alpha Net of the first seed; written if it is not there
-            or another head was chosen.
-        confusions: the same of the confusions that it mends and makes.
-
-    Returns:
-        A dictionary for each choice: ``method``, ``seed``, ``policy``, ``max_drop``, ``chosen_on``, ``chosen``, ``candidates``
-        (how many there were), ``table`` (their validation accuracies).
     """
-    return _Comparison(problem, trainings).run(classes, confusions)
 
-
-class _Comparison:
     def __init__(self, problem: Problem, trainings: Trainings) -> None:
         self.problem, self.trainings, self.options = problem, trainings, problem.options
         rows = problem.file.rows.items()
@@ -61,16 +50,25 @@ class _Comparison:
         self.choices: list[dict[str, Any]] = []
 
     def run(self, classes: Path, confusions: Path) -> list[dict[str, Any]]:
+        """Add the rows of "compare", and of the candidates that are not trained, to the results.
+
+        Args:
+            classes: the table of what became of each class under the chosen Alpha Net of the first seed; written if it is not
+                there or another head was chosen.
+            confusions: the same of the confusions that it mends and makes.
+
+        Returns:
+            A dictionary for each choice: ``method``, ``seed``, ``policy``, ``max_drop``, ``chosen_on``, ``chosen``,
+            ``candidates`` (how many there were), ``table`` (their validation accuracies).
+        """
         # What an earlier run chose is chosen again, not measured again.
         problem, options = self.problem, self.options
         problem.file.remove("compare")
         problem.file.add({**problem.original, "experiment": "compare"})
         train = problem.parts["train"]
         with problem.measuring(len(_NCM) + len(_CANDIDATES_OF) + _FRONT_POINTS) as advance:
-            means = []
-            for metric, how in _NCM.items():
-                make_means = partial(ncm, train.features, train.labels, train.num_classes, **how)
-                means.append(self._candidate("ncm", make_means, advance, metric=metric))
+            make = partial(ncm, train.features, train.labels, train.num_classes)
+            means = [self._candidate("ncm", partial(make, **how), advance, metric=metric) for metric, how in _NCM.items()]
             self._choose("ncm", means, None)
             for method in _CANDIDATES_OF:
                 self._add_rival(method)
@@ -78,11 +76,12 @@ class _Comparison:
             self._add_front(advance)
         for method, seed in itertools.product(RETRAINED if options.retraining_epochs else (), options.seed_values()):
             with problem.measuring(len(options.retraining_lrs)) as advance:
-                found = []
-                for lr in sorted(options.retraining_lrs):
-                    own = {"lr": lr, "epochs": options.retraining_epochs, "seed": seed}
-                    make = partial(self._baseline, method, progress=False, **own)
-                    found.append(self._candidate(method, make, advance, **own))
+                own = {"epochs": options.retraining_epochs, "seed": seed}
+                retrain = partial(self._baseline, method, progress=False, **own)
+                found = [
+                    self._candidate(method, partial(retrain, lr=lr), advance, lr=lr, **own)
+                    for lr in sorted(options.retraining_lrs)
+                ]
             self._choose(method, found, seed)
         for form, seed in itertools.product(METHODS, options.seed_values()):
             trials = self.trainings.candidates(form, seed)
@@ -111,9 +110,18 @@ class _Comparison:
     def _note(
         self, method: str, seed: int | None, chosen: dict[str, Any], table: Sequence[Mapping[str, Any]], candidates: int
     ) -> None:
-        policy = {"policy": self.options.policy, "max_drop": self.options.max_drop, "chosen_on": "val"}
-        of = {"chosen": chosen, "candidates": candidates, "table": list(table)}
-        self.choices.append({"method": method, "seed": seed, **policy, **of})
+        self.choices.append(
+            {
+                "method": method,
+                "seed": seed,
+                "policy": self.options.policy,
+                "max_drop": self.options.max_drop,
+                "chosen_on": "val",
+                "chosen": chosen,
+                "candidates": candidates,
+                "table": list(table),
+            }
+        )
 
     def _candidate(
         self, method: str, make: Callable[[], nn.Linear | BaselineResult], advance: Callable[[], None], **values: Any
@@ -138,13 +146,17 @@ class _Comparison:
     def _baseline(self, method: str, **options: Any) -> BaselineResult:
         """A rival that starts from the original classifier, with what its options leave open chosen on validation samples."""
         problem, train, val = self.problem, self.problem.parts["train"], self.problem.parts["val"]
-        data: dict[str, Any] = {
-            "linear": problem.linear,
-            "val_features": val.features,
-            "val_labels": val.labels,
-            "split": problem.split,
-        }
-        return run_baseline(method, train.features, train.labels, **data, **problem.selection(), **options)
+        return run_baseline(
+            method,
+            train.features,
+            train.labels,
+            linear=problem.linear,
+            val_features=val.features,
+            val_labels=val.labels,
+            split=problem.split,
+            **problem.selection(),
+            **options,
+        )
 
     def _add_rival(self, method: str) -> None:
         """Add a rival with the one number that validation chooses for it."""
@@ -190,7 +202,15 @@ class _Comparison:
         problem, head = self.problem, self.trainings.head(trial)
         train, test = problem.parts["train"], problem.parts["test"]
         before, after = (predict(each, test.features, test.labels, progress=False) for each in (problem.linear, head.fold()))
-        means, counts, names = problem.class_means, train.class_counts(), train.class_names
-        rows = class_table(before, after, problem.split, counts, class_names=names, head=head, class_means=means)
+        rows = class_table(
+            before,
+            after,
+            problem.split,
+            train.class_counts(),
+            class_names=train.class_names,
+            head=head,
+            class_means=problem.class_means,
+        )
         write_class_table(rows, classes, overwrite=True)
-        write_confusions(confusion_changes(before, after, problem.split, class_names=names), confusions, overwrite=True)
+        changes = confusion_changes(before, after, problem.split, class_names=train.class_names)
+        write_confusions(changes, confusions, overwrite=True)

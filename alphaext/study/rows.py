@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,24 +11,9 @@ from typing import Any
 
 from ..metrics.accuracy import SPLITS_AND_ALL
 from ..training.options import OPTIONS
-from ..utils.files import PathLike
-from ..utils.records import number, read_csv, write_csv
+from ..utils.files import PathLike, without_nan
+from ..utils.records import Column, read_csv, write_csv
 from .plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, METHODS, RETRAINED
-
-__all__ = [
-    "COLUMNS",
-    "FRONT",
-    "MEASURES",
-    "ORIGINAL",
-    "Group",
-    "ResultsFile",
-    "Row",
-    "group_rows",
-    "make_row",
-    "read_rows",
-    "summarize",
-    "write_rows",
-]
 
 Row = dict[str, Any]
 
@@ -43,20 +27,25 @@ MEASURES = (
 )
 """The columns of each of validation and test samples, after ``val_`` and ``test_``: fractions of 1."""
 
-_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("experiment", "method", "classifier"), str),
-    "seed": int,
-    **{name: _TYPES[str(OPTIONS[name].type).removesuffix(" | None")] if name in OPTIONS else int for name in CONFIGURATION},
-    **dict.fromkeys(("tau", "offset"), float),
-    **dict.fromkeys(("policy", "chosen_on"), str),
-    **dict.fromkeys(("epoch", "clamped"), int),
-    "seconds": float,
-    **dict.fromkeys(("parameter_bytes", "dense_parameter_bytes"), int),
-    "error": str,
-    **{f"{part}_{metric}": float for part in ("val", "test") for metric in MEASURES},
+_TEXT, _INTEGER, _NUMBER = Column(empty=None), Column(int, empty=None), Column(float, empty=None)
+_OF_TYPE = {"str": _TEXT, "int": _INTEGER, "float": _NUMBER, "bool": Column(bool, empty=None)}
+_COLUMNS: dict[str, Column] = {
+    **dict.fromkeys(("experiment", "method"), Column()),
+    "classifier": _TEXT,
+    "seed": _INTEGER,
+    **{
+        name: _OF_TYPE[str(OPTIONS[name].type).removesuffix(" | None")] if name in OPTIONS else _INTEGER
+        for name in CONFIGURATION
+    },
+    **dict.fromkeys(("tau", "offset"), _NUMBER),
+    **dict.fromkeys(("policy", "chosen_on"), _TEXT),
+    **dict.fromkeys(("epoch", "clamped"), _INTEGER),
+    "seconds": _NUMBER,
+    **dict.fromkeys(("parameter_bytes", "dense_parameter_bytes"), _INTEGER),
+    "error": _TEXT,
+    **{f"{part}_{metric}": Column(float, empty=None, fraction=True) for part in ("val", "test") for metric in MEASURES},
 }
-COLUMNS = tuple(_KINDS)
+COLUMNS = tuple(_COLUMNS)
 """The columns of the results."""
 
 SETTINGS = (*CONFIGURATION, "tau", "offset")
@@ -86,12 +75,7 @@ def make_row(**values: Any) -> Row:
     unknown = sorted(set(values) - set(COLUMNS))
     if unknown:
         raise TypeError(f"there is no column {unknown[0]!r}; the columns are {', '.join(COLUMNS)}")
-    return without_nan({name: values.get(name) for name in COLUMNS})
-
-
-def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with None for NaN, which equals nothing, not even what it is read back as."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+    return dict(without_nan({name: values.get(name) for name in COLUMNS}))
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -120,36 +104,7 @@ def read_rows(path: PathLike) -> list[Row]:
         FileNotFoundError: there is no such file.
         ValueError: other columns, or a value that its column cannot have; the message names the line.
     """
-    return read_csv(
-        path,
-        "a study's results",
-        _check_header,
-        lambda line: {name: _value(name, cell) for name, cell in zip(COLUMNS, line, strict=True)},
-    )
-
-
-def _check_header(header: list[str]) -> None:
-    if tuple(header) != COLUMNS:
-        different = sorted({*header} ^ {*COLUMNS})
-        raise ValueError(f"its columns differ in {', '.join(different[:5]) or 'their order'}")
-
-
-def _value(name: str, cell: str) -> Any:
-    kind = _KINDS[name]
-    if cell == "" and name in ("experiment", "method"):
-        raise ValueError(f"{name} is empty")
-    if cell == "" or kind is str:
-        return cell or None
-    if kind is bool and cell not in ("true", "false"):
-        raise ValueError(f"{name} must be true or false, got {cell!r}")
-    if kind is bool:
-        return cell == "true"
-    value = number(name, cell, kind)
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    if name.startswith(("val_", "test_")) and not 0 <= value <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    return value
+    return read_csv(path, "a study's results", lambda _: _COLUMNS, dict)
 
 
 class ResultsFile:

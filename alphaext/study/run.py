@@ -19,18 +19,16 @@ import torch
 from torch import nn
 
 from ..classes import split_classes
-from ..features.store import Features, as_json, differences, read_parts
+from ..features.store import as_json, differences, read_parts
 from ..utils.checks import check_integer
 from ..utils.environment import versions
 from ..utils.files import PathLike, folder_lock, read_json, write_json
 from ..utils.linear import linear_parameters, make_linear
 from ..utils.tensors import tensor_digest
-from .plans import EXPERIMENTS, POLICIES, StudyOptions, choose
-from .rivals import compare_rivals
-from .rows import ResultsFile, read_rows, row_key, summarize
+from .plans import EXPERIMENTS, StudyOptions
+from .rivals import Comparison
+from .rows import ResultsFile, row_key, summarize
 from .trials import CHECKPOINTS, Problem, Trainings
-
-__all__ = ["EXPERIMENTS", "POLICIES", "StudyOptions", "choose", "read_rows", "run_study", "summarize"]
 
 RESULTS, ROWS, CLASSES, CONFUSIONS = "results.json", "results.csv", "classes.csv", "confusions.csv"
 FORMAT = "alphaext study 1"
@@ -112,7 +110,14 @@ def run_study(
     identity = as_json(
         {
             "format": FORMAT,
-            "features": {part: _fingerprint(entry) for part, entry in parts.items()},
+            "features": {
+                part: {
+                    "features_sha256": entry.metadata["features_sha256"],
+                    "labels_sha256": tensor_digest([entry.labels]),
+                    "passes": entry.passes,
+                }
+                for part, entry in parts.items()
+            },
             "classifier": tensor_digest([weight] if bias is None else [weight, bias]),
             "few_below": few_below,
             "many_above": many_above,
@@ -156,7 +161,8 @@ def run_study(
             if "compare" in settings.experiments:
                 seeds = (None, *settings.seed_values())
                 of_other_seeds = [choice for choice in results["choices"] if choice["seed"] not in seeds]
-                results["choices"] = compare_rivals(problem, trainings, folder / CLASSES, folder / CONFUSIONS) + of_other_seeds
+                choices = Comparison(problem, trainings).run(folder / CLASSES, folder / CONFUSIONS)
+                results["choices"] = choices + of_other_seeds
             file.arrange(row_key(trainings.row(trial)) for trial in trainings.trials)
         finally:
             file.write()
@@ -171,14 +177,6 @@ def run_study(
         write_json(folder / RESULTS, results)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return results
-
-
-def _fingerprint(features: Features) -> dict[str, Any]:
-    return {
-        "features_sha256": features.metadata["features_sha256"],
-        "labels_sha256": tensor_digest([features.labels]),
-        "passes": features.passes,
-    }
 
 
 def _check_output(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:

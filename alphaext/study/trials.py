@@ -25,13 +25,12 @@ from ..training.many import SweepRun, fit_many
 from ..training.options import HeadOptions
 from ..training.result import FitResult
 from ..utils.checks import check_integer
+from ..utils.files import without_nan
 from ..utils.progress import progress_bar
 from ..utils.seeds import seeded_generator
 from ..utils.tensors import as_tensor
 from .plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
-from .rows import MEASURES, ORIGINAL, ResultsFile, Row, make_row, row_key, without_nan
-
-__all__ = ["Problem", "Trainings", "cut_few_samples"]
+from .rows import MEASURES, ORIGINAL, ResultsFile, Row, make_row, row_key
 
 CHECKPOINTS = ".alphaext-study"  # nobody else's
 
@@ -130,7 +129,7 @@ class Problem:
             errors = expected_calibration_error(predictions, self.split)
             found |= {f"{part}_{name}": value for name, value in split_metrics(predictions, self.split).items()}
             found |= {f"{part}_{name}_calibration_error": value for name, value in errors.items()}
-        return without_nan(found)
+        return dict(without_nan(found))
 
     @contextmanager
     def measuring(self, total: int) -> Iterator[Callable[[], None]]:
@@ -243,9 +242,13 @@ class Trainings:
 
     def _known(self) -> dict[Training, dict[str, Any]]:
         """What the results say of trainings, whichever experiment asked for them."""
-        rows = [row for row in self.problem.file.rows.values() if row["top_k"] is not None]
-        trainings = [(Configuration.of(**{name: row[name] for name in CONFIGURATION}), row["seed"]) for row in rows]
-        return {training: {name: row[name] for name in _OF_A_TRAINING} for training, row in zip(trainings, rows, strict=True)}
+        return {
+            (Configuration.of(**{name: row[name] for name in CONFIGURATION}), row["seed"]): {
+                name: row[name] for name in _OF_A_TRAINING
+            }
+            for row in self.problem.file.rows.values()
+            if row["top_k"] is not None
+        }
 
     def _add(self, trial: Trial, values: Mapping[str, Any]) -> None:
         row = self.row(trial, values)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-__all__ = ["Picture", "clean_text", "render", "require_matplotlib", "series_color", "series_marker", "shortened"]
+from .packages import require
 
 INK, MUTED, LINE, PAPER = "#1b1f24", "#59636e", "#d0d7de", "#ffffff"
 
@@ -81,10 +81,7 @@ def require_matplotlib() -> None:
     Raises:
         ImportError: matplotlib is missing; the message says how to install it.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("figures need matplotlib, which is missing: pip install 'alphaext[report]'") from error
+    require("matplotlib", "figures need", "'alphaext[report]'")
 
 
 def series_color(number: int) -> str:

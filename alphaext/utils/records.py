@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .checks import check_choice
 from .files import PathLike, check_output_file, whole_file, write_json
-
-__all__ = ["Column", "number", "read_csv", "write_csv", "write_records"]
 
 _Record = TypeVar("_Record")
 
@@ -25,9 +24,10 @@ class Column:
     """What the cells of a column hold.
 
     Attributes:
-        kind: ``int`` (0 or larger) or ``float``; None for text.
+        kind: ``int`` (0 or larger), ``float`` (finite) or ``bool`` (``true`` or ``false``); None for text.
         choices: the texts that are allowed; none for any text.
-        empty: the value of an empty cell. Without it an empty cell is read as any other.
+        empty: the value of an empty cell. Without it no cell may be empty.
+        fraction: whether a number must be between 0 and 1.
 
     Example:
         >>> Column(int, empty=None).read("epoch", ""), Column(int).read("epoch", "12")
@@ -37,18 +37,27 @@ class Column:
     kind: type[int] | type[float] | None = None
     choices: tuple[str, ...] = ()
     empty: Any = _NOT_ALLOWED
+    fraction: bool = False
 
     def read(self, name: str, cell: str) -> Any:
         """The value of a cell of the column ``name``; a ValueError says what it must be."""
-        if cell == "" and self.empty is not _NOT_ALLOWED:
+        if cell == "":
+            if self.empty is _NOT_ALLOWED:
+                raise ValueError(f"{name} is empty")
             return self.empty
         if self.choices:
             check_choice(cell, name, self.choices)
         if self.kind is None:
             return cell
+        if self.kind is bool:
+            return check_choice(cell, name, ("true", "false")) == "true"
         value = number(name, cell, self.kind)
         if self.kind is int and value < 0:
             raise ValueError(f"{name} must be an integer and at least 0, got {cell!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+        if self.fraction and not 0 <= value <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
         return value
 
 
@@ -103,15 +112,18 @@ def _cell(value: Any) -> Any:
 
 
 def read_csv(
-    path: PathLike, what: str, check_header: Callable[[list[str]], None], record: Callable[[list[str]], _Record]
+    path: PathLike,
+    what: str,
+    columns_of: Callable[[int], Mapping[str, Column]],
+    record: Callable[[dict[str, Any]], _Record],
 ) -> list[_Record]:
     """Read the lines behind the header, each as a record.
 
     Args:
         path: the file.
         what: what it should be, for errors.
-        check_header: raises ValueError for a header that is not this table's.
-        record: makes a record of a line, or raises ValueError.
+        columns_of: the columns, by name, of a table that has so many.
+        record: makes a record of a line's values, or raises ValueError.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -122,11 +134,16 @@ def read_csv(
         records = []
         try:
             header = next(lines, [])
-            check_header(header)
+            columns = columns_of(len(header))
+            if header != [*columns]:
+                allowed = textwrap.shorten(", ".join(columns), 400, placeholder=" ...")
+                different = ", ".join(sorted({*header} ^ {*columns})[:5]) or "their order"
+                raise ValueError(f"its columns must be {allowed}; they differ in {different}")
             for line in lines:
                 if len(line) != len(header):
                     raise ValueError(f"there must be {len(header)} fields, got {len(line)}")
-                records.append(record(line))
+                cells = zip(columns.items(), line, strict=True)
+                records.append(record({name: column.read(name, cell) for (name, column), cell in cells}))
         except (UnicodeDecodeError, csv.Error, ValueError) as error:
             raise ValueError(f"{str(path)!r} is not {what}: line {lines.line_num}: {error}") from error
     return records

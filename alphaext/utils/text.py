@@ -5,6 +5,16 @@ from __future__ import annotations
 import math
 
 
+def number_text(value: float | None, form: str) -> str:
+    """A number in a format such as ``".3g"``; "-" for NaN and None.
+
+    Example:
+        >>> number_text(0.123456, ".3g"), number_text(None, ".3g")
+        ('0.123', '-')
+    """
+    return "-" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
 def percent(fraction: float | None, *, sign: bool = False) -> str:
     """A fraction of 1 as percent with one decimal; "-" for NaN and None.
 

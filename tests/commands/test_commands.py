@@ -29,7 +29,7 @@ from alphaext.commands import main as cli
 from alphaext.commands.options import read_config
 from alphaext.commands.results import read_classifier
 from alphaext.features.store import read_parts
-from alphaext.study.run import choose
+from alphaext.study import choose
 from alphaext.training import many as sweep
 
 CONFIG = """

@@ -567,7 +567,9 @@ def test_csv_round_trip(tmp_path_factory, values):
 def test_csv_errors(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("a,b\n")
-    with pytest.raises(ValueError, match="is not a study's results: line 1: its columns differ in a, augment, "):
+    with pytest.raises(
+        ValueError, match="is not a study's results: line 1: its columns must be experiment, .* they differ in a, augment, "
+    ):
         read_rows(path)
     write_rows([make_row(experiment="gamma", method="Alpha Net", gamma=0.5)], path)
     path.write_text(path.read_text().replace("0.5", "half"))
@@ -595,7 +597,7 @@ def test_plan_shares_trainings():
         ("experiments", ["gama"], ValueError, "experiments must be one of gamma, top-k"),
         ("experiments", "gamma", TypeError, "experiments must be a list"),
         ("gammas", [], ValueError, "gammas must be given at least one value"),
-        ("gammas", [1.5], ValueError, "gammas must be at most 1, got 1.5"),
+        ("gammas", [1.5], ValueError, "gammas must be finite and above 0 and at most 1, got 1.5"),
         ("seeds", 0, ValueError, "seeds must be"),
         ("few_samples", [0], ValueError, "few_samples must be"),
         ("policy", "best", ValueError, "policy must be one of"),

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from ...utils.figures import Picture
 
-__all__ = ["Block", "DataTable", "FigureBlock", "Section", "TextBlock", "pictures_of"]
-
 
 @dataclass(frozen=True)
 class DataTable:
@@ -54,8 +52,8 @@ class FigureBlock:
 
     title: str
     caption: str
-    pictures: tuple[Picture, ...]
-    tables: tuple[DataTable, ...] = ()
+    pictures: Sequence[Picture]
+    tables: Sequence[DataTable] = ()
     attribution: str | None = None
     pairs: bool = False
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ from ...metrics.confusions import ConfusionRow, read_confusions
 from ...utils.figures import clean_text
 from ...utils.files import PathLike, read_json
 from ..plans import CANDIDATES, EXPERIMENTS
-from ..rows import FRONT, ORIGINAL, Row, read_rows
+from ..rows import FRONT, ORIGINAL, Group, Row, read_rows
 from ..run import CLASSES, CONFUSIONS, RESULTS, ROWS
-
-__all__ = ["StudyFiles", "label", "read_studies", "read_study", "setting_text", "value_text"]
 
 COMPARE = "compare"
 _NO_EXPERIMENTS = (ORIGINAL, CANDIDATES, FRONT)
@@ -95,6 +92,15 @@ def label(method: str, configuration: Mapping[str, Any]) -> str:
     return ", ".join([method, *(setting_text(name, value) for name, value in configuration.items())])
 
 
+def by_gamma(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    """The groups of each method, their gammas ascending; what else tells groups apart stands with the method."""
+    found: dict[str, list[Group]] = {}
+    for group in sorted(groups, key=lambda group: group.rows[0]["gamma"] or 0.0):
+        others = {name: value for name, value in group.configuration.items() if name != "gamma"}
+        found.setdefault(label(group.method, others), []).append(group)
+    return found
+
+
 def said_by_method(rows: Sequence[Row], name: str) -> bool:
     """Whether all rows of each method have the same in a column."""
     return len({(row["method"], row[name]) for row in rows}) == len({row["method"] for row in rows})
@@ -153,9 +159,13 @@ def read_studies(folders: Sequence[PathLike]) -> list[StudyFiles]:
     for study in studies:
         name = study.name if times[study.name] == 1 else f"{study.name} ({clean_text(study.folder.resolve().name)})"
         name = _free(name, " ", {other.name for other in named})
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower().encode("ascii", "ignore").decode()).strip("-")[:40].strip("-")
-        named.append(replace(study, name=name, key=_free(slug or "study", "-", {other.key for other in named})))
+        named.append(replace(study, name=name, key=_free(slug(name) or "study", "-", {other.key for other in named})))
     return named
+
+
+def slug(text: str) -> str:
+    """Text as a part of a file's name: at most 40 small letters and digits, with dashes between words."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().encode("ascii", "ignore").decode()).strip("-")[:40].strip("-")
 
 
 def _free(name: str, separator: str, taken: set[str]) -> str:
@@ -193,7 +203,7 @@ def read_study(folder: PathLike) -> StudyFiles:
         key="study",
         rows=tuple(rows),
         info=info,
-        classes=tuple(_read_classes(classes)) if classes.is_file() else (),
+        classes=tuple(read_class_table(classes)) if classes.is_file() else (),
         confusions=tuple(read_confusions(confusions)) if confusions.is_file() else (),
     )
 
@@ -211,12 +221,3 @@ def _read_info(path: Path) -> dict[str, Any]:
         if not isinstance(choice, dict) or not isinstance(choice.get("chosen"), dict):
             raise ValueError(f"{str(path)!r}: 'choices' must be objects that say what was chosen, got {choice!r:.60}")
     return info
-
-
-def _read_classes(path: Path) -> list[ClassRow]:
-    rows = read_class_table(path)
-    for (number, row), name in itertools.product(enumerate(rows, 1), ("accuracy_before", "accuracy_after")):
-        value = getattr(row, name)
-        if not math.isnan(value) and not 0 <= value <= 1:
-            raise ValueError(f"{str(path)!r}, row {number}: {name} must be between 0 and 1, got {value}")
-    return rows

@@ -14,16 +14,24 @@ from scipy.stats import spearmanr
 
 from ...metrics.accuracy import SPLITS
 from ...metrics.class_table import ClassRow
-from ...utils.figures import Picture, render, series_color, series_marker, shortened
+from ...utils.figures import Picture, series_color, series_marker, shortened
 from ...utils.text import percent
 from ..plans import EXPERIMENTS
 from ..rows import Group, Row, group_rows, varied
 from .content import Block, DataTable, FigureBlock, TextBlock
-from .data import StudyFiles, label, setting_text
-from .plots import Line, draw_bars, draw_gains, draw_lines, draw_scatter, draw_steps, in_percent, part_lines
+from .data import StudyFiles, by_gamma, label, setting_text, slug
+from .plots import (
+    Line,
+    draw_bars,
+    draw_gains,
+    draw_lines,
+    draw_scatter,
+    draw_steps,
+    in_percent,
+    part_lines,
+    study_picture,
+)
 from .tables import accuracy_table, classes_table, sharing_table
-
-__all__ = ["class_blocks", "experiment_blocks", "rank_correlation"]
 
 Blocks = list[Block]
 
@@ -53,56 +61,45 @@ def experiment_blocks(study: StudyFiles, experiment: str) -> Blocks:
     return blocks + known.get(experiment, _gains)(study, rows, experiment)
 
 
-def _picture(study: StudyFiles, name: str, title: str, alt: str, draw: Callable[[Any], None], **options: Any) -> Picture:
-    # Two dashes, which neither part has: no two figures get one name.
-    return render(f"{name}--{study.key}", draw, alt=alt, title=title, attribution=study.attribution, **options)
-
-
-def _slug(text: object) -> str:
-    letters = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in str(text).lower())
-    return "-".join(word for word in letters.split("-") if word)[:40]
+def _lines_picture(
+    study: StudyFiles, name: str, title: str, what: str, lines: Sequence[Line], xlabel: str, ylabel: str, **options: Any
+) -> Picture:
+    """Lines, each of which has a value; in words, what each begins and ends with."""
+    known = [(line.label, [value for value in line.y if value is not None]) for line in lines]
+    ends = (f"{name} {values[0]:.1f} at the smallest {xlabel}, {values[-1]:.1f} at the largest" for name, values in known)
+    draw = partial(draw_lines, lines=lines, xlabel=xlabel, ylabel=ylabel, **options)
+    return study_picture(study, name, title, f"{what}: {'; '.join(ends)}", draw)
 
 
 def _gamma(study: StudyFiles, rows: list[Row], experiment: str) -> Blocks:
     """Figures 5 and 9 to 12: accuracies by gamma, and gains, top-1 and top-5."""
-    pictures = []
-    methods = _by_gamma(rows)
-    for (number, (method, groups)), gain, (suffix, top) in itertools.product(enumerate(methods.items()), (False, True), _TOPS):
-        lines = part_lines(groups, [group.rows[0]["gamma"] for group in groups], suffix, study.original, gain=gain)
-        what = f"{'gain' if gain else 'accuracy'} {top}"
-        pictures.append(
-            _picture(
-                study,
-                f"{experiment}-{_slug(what)}-{number}",
-                f"{what.capitalize()}{_behind(method, methods)}",
-                f"{what} by gamma, {method}: {_ends(lines, 'gamma')}",
-                partial(
-                    draw_lines,
-                    lines=lines,
-                    xlabel="gamma",
-                    ylabel="gain over the original, points" if gain else f"{top} accuracy, %",
-                ),
-            )
+    methods = by_gamma(_readable(group_rows(rows), rows))
+    pictures = [
+        _lines_picture(
+            study,
+            f"{experiment}-{kind}-{top}-{number}",
+            f"{kind} {top}".capitalize() + _behind(method, methods),
+            f"{kind} {top} by gamma, {method}",
+            part_lines(groups, [group.rows[0]["gamma"] for group in groups], suffix, study.original, gain=kind == "gain"),
+            "gamma",
+            ylabel.format(top),
         )
+        for (number, (method, groups)), (kind, ylabel), (suffix, top) in itertools.product(
+            enumerate(methods.items()),
+            (("accuracy", "{} accuracy, %"), ("gain", "gain over the original, points")),
+            _TOPS,
+        )
+    ]
     said = " ".join(_best(groups, study.original, method) for method, groups in methods.items())
     table = accuracy_table(study, rows, "Accuracy by gamma, % of test samples")
     caption = f"Dotted: the original classifier. {said} These are read off test samples; none is chosen by them."
-    return [_block(study, "Accuracy by gamma (figures 5 and 9 to 12 of the paper)", caption, pictures, [table], pairs=True)]
+    title = "Accuracy by gamma (figures 5 and 9 to 12 of the paper)"
+    return [FigureBlock(title, caption, pictures, [table], study.attribution, pairs=True)]
 
 
 def _behind(name: str, several: Collection[Any]) -> str:
     """What a title ends with where it is one of several."""
     return f", {shortened(name)}" if len(several) > 1 else ""
-
-
-def _by_gamma(rows: Sequence[Row]) -> dict[str, list[Group]]:
-    """The groups of each method, their gammas ascending; what else differs stands with the method."""
-    found: dict[str, list[Group]] = {}
-    groups = sorted(group_rows(rows), key=lambda group: group.rows[0]["gamma"] or 0.0)
-    for group, shown in zip(groups, _readable(groups, rows), strict=True):
-        others = {name: value for name, value in shown.configuration.items() if name != "gamma"}
-        found.setdefault(label(group.method, others), []).append(group)
-    return found
 
 
 def _highest(groups: Sequence[Group], metric: str) -> Group | None:
@@ -132,18 +129,19 @@ def _categories(study: StudyFiles, rows: list[Row], experiment: str, column: str
         shown = label(own.method, readable.configuration)
         places = [float(place) for place, value in enumerate(values) if value in groups]
         there = [groups[value] for value in values if value in groups]
-        for suffix, top in _TOPS:
-            lines = part_lines(there, places, suffix, study.original)
-            ticks = ["all" if value is None else f"{value:g}" for value in values]
-            pictures.append(
-                _picture(
-                    study,
-                    f"{experiment}-{top}-{number}",
-                    f"{top.capitalize()}{_behind(shown, lots)}",
-                    f"{top} accuracy by {xlabel}, {shown}: {_ends(lines, xlabel)}",
-                    partial(draw_lines, lines=lines, xlabel=xlabel, ylabel=f"{top} accuracy, %", ticks=ticks),
-                )
+        pictures += [
+            _lines_picture(
+                study,
+                f"{experiment}-{top}-{number}",
+                f"{top.capitalize()}{_behind(shown, lots)}",
+                f"{top} accuracy by {xlabel}, {shown}",
+                part_lines(there, places, suffix, study.original),
+                xlabel,
+                f"{top} accuracy, %",
+                ticks=["all" if value is None else f"{value:g}" for value in values],
             )
+            for suffix, top in _TOPS
+        ]
         changes = ", ".join(
             f"{part} from {percent(there[0].mean(f'test_{part}'))}% to {percent(there[-1].mean(f'test_{part}'))}%"
             for part in ("few", "all")
@@ -152,7 +150,8 @@ def _categories(study: StudyFiles, rows: list[Row], experiment: str, column: str
     where = f"From {setting_text(column, values[0])} to {setting_text(column, values[-1])}, top-1: "
     caption = f"Dotted: the original classifier. {where}{' '.join(said)}"
     title = f"Accuracy by {xlabel}" + (f" ({figure} of the paper)" if figure else "")
-    return [_block(study, title, caption, pictures, [accuracy_table(study, rows, f"{title}, % of test samples")], pairs=True)]
+    table = accuracy_table(study, rows, f"{title}, % of test samples")
+    return [FigureBlock(title, caption, pictures, [table], study.attribution, pairs=True)]
 
 
 def _series(study: StudyFiles, rows: list[Row], experiment: str, column: str, title: str) -> Blocks:
@@ -168,21 +167,15 @@ def _series(study: StudyFiles, rows: list[Row], experiment: str, column: str, ti
         for part, suffix, top in (("few", "", "top-1"), ("few", "_top5", "top-5"), ("all", "", "top-1")):
             lines = _lines_of_series(series, column, f"test_{part}{suffix}", study.original)
             if lines:
-                pictures.append(
-                    _picture(
-                        study,
-                        f"{experiment}-{part}-{top}-{number}",
-                        f"{part.capitalize()}, {top}{_behind(method, methods)}",
-                        f"{part} {top} accuracy by gamma, {method}: {_ends(lines, 'gamma')}",
-                        partial(draw_lines, lines=lines, xlabel="gamma", ylabel=f"{part} {top} accuracy, %"),
-                    )
-                )
+                name, heading = f"{experiment}-{part}-{top}-{number}", f"{part.capitalize()}, {top}{_behind(method, methods)}"
+                what, ylabel = f"{part} {top} accuracy by gamma, {method}", f"{part} {top} accuracy, %"
+                pictures.append(_lines_picture(study, name, heading, what, lines, "gamma", ylabel))
         said.append(f"{method}: {_best_of_each(series, column)}.")
     tables = [accuracy_table(study, rows, f"{title}, % of test samples")]
     if column == "shared":
         tables.insert(0, sharing_table(study, rows))
     caption = f"Dotted: the original classifier. Highest few accuracy over gammas, top-1: {' '.join(said)}"
-    return [_block(study, title, caption, pictures, tables)]
+    return [FigureBlock(title, caption, pictures, tables, study.attribution)]
 
 
 def _lines_of_series(series: Mapping[Any, Sequence[Group]], column: str, metric: str, original: Row | None) -> list[Line]:
@@ -227,25 +220,25 @@ def _gains(study: StudyFiles, rows: list[Row], experiment: str) -> Blocks:
         f"Gain over the original classifier on test samples, top-1, means over seeds with standard deviations. Few gain most "
         f"under {label(best.method, best_shown.configuration)}: {gains[0]} points, {gains[1]} over all."
     )
-    picture = _picture(
+    picture = study_picture(
         study,
-        experiment if experiment in EXPERIMENTS else f"{_slug(experiment)}-{study.experiments.index(experiment)}".strip("-"),
+        experiment if experiment in EXPERIMENTS else f"{slug(experiment)}-{study.experiments.index(experiment)}".strip("-"),
         "Gain of few and of all",
         f"Gain over the original under {len(groups)} configurations. {caption}",
         lambda axes: draw_gains(axes, shown, study.original),
         size=(4.2, 1.3 + 0.4 * len(groups)),
     )
-    return [_block(study, heading, caption, [picture], [table], pairs=True)]
+    return [FigureBlock(heading, caption, [picture], [table], study.attribution, pairs=True)]
 
 
 def _readable(groups: Sequence[Group], rows: Sequence[Row], kept: Collection[str] = ()) -> list[Group]:
     """The same groups; their configuration leaves out what the method's name says already, but for what is ``kept``."""
-    found = []
-    for group in groups:
-        own = varied([row for row in rows if row["method"] == group.method])
-        shown = {name: value for name, value in group.configuration.items() if name in own or name in kept}
-        found.append(replace(group, configuration=shown))
-    return found
+    varies = {group.method: varied([row for row in rows if row["method"] == group.method]) for group in groups}
+    shown = [[name for name in group.configuration if name in varies[group.method] or name in kept] for group in groups]
+    return [
+        replace(group, configuration={name: group.configuration[name] for name in names})
+        for group, names in zip(groups, shown, strict=True)
+    ]
 
 
 def class_blocks(study: StudyFiles) -> Blocks:
@@ -284,8 +277,9 @@ def class_blocks(study: StudyFiles) -> Blocks:
         texts = " ".join(text for _, _, text, _ in shown)
         caption = f"Under the Alpha Net that validation samples chose, first seed. {texts}"
         tables = [classes_table(few, f"All {len(few)} few classes, by their gain", closed=True)] if few else []
-        pictures = [_picture(study, name, title, text, draw) for name, title, text, draw in shown]
-        blocks.append(_block(study, "Class by class (figures 3 and 4 of the paper)", caption, pictures, tables))
+        pictures = [study_picture(study, name, title, text, draw) for name, title, text, draw in shown]
+        title = "Class by class (figures 3 and 4 of the paper)"
+        blocks.append(FigureBlock(title, caption, pictures, tables, study.attribution))
     if any(row.neighbors for row in few):
         title = "What the few classes that gain most are composed of (table 3 of the paper)"
         table = classes_table(few[:_SHOWN_CLASSES], title)
@@ -333,24 +327,3 @@ def _edges(gains: Sequence[float]) -> list[float]:
     width = 5.0 if extent > 20 else 2.0 if extent > 6 else 0.5
     low, high = math.floor(min(gains) / width - 0.5), math.ceil(max(gains) / width + 0.5)
     return [(step + 0.5) * width for step in range(low - 1, high + 1)]
-
-
-def _ends(lines: Sequence[Line], what: str) -> str:
-    texts = []
-    for line in lines:
-        known = [value for value in line.y if value is not None]
-        if known:
-            texts.append(f"{line.label} {known[0]:.1f} at the smallest {what}, {known[-1]:.1f} at the largest")
-    return "; ".join(texts)
-
-
-def _block(
-    study: StudyFiles,
-    title: str,
-    caption: str,
-    pictures: Sequence[Picture],
-    tables: Sequence[DataTable],
-    *,
-    pairs: bool = False,
-) -> FigureBlock:
-    return FigureBlock(title, caption, tuple(pictures), tuple(tables), study.attribution, pairs)

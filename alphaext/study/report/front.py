@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,7 @@ import numpy as np
 from ...utils.text import percent
 from ..plans import CANDIDATES
 from ..rows import FRONT, SETTINGS, Group, Row, group_rows
-from .data import COMPARE, StudyFiles, label
-
-__all__ = [
-    "Front",
-    "Height",
-    "alpha_series",
-    "better_rivals",
-    "chosen_heights",
-    "height_of",
-    "is_measured",
-    "mean_row",
-    "read_front",
-    "rivals",
-    "verdict",
-]
+from .data import COMPARE, StudyFiles, by_gamma
 
 FEW, ALL = "test_few", "test_all"
 # Less is not told from nothing: a twentieth of a point.
@@ -98,7 +84,7 @@ def read_front(study: StudyFiles) -> Front | None:
     more = [row for row in study.of(COMPARE) if row["offset"] is not None] + [row for row in [study.original] if row]
     best: dict[float, float] = {}
     for row in [*measured, *more]:
-        if row[FEW] is not None and row[ALL] is not None:
+        if is_measured(row):
             best[row[FEW]] = max(row[ALL], best.get(row[FEW], 0.0))
     if not measured or len(best) < 2:
         return None
@@ -112,15 +98,12 @@ def alpha_series(study: StudyFiles) -> list[list[Group]]:
 
     They are those that "compare" chooses among, and those of the experiment "gamma".
     """
-    rows: dict[tuple[object, ...], Row] = {}
-    for row in study.of(CANDIDATES, "gamma"):
-        if row["top_k"] is not None and is_measured(row):
-            rows.setdefault((row["method"], row["seed"], *(row[name] for name in SETTINGS)), row)
-    series: dict[str, list[Group]] = {}
-    for group in sorted(group_rows(rows.values()), key=lambda group: group.rows[0]["gamma"] or 0.0):
-        others = {name: value for name, value in group.configuration.items() if name != "gamma"}
-        series.setdefault(label(group.method, others), []).append(group)
-    return list(series.values())
+    rows = {
+        (row["method"], row["seed"], *(row[name] for name in SETTINGS)): row
+        for row in study.of(CANDIDATES, "gamma")
+        if row["top_k"] is not None and is_measured(row)
+    }
+    return list(by_gamma(group_rows(rows.values())).values())
 
 
 def chosen(study: StudyFiles) -> list[Group]:
@@ -133,7 +116,7 @@ def rivals(study: StudyFiles) -> list[Group]:
     rows = [row for row in study.of(COMPARE) if row["top_k"] is None and row["error"] is None]
     if not rows and study.original is not None:
         rows = [study.original]
-    return [group for group in group_rows(rows, by=()) if is_measured(mean_row(group))]
+    return measured_groups(group_rows(rows, by=()))
 
 
 def is_measured(row: Mapping[str, Any]) -> bool:
@@ -141,9 +124,9 @@ def is_measured(row: Mapping[str, Any]) -> bool:
     return row[FEW] is not None and row[ALL] is not None
 
 
-def mean_row(group: Group) -> dict[str, float | None]:
-    """Both accuracies of a group, means over its seeds."""
-    return {name: group.mean(name) for name in (FEW, ALL)}
+def measured_groups(groups: Iterable[Group]) -> list[Group]:
+    """Those that have both accuracies."""
+    return [group for group in groups if group.mean(FEW) is not None and group.mean(ALL) is not None]
 
 
 def height_of(group: Group, front: Front) -> Height:
@@ -162,7 +145,7 @@ def better_rivals(group: Group, others: Sequence[Group]) -> list[str]:
     """A sentence about the rivals that have more of both few accuracy and accuracy over all; none where there are none."""
     few, total = group.mean(FEW), group.mean(ALL)
     better = [
-        f"{other.method} ({_accuracies(other)})"
+        f"{other.method} ({accuracies_text(other)})"
         for other in others
         if few is not None and (other.mean(FEW) or 0.0) > few and total is not None and (other.mean(ALL) or 0.0) > total
     ]
@@ -172,7 +155,8 @@ def better_rivals(group: Group, others: Sequence[Group]) -> list[str]:
     return [f"Better in both few ({percent(few)}%) and all ({percent(total)}%): {', '.join(better[:_MOST_NAMED])}{more}."]
 
 
-def _accuracies(group: Group) -> str:
+def accuracies_text(group: Group) -> str:
+    """Both accuracies of a group, means over its seeds."""
     return f"few {percent(group.mean(FEW))}%, all {percent(group.mean(ALL))}%"
 
 

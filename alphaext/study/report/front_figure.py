@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...utils.figures import INK, MUTED, Picture, render, series_color, series_marker
+from ...utils.figures import INK, MUTED, PAPER, Picture, series_color, series_marker, shortened
 from ..rows import ORIGINAL, Group
 from .content import FigureBlock, TextBlock
 from .data import StudyFiles
@@ -16,23 +16,23 @@ from .front import (
     FEW,
     Front,
     Height,
+    accuracies_text,
     alpha_series,
     better_rivals,
     chosen,
     chosen_heights,
     height_of,
-    is_measured,
-    mean_row,
+    measured_groups,
     read_front,
     rivals,
     verdict,
 )
-from .plots import FRONT_PLACE, ORIGINAL_MARKER, Point, draw_points, method_places
+from .plots import FRONT_PLACE, ORIGINAL_MARKER, method_places, study_picture
 from .tables import front_table
 
-__all__ = ["front_blocks"]
-
 _SIZE = (4.2, 4.0)
+_SMALL = {"markersize": 4.5, "markeredgewidth": 0.8, "zorder": 3}
+_LARGE = {"markersize": 8.5, "markeredgewidth": 1.6, "zorder": 4, "markerfacecolor": PAPER}
 
 
 def front_blocks(studies: Sequence[StudyFiles]) -> list[TextBlock | FigureBlock]:
@@ -86,49 +86,46 @@ def _caption(fronts: Iterable[Front]) -> str:
 
 def _pictures(study: StudyFiles, front: Front | None, name: str) -> list[Picture]:
     series, others = alpha_series(study), rivals(study)
-    of_compare = [group for group in chosen(study) if is_measured(mean_row(group))]
+    of_compare = measured_groups(chosen(study))
     if not series and not of_compare:
         return []
-    places = method_places([group.method for group in [*(s[0] for s in series), *of_compare, *others]])
+    everyone = [*itertools.chain(*series), *of_compare, *others]
+    places = method_places(group.method for group in everyone)
     accuracies = _Panel(places, lambda group: (group.mean(ALL) or 0.0, group.spread(ALL)))
 
     def draw_accuracies(axes: Any) -> None:
-        shown = [accuracies.point(group) for group in [*itertools.chain(*series), *of_compare, *others]]
         if front is not None:
             few, total = [100 * value for value in front.few], [100 * value for value in front.total]
             axes.plot(few, total, color=series_color(FRONT_PLACE), linewidth=2.0, zorder=1, label="constant on few logits")
         accuracies.draw(axes, series, [*of_compare, *others], "accuracy over all, %")
-        _limits(axes.set_xlim, [(point.x, point.x_spread) for point in shown])
-        _limits(axes.set_ylim, [(point.y, point.y_spread) for point in shown])
+        shown = [(accuracies.position(group), accuracies.spread(group)) for group in everyone]
+        for coordinate, set_limits in enumerate((axes.set_xlim, axes.set_ylim)):
+            _limits(set_limits, [(place[coordinate], spread[coordinate]) for place, spread in shown])
 
-    def picture(kind: str, draw: Callable[[Any], None], alt: str, title: str) -> Picture:
-        name_of = f"{kind}--{study.key}"
-        return render(name_of, draw, alt=alt, title=title, attribution=study.attribution, size=_SIZE)
-
-    described = "; ".join(f"{group.method}: {_described(group)}" for group in [*of_compare, *others])
+    described = "; ".join(f"{group.method}: {accuracies_text(group)}" for group in [*of_compare, *others])
     alt = f"Few accuracy against accuracy over all{name}; {described}"
-    pictures = [picture("trade-off-front", draw_accuracies, alt, f"Accuracy{name}")]
+    pictures = [study_picture(study, "trade-off-front", f"Accuracy{name}", alt, draw_accuracies, size=_SIZE)]
     if front is None:
         return pictures
     # Means of those that can be told, by which groups are kept; the original and the constant lie on the line itself.
-    heights = {id(group): height_of(group, front) for group in [*itertools.chain(*series), *of_compare, *others]}
+    heights = {id(group): height_of(group, front) for group in everyone}
     panel = _Panel(places, lambda group: (heights[id(group)].mean or 0.0, heights[id(group)].spread))
     apart = [group for group in others if group.method not in (ORIGINAL, "few-bias")]
 
-    def told(groups: Sequence[Group]) -> list[Group]:
+    def of_known_height(groups: Sequence[Group]) -> list[Group]:
         return [group for group in groups if heights[id(group)].mean is not None]
 
     def draw_heights(axes: Any) -> None:
         axes.axhline(0, color=series_color(FRONT_PLACE), linewidth=2.0, zorder=1)
-        lines = [own for own in map(told, series) if own]
-        panel.draw(axes, lines, told([*of_compare, *apart]), "above the front, points over all")
+        lines = [own for own in map(of_known_height, series) if own]
+        panel.draw(axes, lines, of_known_height([*of_compare, *apart]), "above the front, points over all")
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, -0.3), max(high, 0.3))
         axes.annotate("the front", (0, 0), (3, 3), ("axes fraction", "data"), "offset points", fontsize=8, color=MUTED)
 
-    texts = [f"{group.method} {100 * (heights[id(group)].mean or 0.0):+.1f}" for group in told(of_compare)]
+    texts = [f"{group.method} {100 * (heights[id(group)].mean or 0.0):+.1f}" for group in of_known_height(of_compare)]
     alt = f"Points of accuracy over all above the front at equal few accuracy{name}; {'; '.join(texts) or 'none is known'}"
-    return [*pictures, picture("above-the-front", draw_heights, alt, f"Height above the front{name}")]
+    return [*pictures, study_picture(study, "above-the-front", f"Height above the front{name}", alt, draw_heights, size=_SIZE)]
 
 
 @dataclass(frozen=True)
@@ -143,27 +140,47 @@ class _Panel:
     places: Mapping[str, int]
     height: Callable[[Group], tuple[float, float | None]]
 
-    def point(self, group: Group, label: str = "") -> Point:
+    def position(self, group: Group) -> tuple[float, float]:
+        """Few accuracy and height, in percent."""
+        return 100 * (group.mean(FEW) or 0.0), 100 * self.height(group)[0]
+
+    def spread(self, group: Group) -> tuple[float, float]:
+        """Standard deviations over seeds of both, in percent; 0 where there are none."""
+        return 100 * (group.spread(FEW) or 0.0), 100 * (self.height(group)[1] or 0.0)
+
+    def draw_point(self, axes: Any, group: Group, *, large: bool) -> None:
+        """A point with error bars in both directions; a large one is hollow, and has the name of its method."""
+        (x, y), (x_spread, y_spread) = self.position(group), self.spread(group)
         place = self.places.get(group.method)
         color, marker = (INK, ORIGINAL_MARKER) if place is None else (series_color(place), series_marker(place))
-        height, spread = self.height(group)
-        few, few_spread = 100 * (group.mean(FEW) or 0.0), 100 * (group.spread(FEW) or 0.0)
-        return Point(label, few, 100 * height, few_spread, 100 * (spread or 0.0), color, marker)
+        look = _LARGE if large else {**_SMALL, "markerfacecolor": color}
+        axes.errorbar(
+            [x],
+            [y],
+            xerr=[x_spread] if x_spread else None,
+            yerr=[y_spread] if y_spread else None,
+            color=color,
+            marker=marker,
+            linestyle="none",
+            elinewidth=1.0,
+            label=shortened(group.method) if large else None,
+            **(look | {"zorder": 5} if place is None else look),
+        )
 
     def draw(self, axes: Any, series: Sequence[Sequence[Group]], large: Sequence[Group], ylabel: str) -> None:
         """Draw series of small points, the ends of each with its gamma, and large points with the names of their methods."""
         for groups in series:
-            points = [self.point(group) for group in groups]
-            draw_points(axes, points, connected=True)
-            ends = [0, -1] if len(groups) > 1 else []
-            for gamma, point in ((groups[end].rows[0]["gamma"], points[end]) for end in ends):
-                if gamma is not None:
-                    place, look = (point.x, point.y), {"fontsize": 7.5, "color": point.color}
-                    axes.annotate(f"{gamma:g}", place, (4, -9), textcoords="offset points", **look)
+            for group in groups:
+                self.draw_point(axes, group, large=False)
+            if len(groups) > 1:
+                color = series_color(self.places[groups[0].method])
+                axes.plot(*zip(*map(self.position, groups), strict=True), color=color, linewidth=1.0, alpha=0.7, zorder=2)
+                for end in (groups[0], groups[-1]):
+                    text, place = f"{end.rows[0]['gamma']:g}", self.position(end)
+                    axes.annotate(text, place, (4, -9), textcoords="offset points", fontsize=7.5, color=color)
         for group in large:
-            draw_points(axes, [self.point(group, group.method)], large=True)
-        axes.set_xlabel("few accuracy, %")
-        axes.set_ylabel(ylabel)
+            self.draw_point(axes, group, large=True)
+        axes.set(xlabel="few accuracy, %", ylabel=ylabel)
 
 
 def _limits(set_limits: Callable[[float, float], Any], values: Sequence[tuple[float, float]]) -> None:
@@ -171,7 +188,3 @@ def _limits(set_limits: Callable[[float, float], Any], values: Sequence[tuple[fl
     low, high = min(value - spread for value, spread in values), max(value + spread for value, spread in values)
     margin = max(0.06 * (high - low), 0.3)
     set_limits(low - margin, high + margin)
-
-
-def _described(group: Group) -> str:
-    return f"few {100 * (group.mean(FEW) or 0):.1f}%, all {100 * (group.mean(ALL) or 0):.1f}%"

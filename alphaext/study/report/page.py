@@ -14,8 +14,6 @@ from markupsafe import Markup, escape
 from ...utils.figures import LINE, MUTED, PAPER, SERIES_COLORS, clean_text
 from .content import DataTable, Section
 
-__all__ = ["markdown", "page"]
-
 _SPECIAL = re.compile(r"([\\`*_\[\]|~#])")
 _LONG_CELL = 18
 _LONG_WORD = re.compile(r"(\S{22})(?=\S)")

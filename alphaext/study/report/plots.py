@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...metrics.accuracy import SPLITS_AND_ALL
-from ...utils.figures import INK, MUTED, PAPER, series_color, series_marker, shortened, wrapped
+from ...utils.figures import INK, MUTED, Picture, render, series_color, series_marker, shortened, wrapped
 from ..plans import METHODS, ROWS
 from ..rows import ORIGINAL, Group, Row
-from .data import label
+from .data import StudyFiles, label
 
 # Colour and marker of each split, wherever splits stand beside each other.
 PART_PLACES = {"few": 0, "medium": 2, "many": 1}
@@ -35,6 +35,12 @@ class Line:
     marker: str
     baseline: float | None = None
     dash: str = "-"
+
+
+def study_picture(study: StudyFiles, name: str, title: str, alt: str, draw: Callable[[Any], None], **options: Any) -> Picture:
+    """Draw a figure of a study."""
+    # Two dashes, which neither part has: no two figures get one name.
+    return render(f"{name}--{study.key}", draw, alt=alt, title=title, attribution=study.attribution, **options)
 
 
 def method_places(methods: Iterable[str]) -> dict[str, int]:
@@ -89,8 +95,7 @@ def draw_lines(axes: Any, lines: Sequence[Line], xlabel: str, ylabel: str, ticks
             elinewidth=1.0,
             label=shortened(line.label),
         )
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     if ticks is not None:
         axes.set_xticks(range(len(ticks)), [shortened(tick, 16) for tick in ticks])
         axes.set_xlim(-0.4, len(ticks) - 0.6)
@@ -118,8 +123,7 @@ def draw_gains(axes: Any, groups: Sequence[Group], original: Row | None) -> None
             )
     names = [label(group.method, group.configuration) for group in groups]
     axes.set_yticks(range(len(groups)), [wrapped(shortened(name, 72), 26, 3) for name in names], fontsize=7.5)
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_xlabel("gain over the original, points")
+    axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="gain over the original, points")
 
 
 def draw_bars(axes: Any, gains: Sequence[float]) -> None:
@@ -128,8 +132,7 @@ def draw_bars(axes: Any, gains: Sequence[float]) -> None:
     colors = [series_color(1) if gain >= 0 else series_color(0) for gain in gains]
     axes.bar(places, gains, width=0.8 if len(gains) < 60 else 1.0, color=colors)
     axes.axhline(0, color=MUTED, linewidth=1.0)
-    axes.set_xlabel("few classes, by their gain")
-    axes.set_ylabel("gain, points")
+    axes.set(xlabel="few classes, by their gain", ylabel="gain, points")
     axes.margins(x=0.01)
 
 
@@ -137,8 +140,7 @@ def draw_scatter(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
     """A point for each class."""
     axes.axhline(0, color=MUTED, linewidth=1.0)
     axes.scatter(x, y, s=16, color=series_color(0), alpha=0.55, linewidths=0)
-    axes.set_xlabel("distance to the closest neighbour's mean")
-    axes.set_ylabel("gain, points")
+    axes.set(xlabel="distance to the closest neighbour's mean", ylabel="gain, points")
 
 
 def draw_steps(axes: Any, gains: Mapping[str, Sequence[float]], edges: Sequence[float]) -> None:
@@ -149,40 +151,4 @@ def draw_steps(axes: Any, gains: Mapping[str, Sequence[float]], edges: Sequence[
         shares = 100 * np.histogram(values, bins=np.asarray(edges))[0] / max(len(values), 1)
         look = {"color": part_look(part)[0], "linewidth": 1.8, "linestyle": dashes[part]}
         axes.stairs(shares, edges, label=f"{part} ({len(values)} classes)", **look)
-    axes.set_xlabel("gain, points")
-    axes.set_ylabel("classes of the split, %")
-
-
-@dataclass(frozen=True)
-class Point:
-    """Few accuracy and another number of a method, with their spread over seeds, in percent."""
-
-    label: str
-    x: float
-    y: float
-    x_spread: float
-    y_spread: float
-    color: str
-    marker: str
-
-
-def draw_points(axes: Any, points: Sequence[Point], *, large: bool = False, connected: bool = False) -> None:
-    """Points with error bars in both directions; large ones are filled with the page's colour."""
-    for point in points:
-        axes.errorbar(
-            [point.x],
-            [point.y],
-            xerr=[point.x_spread] if point.x_spread else None,
-            yerr=[point.y_spread] if point.y_spread else None,
-            color=point.color,
-            marker=point.marker,
-            linestyle="none",
-            elinewidth=1.0,
-            markersize=8.5 if large else 4.5,
-            markerfacecolor=PAPER if large else point.color,
-            markeredgewidth=1.6 if large else 0.8,
-            zorder=5 if point.marker == ORIGINAL_MARKER else 4 if large else 3,
-            label=shortened(point.label) if point.label else None,
-        )
-    if connected and len(points) > 1:
-        axes.plot([p.x for p in points], [p.y for p in points], color=points[0].color, linewidth=1.0, alpha=0.7, zorder=2)
+    axes.set(xlabel="gain, points", ylabel="classes of the split, %")

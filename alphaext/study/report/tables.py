@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,23 +9,11 @@ from ...metrics.accuracy import SPLITS_AND_ALL
 from ...metrics.class_table import ClassRow
 from ...metrics.confusions import ConfusionRow
 from ...utils.figures import clean_text
-from ...utils.text import percent
+from ...utils.text import number_text, percent
 from ..rows import ORIGINAL, Group, Row, group_rows, varied
 from .content import DataTable
 from .data import COMPARE, StudyFiles, isolated, label, said_by_method, value_text
-from .front import Height
-
-__all__ = [
-    "accuracy_table",
-    "calibration_table",
-    "classes_table",
-    "compare_table",
-    "confusion_tables",
-    "cost_table",
-    "error_table",
-    "front_table",
-    "settings_table",
-]
+from .front import Height, is_measured
 
 _MOST_CLASSES, _MOST_NEIGHBORS = 400, 5
 _MOST_CONFUSIONS, _MOST_ERRORS = 15, 10
@@ -103,9 +90,10 @@ def cost_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     rows = []
     for study, group in _compared(studies):
         few, clamped = study.part("classes", "few"), group.mean("clamped")
-        stuck = "-" if clamped is None else f"{clamped:.4g}" + ("" if few is None else f" of {few}")
+        stuck = number_text(clamped, ".4g") + ("" if clamped is None or few is None else f" of {few}")
         gains = _gain_texts(group, study, SPLITS_AND_ALL)
-        rows.append((group.method, study.name, *gains, stuck, _number(group.mean("epoch")), _seconds(group)))
+        epoch, seconds = number_text(group.mean("epoch"), ".4g"), number_text(group.mean("seconds"), ".3g")
+        rows.append((group.method, study.name, *gains, stuck, epoch, seconds))
     return _of_studies(
         len(studies),
         "Gain over the original classifier, top-1 on test samples",
@@ -138,7 +126,7 @@ def front_table(studies: Sequence[tuple[StudyFiles, Sequence[Height]]]) -> DataT
     for study, heights in studies:
         for height in heights:
             group = height.group
-            totals = [row["test_all"] for row in _measured(group)]
+            totals = [row["test_all"] for row in group.rows if is_measured(row)]
             fronts = [total - h for total, h in zip(totals, height.heights, strict=True) if h is not None]
             front = percent(sum(fronts) / len(fronts)) if fronts else "-"
             spread = "" if height.spread is None else f" ±{percent(height.spread)}"
@@ -184,7 +172,7 @@ def sharing_table(study: StudyFiles, rows: Iterable[Row]) -> DataTable:
             "one for all" if group.configuration["shared"] else "one each",
             *(percent(group.mean(f"test_{part}")) for part in ("few", "all")),
             *(_bytes(group.mean(name)) for name in ("parameter_bytes", "dense_parameter_bytes")),
-            _seconds(group),
+            number_text(group.mean("seconds"), ".3g"),
         )
         for group in group_rows(rows, by=("shared",))
     )
@@ -210,8 +198,8 @@ def classes_table(rows: Sequence[ClassRow], title: str, *, closed: bool = False)
                 percent(row.accuracy_before),
                 percent(row.accuracy_after),
                 percent(row.gain, sign=True),
-                "-" if row.distance is None else f"{row.distance:.3g}",
-                "-" if row.own_alpha is None else f"{row.own_alpha:.2f}",
+                number_text(row.distance, ".3g"),
+                number_text(row.own_alpha, ".2f"),
                 *neighbors[:shown],
                 *["-"] * (shown - len(neighbors)),
             )
@@ -239,8 +227,8 @@ def confusion_tables(study: StudyFiles) -> list[DataTable]:
             "Confused test samples, all pairs of classes",
             ("right class", "taken for", "before", "after", "mended", "new"),
             (
-                *((r.true_split, r.predicted_split, *map(_count, (r.before, r.after, r.mended, r.new))) for r in totals),
-                *([("all", "all", *map(_count, sums))] if totals else []),
+                *((r.true_split, r.predicted_split, *map("{:,}".format, (r.before, r.after, r.mended, r.new))) for r in totals),
+                *([("all", "all", *map("{:,}".format, sums))] if totals else []),
             ),
             words=(0, 1),
             note="Mended: how many fewer, over those pairs of classes that are confused less often than before; new: how "
@@ -259,7 +247,8 @@ def _pair_rows(pairs: Sequence[ConfusionRow]) -> tuple[tuple[str, ...], ...]:
             row.true_split,
             isolated(row.predicted_name),
             row.predicted_split,
-            *map(_count, (row.before, row.after)),
+            f"{row.before:,}",
+            f"{row.after:,}",
         )
         for row in pairs[:_MOST_CONFUSIONS]
     )
@@ -336,23 +325,6 @@ def _candidates(study: StudyFiles, group: Group) -> str:
 def _seeds(group: Group) -> str:
     there = len(group.rows) - group.failed
     return f"{there} of {len(group.rows)}" if group.failed else str(there)
-
-
-def _measured(group: Group) -> list[Mapping[str, Any]]:
-    return [row for row in group.rows if row["test_few"] is not None and row["test_all"] is not None]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _seconds(group: Group) -> str:
-    mean = group.mean("seconds")
-    return "-" if mean is None or math.isnan(mean) else f"{mean:.3g}"
 
 
 def _bytes(value: float | None) -> str:

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from ...metrics.accuracy import SPLITS
 from ...utils.figures import clean_text, require_matplotlib
-from ...utils.files import PathLike, folder_lock, read_json, whole_file, write_json
+from ...utils.files import PathLike, file_digest, folder_lock, read_json, whole_file, write_json
+from ...utils.packages import require
 from ..plans import EXPERIMENTS
 from .content import Block, Section, TextBlock, pictures_of
 from .data import StudyFiles, read_studies
 from .figures import class_blocks, experiment_blocks
 from .front_figure import front_blocks
 from .tables import calibration_table, compare_table, confusion_tables, cost_table, error_table, settings_table
-
-__all__ = ["ReportFiles", "write_report"]
 
 HTML, TABLES, FIGURES, WRITTEN = "report.html", "tables.md", "figures", "report.json"
 _FORMAT = "alphaext report 1"
@@ -86,10 +85,9 @@ def write_report(
         raise ValueError(f"output must be a folder, got the file {str(target)!r}")
     studies = read_studies(folders)
     require_matplotlib()
-    try:
-        from .page import markdown, page
-    except ImportError as error:
-        raise ImportError("a report needs jinja2, which is missing: pip install 'alphaext[report]'") from error
+    require("jinja2", "a report needs", "'alphaext[report]'")
+    from .page import markdown, page
+
     sections = _sections(studies)
     heading = title if title is not None else f"Alpha Net study: {', '.join(each.name for each in studies)}"
     files: dict[str, bytes] = {
@@ -213,4 +211,4 @@ def _written(folder: Path) -> dict[str, list[str]]:
 
 
 def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() and not path.is_symlink() else None
+    return file_digest(path) if path.is_file() and not path.is_symlink() else None
