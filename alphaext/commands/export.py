@@ -56,6 +56,8 @@ class Export(CommonOptions, ModelOptions):
                 f"{str(self.checkpoint)!r}",
                 stacklevel=2,
             )
+        if self.saved_model is not None and self.checkpoint is None and self.format == "same":
+            return self._save_folder(console, checkpoint, linear, changed)
         model = None if self.backbone is None else self.model(checkpoint.num_classes).eval()
         report = alphaext.checkpoints.export(
             checkpoint,
@@ -70,6 +72,27 @@ class Export(CommonOptions, ModelOptions):
         )
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
         return {**report.to_dict(), "changed_classes": changed.tolist(), "num_classes": checkpoint.num_classes}
+
+    def _save_folder(
+        self, console: Console, checkpoint: alphaext.checkpoints.Checkpoint, linear: nn.Linear, changed: Tensor
+    ) -> dict[str, Any]:
+        """A copy of the folder that transformers saved, with the repaired rows in its weights."""
+
+        from ..models.huggingface import copy_folder
+
+        assert self.saved_model is not None
+        reports = []
+
+        def write(path: Path) -> None:
+            reports.append(alphaext.checkpoints.export(checkpoint, linear, changed, path))
+
+        model = copy_folder(self.saved_model, self.output, write, overwrite=self.overwrite)
+        split = alphaext.models.split_model(model, example=self.example(model))
+        difference = float((split.classifier.weight - linear.weight).abs().max())
+        console.print(f"wrote {self.output}, {len(changed)} rows new", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"verified: from_pretrained loads it, with rows at most {difference:.2g} off", highlight=False)
+        report = {**reports[0].to_dict(), "path": str(self.output)}
+        return {**report, "changed_classes": changed.tolist(), "num_classes": checkpoint.num_classes}
 
 
 def changed_rows(before: nn.Linear, after: nn.Linear) -> Tensor:

@@ -125,6 +125,8 @@ class Kind:
             path = Path(value).expanduser()
             is_name = self.name in _MAY_BE_NAMES and _NAME.fullmatch(os.fspath(value))
             return path if folder is None or is_name else folder / path
+        if isinstance(value, str) and value.startswith("hf:") and folder is not None:
+            return f"hf:{folder / Path(value[3:]).expanduser()}"
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):

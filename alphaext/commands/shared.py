@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import alphaext
 
-from ..utils.checks import check_integer
+from ..utils.checks import check_class_names, check_integer
 from .options import Options, option
 
 if TYPE_CHECKING:
@@ -103,6 +101,7 @@ class DataOptions(SplitOptions):
     test: Path | None = option(None, metavar="SOURCE", help="test images; nothing is ever chosen on them")
     root: Path | None = option(None, metavar="FOLDER", help="where the paths of list files begin, or CIFAR lies")
     num_classes: int | None = option(None, help="classes there are, where the lists do not show all")
+    classes: Path | None = option(None, metavar="FILE", help="the classes' names, one a line, in the order of the labels")
     imbalance_factor: float | None = option(
         None, help="cut the training images to a long tail: the largest class has X times the images of the smallest"
     )
@@ -114,6 +113,10 @@ class DataOptions(SplitOptions):
         source: Path | None = getattr(self, part)
         if source is None:
             return None
+        if self.classes is not None:
+            class_names = self.classes.read_text(encoding="utf-8").split("\n")
+            class_names = check_class_names([name.strip() for name in class_names if name.strip()], self.num_classes)
+            num_classes = len(class_names)
         try:
             images = alphaext.data.open_images(
                 os.fspath(source),
@@ -123,6 +126,8 @@ class DataOptions(SplitOptions):
             )
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{part}: {error}") from error
+        if images.class_names is None and class_names is not None and len(class_names) == images.num_classes:
+            images.class_names = tuple(class_names)
         if part == "train" and self.imbalance_factor is not None:
             images = alphaext.data.make_long_tailed(images, self.imbalance_factor)  # no other part is cut
         return images
@@ -173,24 +178,31 @@ class ModelOptions(LayerOptions):
     backbone: str | None = option(
         None,
         metavar="NAME",
-        help="a torchvision classification model (resnext50_32x4d, resnet152, ...), timm:NAME, small, or module:function",
+        help="a torchvision classification model (resnext50_32x4d, resnet152, ...), timm:NAME, hf:FOLDER as save_pretrained "
+        "wrote it, small, or module:function",
     )
     model_options: tuple[str, ...] = option(
         (), metavar="NAME=VALUE", help="what the library's function for the model takes besides, as in img_size=64"
     )
-    checkpoint: Path | None = option(None, help="trained weights: .pth of any known layout, or .safetensors")
+    checkpoint: Path | None = option(
+        None, help="trained weights: .pth of any known layout, or .safetensors; without, those in hf:FOLDER"
+    )
     pretrained: bool = option(False, help="start from weights that torchvision or timm publishes")
 
     def model(self, num_classes: int, seed: int = 0) -> nn.Module:
         """The network, its weights random (from ``seed``) or published."""
         if self.backbone is None:
             raise ValueError("--backbone must be given, or backbone in [model] of the configuration: the network's name")
-        if ":" in self.backbone and not self.backbone.startswith("timm:"):
-            return _own_model(self.backbone, num_classes, seed)
         options = dict(map(_named_value, self.model_options))
         return alphaext.models.make_model(
             self.backbone, num_classes, in_channels=self.channels, pretrained=self.pretrained, seed=seed, options=options
         )
+
+    @property
+    def saved_model(self) -> Path | None:
+        """The folder that transformers saved the backbone in, if it is such a one."""
+        is_saved = self.backbone is not None and self.backbone.startswith("hf:")
+        return Path(str(self.backbone).removeprefix("hf:")) if is_saved else None
 
     def preprocessing(self, model: nn.Module) -> alphaext.models.Preprocessing | None:
         """How the network wants its images, where that is known and no transform is asked for."""
@@ -232,6 +244,14 @@ class ModelOptions(LayerOptions):
         return {**options, **given, "channels": self.channels}
 
     def read_checkpoint(self, num_classes: int | None = None) -> alphaext.checkpoints.Checkpoint:
+        if self.checkpoint is None and self.saved_model is not None:
+            from ..models.huggingface import load_folder, weights_of
+
+            model = load_folder(self.saved_model)
+            name = self.classifier_layer or alphaext.models.find_classifier(model, self.example(model))
+            return alphaext.checkpoints.read_checkpoint(
+                weights_of(self.saved_model), classifier=name.removeprefix("model."), num_classes=num_classes
+            )
         if self.checkpoint is None:
             raise ValueError("--checkpoint must be given, or checkpoint in [model] of the configuration: the trained weights")
         layer, state = self.classifier_layer, self.state
@@ -256,7 +276,8 @@ class ModelOptions(LayerOptions):
         if self.checkpoint is not None or not self.pretrained:
             checkpoint = self.read_checkpoint(num_classes)
             model = self.model(len(checkpoint.weight))
-            self.load(model, checkpoint)
+            if self.checkpoint is not None:  # a saved model has its weights already
+                self.load(model, checkpoint)
         elif num_classes is None:
             raise ValueError("--num-classes must be given with --pretrained, or num_classes in [data] of the configuration")
         else:
@@ -281,23 +302,3 @@ def _named_value(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _own_model(name: str, num_classes: int, seed: int) -> nn.Module:
-    """A network made by a function of the user's own, found as Python finds modules, the working directory first."""
-    import torch
-    from torch import nn
-
-    module_name, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        make = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"backbone {name!r} cannot be imported: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = make(num_classes)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"backbone {name!r} must return a torch.nn.Module, got {type(model).__name__}")
-    return model

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.checks import check_integer
+from ..utils.packages import require
+from .huggingface import PREFIX, load_folder
 from .split import SplitModel, find_classifier, linear_layers, split_model
 
 __all__ = ["SmallConvNet", "SplitModel", "find_classifier", "make_model", "model_names", "split_model"]
@@ -89,7 +95,9 @@ def make_model(
 
     Args:
         name: one of :func:`model_names`, as in ``"resnext50_32x4d"`` (ImageNet-LT in Kang et al., ICLR 2020) or ``"resnet152"``
-            (Places-LT there); or ``"timm:NAME"`` with timm installed.
+            (Places-LT there); ``"timm:NAME"`` with timm installed; ``"hf:FOLDER"``, an image classifier that transformers'
+            ``save_pretrained`` wrote, with its weights; or ``"module:function"``, a function of your own, found as Python finds
+            modules, the working directory first, which gets ``num_classes`` if it takes it.
         num_classes: N, the outputs of the last layer.
         in_channels: of the images. Other than 3 only for ``"small"`` and for timm's models.
         pretrained: with the library's own weights (downloaded if they are not on this machine), and a new last layer where
@@ -115,8 +123,8 @@ def make_model(
     num_classes = check_integer(num_classes, "num_classes", minimum=1)
     in_channels = check_integer(in_channels, "in_channels", minimum=1)
     seed = check_integer(seed, "seed")
-    known = {"small": _make_small, "timm:": _make_timm}
-    make = known.get("timm:" if name.startswith("timm:") else name, _make_torchvision)
+    known: dict[str, Callable[..., nn.Module]] = {"small": _make_small, "timm": _make_timm, "hf": _make_huggingface}
+    make = known.get(name.partition(":")[0], _make_own if ":" in name else _make_torchvision)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         try:
@@ -177,15 +185,47 @@ def _replace_classifiers(model: nn.Module, name: str, num_classes: int) -> None:
 
 
 def _make_timm(name: str, num_classes: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(f"models named 'timm:NAME' need timm ({error}): pip install timm") from error
+    timm = require("timm", "models named 'timm:NAME' need", "'alphaext[timm]'")
     architecture = name.removeprefix("timm:")
     if not timm.is_model(architecture.split(".")[0]):
         raise ValueError(_unknown(name, [f"timm:{model}" for model in timm.list_models()], "timm.list_models() lists all"))
     options = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": in_channels, **options}
     model: nn.Module = timm.create_model(architecture, **options)
+    return model
+
+
+def _make_huggingface(name: str, num_classes: int, _: int, __: bool, options: dict[str, Any]) -> nn.Module:
+    if options:
+        raise ValueError(f"options must not be given for {name!r}, whose own configuration says all, got {', '.join(options)}")
+    model = load_folder(name.removeprefix(PREFIX))
+    if model.config.num_labels != num_classes:
+        raise ValueError(f"num_classes must be that of {name}, {model.config.num_labels}, got {num_classes}")
+    return model
+
+
+def _make_own(name: str, num_classes: int, _: int, __: bool, options: dict[str, Any]) -> nn.Module:
+    module_name, _, function = name.partition(":")  # type: ignore[assignment]
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"backbone {name!r} cannot be imported: {error}") from error
+    parameters = inspect.signature(make).parameters
+    by_name = "num_classes" in parameters or any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
+    # A first parameter under another name is taken for it, unless it has a value.
+    first = next((entry.name for entry in parameters.values() if entry.default is entry.empty), None)
+    positional = () if by_name or first is None or first in options else (num_classes,)
+    options = {"num_classes": num_classes, **options} if by_name else options
+    try:
+        model = make(*positional, **options)
+    except TypeError as error:
+        call = ", ".join([*map(str, positional), *(f"{key}={value!r}" for key, value in options.items())])
+        raise TypeError(
+            f"backbone {name!r} cannot be called as {function}({call}): {error}; it gets num_classes if it takes it"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"backbone {name!r} must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 

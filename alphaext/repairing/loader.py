@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..features.store import Features
+from ..models.huggingface import class_names_of
 from ..models.split import check_used_once, compare_scores, find_classifier, linear_layers, plain_scores, unwrapped
 from ..utils.checks import check_class_names, check_integer, check_kind
 from ..utils.linear import make_linear, wide
@@ -311,8 +312,7 @@ def _labels(targets: Any, samples: int, num_classes: int) -> Tensor:
 def _class_names(data: Any, model: nn.Module, num_classes: int) -> Sequence[str] | None:
     """The names that the data set or the model's configuration has for all classes, if any."""
     classes = getattr(getattr(data, "dataset", data), "classes", None)
-    id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
-    for names in (classes, [id2label.get(index) for index in range(num_classes)]):
+    for names in (classes, class_names_of(model)):
         if isinstance(names, (list, tuple)) and len(names) == num_classes and all(isinstance(name, str) for name in names):
             return names
     return None

@@ -239,4 +239,4 @@ def test_models_of_hugging_face(kind):
         torch.testing.assert_close(layer(torch.from_numpy(made.train.features)), model(**inputs).logits, rtol=1e-4, atol=1e-5)
         base = made.model.eval()(**inputs).logits[:, :2]
         torch.testing.assert_close(base, model(**inputs).logits[:, :2])
-    assert made.train.class_names == (("a", "b", "c") if kind == "vit" else ("LABEL_0", "LABEL_1", "LABEL_2"))
+    assert made.train.class_names == (("a", "b", "c") if kind == "vit" else None)

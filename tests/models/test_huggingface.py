@@ -1,0 +1,113 @@
+"""Image classifiers that transformers saved: through the commands and back into a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision", exc_type=ImportError)
+pytest.importorskip("transformers")
+
+import transformers
+from digit_images import write_digits
+
+from alphaext.commands import main as cli
+from alphaext.features import read_features
+from alphaext.models import find_preprocessing, make_model
+from alphaext.models.huggingface import class_names_of
+
+NAMES = {index: f"digit {index}" for index in range(10)}
+
+
+def save_model(folder: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "vit":
+        config = transformers.ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8,
+            id2label=NAMES,
+        )  # fmt: skip
+        model = transformers.ViTForImageClassification(config)
+    else:  # its head is a Sequential
+        config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], id2label=NAMES)
+        model = transformers.ResNetForImageClassification(config)
+    model.save_pretrained(folder)
+    processor = {"do_resize": True, "size": {"height": 16, "width": 16}, "do_normalize": True, "image_mean": [0.5] * 3}
+    processor |= {"image_std": [0.5] * 3, "image_processor_type": "ViTImageProcessor", "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_saved_model_is_repaired_into_a_folder(kind, tmp_path, capsys):
+    write_digits(tmp_path)
+    save_model(tmp_path / "saved", kind)
+    (tmp_path / "mine.toml").write_text(
+        'features = "features"\ndevice = "cpu"\nprogress = false\n'
+        '[data]\ntrain = "train.txt"\nval = "val.txt"\nroot = "."\nfew_below = 12\nmany_above = 60\n'
+        '[model]\nbackbone = "hf:saved"\n'
+    )
+    config = ["--config", str(tmp_path / "mine.toml")]
+    assert cli.main(["extract", *config]) == 0
+    features = read_features(tmp_path / "features" / "train")
+    assert features.class_names == tuple(NAMES.values())
+    model = make_model(f"hf:{tmp_path / 'saved'}", 10)
+    assert find_preprocessing(None, model).image_size == 16 and class_names_of(model) == features.class_names
+    weights = tmp_path / "saved" / "model.safetensors"
+    fit = [
+        "baseline",
+        "few-bias",
+        "--offset",
+        "0.5",
+        *config,
+        "--classifier",
+        str(weights),
+        "--output",
+        str(tmp_path / "alpha"),
+    ]
+    assert cli.main([*fit, "--classifier-layer", "classifier.1"] if kind == "resnet" else fit) == 0
+    capsys.readouterr()
+    export = ["export", *config, "--repaired", str(tmp_path / "alpha"), "--output", str(tmp_path / "repaired")]
+    assert cli.main(export) == 0
+    assert "verified: from_pretrained loads it" in capsys.readouterr().out
+    load = transformers.AutoModelForImageClassification.from_pretrained
+    before, after = (load(tmp_path / name, local_files_only=True).state_dict() for name in ("saved", "repaired"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("classifier") for name in changed)
+    assert (tmp_path / "repaired" / "preprocessor_config.json").is_file()
+    assert cli.main(export) == 2 and "output exists already" in capsys.readouterr().err
+    assert cli.main([*export, "--overwrite"]) == 0
+
+
+def test_what_is_no_saved_image_classifier(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config.json in"):
+        make_model(f"hf:{tmp_path}", 3)
+    save_model(tmp_path / "saved", "vit")
+    with pytest.raises(ValueError, match="num_classes must be that of .*, 10, got 3"):
+        make_model(f"hf:{tmp_path / 'saved'}", 3)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    shutil.copytree(tmp_path / "saved", tmp_path / "text")
+    (tmp_path / "text" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}))
+    with pytest.raises(ValueError, match=r"must be an image classifier, got BertFor.*repair_model\(model, loader\)"):
+        make_model(f"hf:{tmp_path / 'text'}", 10)
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        make_model(f"hf:{tmp_path / 'saved'}", 10)
+
+
+def test_a_function_gets_num_classes_if_it_takes_it(tmp_path, monkeypatch):
+    (tmp_path / "makers_of_mine.py").write_text(
+        "from torch import nn\n"
+        "def by_name(width=4, num_classes=2):\n    return nn.Linear(width, num_classes)\n"
+        "def by_place(n):\n    return nn.Linear(4, n)\n"
+        "def neither():\n    return nn.Linear(4, 7)\n"
+        "def two(a, b):\n    return nn.Linear(a, b)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    made = [make_model(f"makers_of_mine:{name}", 5) for name in ("by_name", "by_place", "neither")]
+    assert [model.out_features for model in made] == [5, 5, 7]
+    assert make_model("makers_of_mine:by_name", 5, options={"width": 9}).in_features == 9
+    with pytest.raises(TypeError, match=r"cannot be called as two\(5\): .*'b'; it gets num_classes if it takes it"):
+        make_model("makers_of_mine:two", 5)
