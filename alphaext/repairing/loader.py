@@ -207,12 +207,7 @@ def repair_model(
     layer = _named_layer(model, name)
     wide_layer = make_linear(wide(layer.weight), None if layer.bias is None else wide(layer.bias))
     made = repair(wide_layer, parts[0], val_features=parts[1], progress=progress, **options)
-    repaired = copy.deepcopy(model)
-    new = copy.deepcopy(made.linear).to(layer.weight).train(layer.training)
-    new.requires_grad_(layer.weight.requires_grad)
-    if name:
-        repaired.set_submodule(name, new)
-    return RepairedModel(repaired if name else new, name, made, parts[0], parts[1])
+    return RepairedModel(made.apply(copy.deepcopy(model), name), name, made, parts[0], parts[1])
 
 
 # ---- Data and batches --------------------------------------------------------------------------------------------------

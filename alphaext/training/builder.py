@@ -10,13 +10,14 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..classes import ClassSplit, check_split, class_counts, class_means, split_classes
 from ..head.alphanet import AlphaNet
 from ..head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from ..utils.linear import linear_parameters
-from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, features_and_labels
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_class_ids, features_and_labels
 from .augmentation import draw_features
 from .cached_logits import Samples, check_samples
 from .engine import TrainingData
@@ -51,17 +52,27 @@ class Builder:
         few_below: int = 20,
         many_above: int = 100,
         split: ClassSplit | None = None,
+        few_classes: TensorLike | None = None,
         means: TensorLike | None = None,
     ) -> None:
         self.weight, self.bias = linear_parameters(linear)
         self.samples, self.validation = check_all_samples(self.weight, features, labels, val_features, val_labels)
         counts = class_counts(self.samples.labels, len(self.weight))
+        if few_classes is not None:
+            if split is not None:
+                raise ValueError("split already says which classes are few; do not give few_classes as well")
+            few = torch.zeros(len(counts), dtype=torch.bool, device="cpu")
+            few[check_class_ids(few_classes, len(counts), "few_classes").cpu()] = True
+            split = ClassSplit.of_masks(few, (counts > many_above) & ~few, counts == 0)
         if split is None:
             split = split_classes(counts, few_below=few_below, many_above=many_above)
         self.split = check_split(split, len(self.weight))
         if len(self.split.few) == 0:
             smallest = int(counts[counts > 0].min())
-            raise ValueError(f"labels has no few class: the smallest has {smallest} samples, few are those below {few_below}")
+            raise ValueError(
+                f"labels has no few class: the smallest has {smallest} samples, few are those below {few_below}; few_classes "
+                "names them whatever they have"
+            )
         self._means = means
         self._directions: tuple[Tensor, Tensor] | None = None
         # What heads of equal options share.

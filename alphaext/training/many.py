@@ -57,6 +57,7 @@ def fit_many(
     few_below: int = 20,
     many_above: int = 100,
     split: ClassSplit | None = None,
+    few_classes: TensorLike | None = None,
     means: TensorLike | None = None,
     jobs: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -78,6 +79,7 @@ def fit_many(
         few_below: a class with fewer training samples is few; 20 in the paper.
         many_above: a class with more training samples is many; 100 in the paper.
         split: which classes are few, medium and many, instead of these two: where samples are not images one by one.
+        few_classes: ids of the few classes, however many samples they have, instead of ``few_below``.
         means: ``[N, D]``, mean training feature of each class, if at hand.
         jobs: trainings at a time; default one a core.
         checkpoint: a directory for one checkpoint a configuration; trainings found there are not run again.
@@ -107,6 +109,7 @@ def fit_many(
         few_below=few_below,
         many_above=many_above,
         split=split,
+        few_classes=few_classes,
         means=means,
     )
     trainings: list[_Training] = []

@@ -50,6 +50,8 @@ class FitResult:
             learned is still in its parameters.
         verified: validation samples have shown what was gained; False without them, and where they show too little.
         notes: what to know of the result, in sentences: that it is not verified, that the original is kept, what is lost.
+        calibration_errors: of the original classifier and of the head as it is now, on validation samples, some thousand at
+            most (:func:`alphaext.metrics.expected_calibration_error` over all); None without, and in :func:`fit_many`.
     """
 
     history: list[dict[str, float]] = field(repr=False)
@@ -65,6 +67,7 @@ class FitResult:
     kept_original: bool = False
     verified: bool = False
     notes: list[str] = field(default_factory=list)
+    calibration_errors: tuple[float, float] | None = None
 
     @property
     def before(self) -> dict[str, float] | None:
@@ -79,6 +82,12 @@ class FitResult:
     def plot(self) -> Any:
         """Loss and accuracies by epoch, as a matplotlib ``Figure`` (``pip install 'alphaext[report]'``)."""
         return plot_history(self)
+
+    def __str__(self) -> str:
+        table, lines = _summary(self)
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        rows = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table)
+        return "\n".join([*rows, *lines])
 
     def _repr_html_(self) -> str:
         return history_html(self)
@@ -170,20 +179,32 @@ def history_html(result: FitResult) -> str:
     clamped = f"{result.clamped} classes on their clamp"
     text = f"Epoch {result.selected_epoch} of {last}, selected by: {result.selection}; {clamped}; {result.seconds:.2f} s"
     engine = f"engine {result.engine}" + (f" ({result.engine_reason})" if result.engine_reason else "")
-    pieces = [f'<div class="alphaext-training"><p>{escape(text)}; {escape(engine)}.</p>', _accuracies(result), _figure(result)]
+    pieces = [
+        f'<div class="alphaext-training"><p>{escape(text)}; {escape(engine)}.</p>',
+        _summary_html(result),
+        _figure(result),
+    ]
     return "".join([*pieces, _epochs(result), "</div>"])
 
 
-def _accuracies(result: FitResult) -> str:
+def _summary_html(result: FitResult) -> str:
+    table, lines = _summary(result)
+    shown = _table(table[0], table[1:]) if table else ""
+    return shown + "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _summary(result: FitResult) -> tuple[list[list[str]], list[str]]:
+    """A small table of before and after, its header first, and what to say below it."""
+    lines = [f"Constant on the few scores: {result.few_bias:+.3g}"] if result.few_bias else []
     before, after = result.metrics_before, result.metrics_after
     if before is None or after is None:
-        return ""
-    rows = [
-        [f"{when}, {name}", *(percent(values.get(part + suffix)) for part in SPLITS_AND_ALL)]
-        for name, suffix in (("top-1", ""), ("top-5", "_top5"))
-        for when, values in (("before", before), ("after", after))
-    ]
-    return _table(["validation accuracy, %", *SPLITS_AND_ALL], rows)
+        return [], [*lines, "Not verified: there are no validation samples, and nothing was chosen."]
+    errors = result.calibration_errors or (math.nan, math.nan)
+    table = [["validation samples, %", *(f"{part} top-1" for part in SPLITS_AND_ALL), "all top-5", "calibration error"]]
+    for when, values, error in (("before", before, errors[0]), ("after", after, errors[1])):
+        shown = [*(values[part] for part in SPLITS_AND_ALL), values["all_top5"], error]
+        table.append([when, *map(percent, shown)])
+    return table, [*lines, *result.notes]
 
 
 def _figure(result: FitResult) -> str:

@@ -18,7 +18,10 @@ from torch import nn
 from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
 from ..metrics.accuracy import SplitMetrics
+from ..metrics.evaluation import expected_calibration_error
+from ..metrics.predictions import predict
 from ..utils.checks import check_choice, check_integer, check_kind, format_ids
+from ..utils.linear import make_linear
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining, check_checkpoint
 from ..utils.tensors import LabelledFeatures, TensorLike
@@ -40,6 +43,9 @@ _SECONDS_BETWEEN_CHECKPOINTS = 0.5
 # How many times as large the loss may become as it was before training, and few rows as any of the original classifier's:
 # beyond, the training has diverged.
 _MOST_LOSS, _MOST_ROWS = 100, 30
+
+# Validation samples that the calibration error is measured on, evenly over all if there are more.
+_MOST_CALIBRATED = 4096
 
 # What base classes may lose without a word, in points of accuracy.
 _FEW_POINTS = 3
@@ -117,7 +123,9 @@ def fit(
     native = engine != "autograd" and not reason
     made = None if native else made or sgd.optimizer(trained)
     run = Run(head, settings, data, split_of(head, data, check_integer(many_above, "many_above", minimum=0)))
-    return train(run, path, sgd, made, reason=reason if engine == "auto" else None, progress=progress)
+    result = train(run, path, sgd, made, reason=reason if engine == "auto" else None, progress=progress)
+    warn_of(result.notes)
+    return result
 
 
 def train(
@@ -129,16 +137,21 @@ def train(
     reason: str | None = None,
     progress: bool | None = None,
 ) -> FitResult:
-    """Carry out a training from first to last, and warn of what is to know of its result."""
+    """Carry out a training from first to last."""
     started = time.monotonic()
     run.prepare(checkpoint, sgd, optimizer)
     columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     with task_bar(progress, "epoch", *columns, total=run.options.epochs, done=len(run.history) - 1) as report:
         run.train(checkpoint, report)
     result = run.result(reason or "", time.monotonic() - started)
-    for note in result.notes:
-        warnings.warn(note, AlphaNetWarning, stacklevel=3)
+    result.calibration_errors = run.calibration_errors(run.head.fold())
     return result
+
+
+def warn_of(notes: list[str], stacklevel: int = 3) -> None:
+    """Warn of what is to know of a result; the warning is where the caller's caller is."""
+    for note in notes:
+        warnings.warn(note, AlphaNetWarning, stacklevel=stacklevel)
 
 
 class Run(ResumableTraining):
@@ -303,7 +316,7 @@ class Run(ResumableTraining):
             head.keeps_original = True
             raise diverged
         if before is not None and after is not None:
-            notes += self._unseen() + self._base_loss(before, after)
+            notes += self._unseen() + self.losses(after, head.fold())
         return FitResult(
             history=self.history,
             selected_epoch=self.selected_epoch,
@@ -337,6 +350,19 @@ class Run(ResumableTraining):
         unseen = classes[~torch.isin(classes, self.data.validation.labels)].tolist()
         return [f"No validation sample shows what became of the classes {format_ids(unseen)}."] if unseen else []
 
+    def calibration_errors(self, linear: nn.Linear) -> tuple[float, float] | None:
+        """The calibration error of the original classifier, and of ``linear``, which takes its place."""
+        head, validation = self.head, self.data.validation
+        if validation is None or head.weight.requires_grad:
+            return None
+        some = slice(None, None, -(-len(validation.labels) // _MOST_CALIBRATED))
+        features, labels = validation.real()[some], validation.labels[some]
+        original, made = (
+            expected_calibration_error(predict(layer, features, labels, progress=False), self.split)["all"]
+            for layer in (make_linear(head.weight, head.bias), linear)
+        )
+        return original, made
+
     def _blown_up(self) -> TrainingDiverged | None:
         """Whether the training ended in numbers that are finite, but far too large."""
         head, last = self.head, self.history[-1]
@@ -344,24 +370,33 @@ class Run(ResumableTraining):
         if growth > _MOST_ROWS:
             what = f"rows of few classes are {growth:.3g} times as large as any of the original classifier's"
         elif last["loss"] > _MOST_LOSS * self.first_loss:
-            what = f"the loss is {last['loss']:.3g}, {last['loss'] / self.first_loss:.3g} times what it was before training"
+            times = last["loss"] / self.first_loss
+            what = f"the loss is {last['loss']:.3g}, {times:.3g} times that before training, or of guessing"
         else:
             return None
         return TrainingDiverged(what, int(last["epoch"]), last["lr"])
 
-    def _base_loss(self, before: dict[str, float], after: dict[str, float]) -> list[str]:
-        """A sentence on what base classes lose, if it is more than a few points."""
+    def losses(self, after: dict[str, float], linear: nn.Linear) -> list[str]:
+        """Sentences on what few classes lose by ``linear``, whose metrics are ``after``, and base classes beyond a little."""
+        before = self.before
+        assert before is not None
+        notes = []
+        if after["few"] < before["few"]:
+            notes.append(f"Few classes lose {100 * (before['few'] - after['few']):.1f} points on the validation samples.")
         lost = self.policy.base_accuracy(before) - self.policy.base_accuracy(after)
         if not lost > _FEW_POINTS / 100:
-            return []
+            return notes
         original, validation = self.engine.original_hits(), self.data.validation
         assert original is not None and validation is not None
         counts = torch.bincount(validation.labels, minlength=self.head.out_features)
-        changes = (hits_of(self.head.fold(), validation)[0] - original[0]) / counts.clamp(min=1)
+        changes = (hits_of(linear, validation)[0] - original[0]) / counts.clamp(min=1)
         base = self.split.base.cpu()
         worst = base[changes[base].argsort(stable=True)[:3]].tolist()
         named = ", ".join(f"{number} ({percent(float(changes[number]), sign=True)})" for number in worst)
-        return [f"Base classes lose {100 * lost:.1f} points on the validation samples, most of all the classes {named}."]
+        return [
+            *notes,
+            f"Base classes lose {100 * lost:.1f} points on the validation samples, most of all the classes {named}.",
+        ]
 
     def _record(self, epoch: int, loss: float, lr: float) -> None:
         """Measure an epoch and add it to the history."""

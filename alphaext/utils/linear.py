@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from .modules import evaluating
+from .seeds import noise
 from .tensors import check_finite, check_floating, check_same_device, check_shape
 
 
@@ -36,9 +39,29 @@ def linear_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"linear must have a weight [num_classes, in_features], such as nn.Linear; got {type(linear).__name__}")
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"linear.bias must be a tensor or None, got {type(bias).__name__}")
+    if weight.dim() != 2 or not _computes_rows(linear, weight, bias):
+        raise ValueError(
+            "linear must have one row a class, weight [num_classes, in_features], and score features by it, x W' + b; "
+            f"{type(linear).__name__} with weight {list(weight.shape)} does something else (a convolution, perhaps, or a "
+            "normalised, scaled or transposed layer)"
+        )
     check_same_device(weight=weight, bias=bias)
     check_classifier(weight, bias)
     return weight.detach(), None if bias is None else bias.detach()
+
+
+def _computes_rows(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a module's scores are products with the rows of its weight; tried on two samples where it is no nn.Linear."""
+    forward = getattr(type(linear), "forward", None)
+    if forward in (None, nn.Linear.forward, nn.Module.forward) or not bool(weight.isfinite().all()):
+        return True
+    x = noise(2, weight.shape[1]).to(weight)
+    try:
+        with evaluating(linear), torch.autocast(weight.device.type, enabled=False):
+            scores, expected = linear(x).float(), nn.functional.linear(x, weight, bias).float()
+            return torch.allclose(scores, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
+        return False
 
 
 def wide(tensor: Tensor) -> Tensor:
