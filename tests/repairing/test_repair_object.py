@@ -75,7 +75,7 @@ def test_save(made, name, tmp_path, monkeypatch):
         json.loads(read.metadata["few_classes"]) == [4, 5]
         and json.loads(read.metadata["after"])["few"] == made.result.after["few"]
     )
-    with pytest.raises(ValueError, match="overwrite"):
+    with pytest.raises(ValueError, match="path exists already"):
         made.save(path)
     assert made.save(path, overwrite=True) == path
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
