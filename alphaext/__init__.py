@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .head.alphanet import AlphaNet
     from .ops.extension import build_info
     from .repairing.loader import extract_features, repair_model
+    from .repairing.new_classes import add_classes
     from .repairing.repair import Repair, repair
     from .training.many import fit_many
     from .training.result import FitResult
@@ -47,6 +48,7 @@ __all__ = [
     "FitResult",
     "Repair",
     "__version__",
+    "add_classes",
     "build_info",
     "class_counts",
     "class_means",

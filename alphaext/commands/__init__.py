@@ -10,6 +10,7 @@ is ``alphaext fit --features features --classifier crt --gamma 0.5 0.7 1 --outpu
 
 from __future__ import annotations
 
+from .add_classes import AddClasses
 from .baseline import Baseline
 from .demo import Demo, Info
 from .doctor import Doctor
@@ -26,6 +27,7 @@ from .train import Train
 __all__ = [
     "COMMANDS",
     "CONFIGURABLE",
+    "AddClasses",
     "Baseline",
     "CommonOptions",
     "Demo",
@@ -49,6 +51,7 @@ COMMANDS: dict[str, type[Options]] = {
     "fit": Fit,
     "evaluate": Evaluate,
     "export": Export,
+    "add-classes": AddClasses,
     "study": Study,
     "report": Report,
     "info": Info,
