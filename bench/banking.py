@@ -1,4 +1,4 @@
-"""Banking77, long-tailed: 77 kinds of bank customers' questions as text (Casanueva et al., CC BY 4.0), from ``ALPHAEXT_DATA``."""
+"""Banking77, long-tailed: 77 kinds of bank customers' questions (Casanueva et al., CC BY 4.0), from ``ALPHAEXT_DATA``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_banking() -> Texts:
 
 
 def draw(texts: Texts, seed: int) -> tuple[tuple[list[str], Any], tuple[list[str], Any]]:
-    """As many training questions of each class as the list has, from those of training and validation; and the test questions."""
+    """As many questions of each class as the training list has, out of training and validation; and the test questions."""
     pool = [*texts["train"][0], *texts["val"][0]]
     labels = np.concatenate([texts["train"][1], texts["val"][1]])
     random, chosen = np.random.default_rng(seed), []

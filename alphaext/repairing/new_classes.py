@@ -80,7 +80,7 @@ def add_classes(
     counts = class_counts(joined_labels, last + 1)
     seen = counts > 0
     few, base = torch.arange(first, last + 1, device="cpu"), seen[:first].nonzero().flatten()
-    split = ClassSplit(few=few, medium=base, many=[], empty=(~seen).nonzero().flatten())
+    split = ClassSplit(few=few, medium=base, many=few[:0], empty=(~seen).nonzero().flatten())
     if not len(base):
         raise ValueError("labels must have samples of the classifier's classes, got none")
     near = nearest_classes(class_means(joined, joined_labels, last + 1), few, base, min(_TOP_K, len(base))).to(weight.device)
