@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..ops import head as ops
-from ..utils.checks import check_choice, check_gamma, check_integer
+from ..utils.checks import check_choice, check_gamma, check_integer, check_number
 from ..utils.linear import check_classifier, check_fits, linear_parameters, make_linear
-from ..utils.tensors import check_same_device
-from .choices import COEFFICIENTS, FIRST_LAYERS, INITS
-from .composition import choose_directions, choose_members
+from ..utils.tensors import TensorLike, as_tensor, check_same_device, check_shape
+from .choices import FIRST_LAYERS, INITS, LEARNED_COEFFICIENTS
+from .composition import choose_directions, choose_members, closed_form_alphas
 from .first_layer import first_layer_scale, initial_first_layer, move_first_layer
 from .neighbors import check_members, reduce_classifiers, submodule_inputs
 from .outputs import clamped_outputs, identity_outputs
@@ -105,7 +105,7 @@ class AlphaNet(nn.Module):
         ops.rule_number(rule)
         check_choice(init, "init", INITS)
         check_choice(first_layer, "first_layer", FIRST_LAYERS)
-        check_choice(coefficients, "coefficients", COEFFICIENTS)
+        check_choice(coefficients, "coefficients", LEARNED_COEFFICIENTS)
         for name, value in (("weight", weight), ("members", members)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -177,6 +177,7 @@ class AlphaNet(nn.Module):
         many_above: int = 100,
         pca_dim: int | None = 500,
         residual: int = 0,
+        tau: float = 1.0,
         **options: Any,
     ) -> AlphaNet:
         """Make the head for a trained linear layer.
@@ -202,6 +203,8 @@ class AlphaNet(nn.Module):
                 ImageNet-LT and 300 on Places-LT. None feeds the full rows.
             residual: along how many principal directions of the class means each few row may move besides; 0, as in the
                 paper. Needs ``class_means`` and ``coefficients="direct"``.
+            tau: with ``coefficients="closed-form"``, which are set by ``class_counts`` and not learned: an own mean of ``tau``
+                samples counts as much as its neighbours (:meth:`closed_form`).
             options: ``coefficients``, ``hidden_dim``, ``gamma``, ``rule``, ``init``, ``shared``, ``first_layer``,
                 ``projected_gradient``, ``seed``; see :class:`AlphaNet`.
 
@@ -240,9 +243,56 @@ class AlphaNet(nn.Module):
             if options.get("directions") is not None:
                 raise ValueError("residual and directions both say where few rows may move; give one of them")
             options |= choose_directions(weight, bias, class_means, residual, empty)
+        if options.get("coefficients") == "closed-form":
+            if class_counts is None:
+                raise ValueError("class_counts must be given for coefficients='closed-form', which go by them")
+            del options["coefficients"]
+            return cls.closed_form(weight, bias, members, class_counts, tau=tau, **options)
         if options.get("coefficients") == "direct":
             return cls(weight, bias, members, None, **options)
         return cls(weight, bias, members, submodule_inputs(reduce_classifiers(weight, pca_dim), members), **options)
+
+    @classmethod
+    def closed_form(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        members: Tensor,
+        class_counts: TensorLike,
+        *,
+        tau: float = 1.0,
+        **options: Any,
+    ) -> AlphaNet:
+        """Make a head whose coefficients the numbers of samples say: ``n / (n + tau)`` its own, equal ones of the neighbours.
+
+        Nothing is left to train. It is a head with ``coefficients="direct"``, which :func:`alphaext.fit` can go on from. Where
+        rows are linear in class means it is the composition of means (docs/discriminant.md).
+
+        Args:
+            weight: ``[N, D]``, the trained classifier.
+            bias: ``[N]``, or None.
+            members: ``[F, K+1]`` int64 class ids, as for :class:`AlphaNet`.
+            class_counts: ``[N]`` integers, training samples of each class.
+            tau: at least 0; so many samples count as much as all neighbours.
+            options: others of :class:`AlphaNet`; the rule is ``"clamp"``, with ``gamma`` 1.
+
+        Example:
+            >>> head = AlphaNet.closed_form(torch.eye(4), None, torch.tensor([[3, 0, 1]]), [90, 80, 70, 6], tau=2.0)
+            >>> head.alphas()
+            tensor([[0.7500, 0.1250, 0.1250]])
+        """
+        tau = check_number(tau, "tau", minimum=0)
+        if options.get("rule", "clamp") != "clamp" or options.get("gamma", 1.0) != 1:
+            raise ValueError(
+                "closed-form coefficients need rule='clamp' and gamma=1, got "
+                f"{options.get('rule', 'clamp')!r} and {options.get('gamma', 1.0)!r}"
+            )
+        head = cls(weight, bias, members, None, coefficients="direct", **options)
+        counts = as_tensor(class_counts, "class_counts").to(head.members.device)
+        check_shape(counts, "class_counts", (len(weight),))
+        with torch.no_grad():
+            head.b2.copy_(closed_form_alphas(counts[head.few_classes], head.top_k, tau))
+        return head
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> AlphaNet:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 RULES = ("clamp", "softmax", "l1")
-COEFFICIENTS = ("mlp", "direct")
+LEARNED_COEFFICIENTS = ("mlp", "direct")
+COEFFICIENTS = (*LEARNED_COEFFICIENTS, "closed-form")
 INITS = ("identity", "default")
 FIRST_LAYERS = ("dense", "factored")
 POOLS = ("base", "many", "all")

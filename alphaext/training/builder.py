@@ -90,24 +90,27 @@ class Builder:
     def head(self, options: HeadOptions, seed: int) -> AlphaNet:
         """A head; ``seed`` is that of its weights."""
         members = self._members_of(options.pool, options.top_k, options.metric, options.neighbor_seed).to(self.weight.device)
-        z = None
-        if options.coefficients != "direct":
-            z = submodule_inputs(self._reduced_to(options.pca_dim), members)
-        head = AlphaNet(
-            self.weight,
-            self.bias,
-            members,
-            z,
-            coefficients=options.coefficients,
-            hidden_dim=options.hidden_dim,
-            gamma=options.gamma,
-            rule=options.rule,
-            init=options.init,
-            shared=options.shared,
-            projected_gradient=options.projected_gradient,
-            seed=seed,
-            **self._directions_of(options.residual),
-        )
+        of_form: dict[str, Any] = {"gamma": options.gamma, "rule": options.rule, "seed": seed}
+        of_form["projected_gradient"] = options.projected_gradient
+        if options.coefficients == "closed-form":
+            counts = class_counts(self.samples.labels, len(self.weight))
+            head = AlphaNet.closed_form(self.weight, self.bias, members, counts, tau=options.tau, **of_form)
+        else:
+            z = None
+            if options.coefficients != "direct":
+                z = submodule_inputs(self._reduced_to(options.pca_dim), members)
+            head = AlphaNet(
+                self.weight,
+                self.bias,
+                members,
+                z,
+                coefficients=options.coefficients,
+                hidden_dim=options.hidden_dim,
+                init=options.init,
+                shared=options.shared,
+                **of_form,
+                **self._directions_of(options.residual),
+            )
         # One copy of the frozen classifier's numbers for all heads, but a parameter each, which can go its own way.
         self._first = self._first or head
         for name in ("weight", "bias"):

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS, RULES
@@ -102,7 +102,13 @@ class HeadOptions(_Table):
     """
 
     gamma: float = _option(1.0, "the own coefficient's bound, up to 1; of several, validation chooses", paper=0.7, several=True)
-    coefficients: str = _option("mlp", "a sub-module's outputs, or learned directly", few="direct", choices=COEFFICIENTS)
+    coefficients: str = _option(
+        "mlp",
+        "a sub-module's outputs, or learned directly, or by the number of samples alone, without training",
+        few="direct",
+        choices=COEFFICIENTS,
+    )
+    tau: float = _option(1.0, "under closed-form coefficients: so many samples count as much as all neighbours", minimum=0)
     top_k: int = _option(5, "neighbours of each few class; of several, validation chooses", few=60, several=True, minimum=1)
     pool: str = _option("base", "classes that neighbours are chosen from", choices=POOLS)
     metric: str = _option("euclidean", "what makes a neighbour near", choices=METRICS)
@@ -291,10 +297,10 @@ def read_options(config: Mapping[str, Any]) -> tuple[HeadOptions, TrainingOption
     """
     check_known(config, OPTIONS)
     head = {entry.name for entry in fields(HeadOptions)}
-    return (
-        HeadOptions(**{name: value for name, value in config.items() if name in head}),
-        TrainingOptions(**{name: value for name, value in config.items() if name not in head}),
-    )
+    of_head = HeadOptions(**{name: value for name, value in config.items() if name in head})
+    training = TrainingOptions(**{name: value for name, value in config.items() if name not in head})
+    # Coefficients in closed form leave nothing to train.
+    return of_head, replace(training, epochs=0) if of_head.coefficients == "closed-form" else training
 
 
 def takes_options(names: Collection[str], default: Any = _SAME) -> Callable[[_Function], _Function]:
