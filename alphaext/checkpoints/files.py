@@ -23,12 +23,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.files import PathLike
+from ..utils.files import PathLike, open_file
 from ..utils.packages import require
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# How files begin that people take for checkpoints.
+_NOT_CHECKPOINTS = {
+    b"version https://git-lfs": "a pointer of Git LFS, in place of the file itself ('git lfs pull' fetches that)",
+    b"<!doctype": "a page of the web (HTML), as a server sends it instead of a file",
+    b"<html": "a page of the web (HTML), as a server sends it instead of a file",
+    b"<?xml": "an XML document, as a server sends it instead of a file",
+    b"\x1f\x8b": "compressed with gzip (gunzip unpacks it)",
+    b"bzh": "compressed with bzip2 (bunzip2 unpacks it)",
+    b"\xfd7zxz": "compressed with xz (unxz unpacks it)",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd (unzstd unpacks it)",
+    b"7z\xbc\xaf": "an archive of 7-Zip",
+    b"rar!": "a RAR archive",
+    b"\x89hdf": "an HDF5 file, as Keras writes it",
+    b"\x93numpy": "an array of NumPy",
+    b"gguf": "a GGUF file",
+    b"{": "a JSON document, perhaps the index of a model's shards",
+}
+_LONGEST_START = 64
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
 _ZIP_MAGIC = b"PK\x03\x04"
 _LARGEST_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 _BLOCK = 1 << 20
@@ -64,13 +83,11 @@ def read_payload(path: PathLike) -> Payload:
     file_path = Path(path)
     if not file_path.exists():
         raise FileNotFoundError(f"there is no checkpoint {os.fspath(path)!r}")
-    if file_path.is_dir():
-        raise ValueError(f"a checkpoint must be a file, got the directory {os.fspath(path)!r}")
     kind = container(file_path)
     if kind == "safetensors":
         return _read_safetensors(file_path)
     try:
-        with file_path.open("rb") as file:
+        with open_file(file_path) as file:
             content, places, fixed = (_read_zip if kind == "zip" else _read_legacy)(file)
     except Exception as error:  # a damaged file breaks its reader in any way there is
         # EINVAL is of seeking before the start.
@@ -100,13 +117,22 @@ def container(path: Path) -> str:
     Raises:
         ValueError: an empty file, or one named as safetensors that is none.
     """
-    with path.open("rb") as file:
-        start = file.read(9)
+    with open_file(path) as file:
+        start = file.read(_LONGEST_START)
     if not start:
         raise ValueError(f"{path} is empty, not a checkpoint")
+    shard = _SHARD.search(path.name)
+    if shard is not None and int(shard.group(2)) > 1:
+        raise ValueError(
+            f"{path} is one of {int(shard.group(2))} shards of a model, which the file {_index_name(path, shard)} beside it "
+            "lists: a whole file is read; the model's own save_pretrained(..., max_shard_size='100GB') writes one"
+        )
     length = int.from_bytes(start[:8], "little")
-    if start[8:] == b"{" and length <= _LARGEST_SAFETENSORS_HEADER:
+    if start[8:9] == b"{" and length <= _LARGEST_SAFETENSORS_HEADER:
         return "safetensors"
+    for beginning, what in _NOT_CHECKPOINTS.items():
+        if start.lstrip().lower().startswith(beginning):
+            raise ValueError(f"{path} is {what}, not a checkpoint")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} is not a safetensors file: it does not begin with a header")
     return "zip" if start.startswith(_ZIP_MAGIC) else "legacy"
@@ -115,6 +141,10 @@ def container(path: Path) -> str:
 def require_safetensors() -> Any:
     """The package ``safetensors``, or an ImportError that says how to install it."""
     return require("safetensors", "safetensors files need the package", "safetensors")
+
+
+def _index_name(path: Path, shard: re.Match[str]) -> str:
+    return f"{path.name[: shard.start()]}{path.suffix}.index.json"
 
 
 def _read_safetensors(path: Path) -> Payload:

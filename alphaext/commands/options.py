@@ -244,7 +244,7 @@ def read_config(path: str | os.PathLike[str], commands: Iterable[type[Options]])
         raise FileNotFoundError(f"config must be a TOML file, there is no {str(file)!r}")
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets without end
         raise ValueError(f"config {str(file)!r} is not TOML: {error}") from error
     known: dict[str, dict[str, Kind]] = {"": {}}
     for cls in commands:

@@ -19,12 +19,14 @@ from rich.console import Console
 import alphaext
 
 from ..utils.environment import RESULT_DEPENDS_ON, versions
-from ..utils.files import folder_lock, read_json, whole_file, write_json
+from ..utils.files import folder_lock, open_file, read_json, remove_leftovers, whole_file, write_json
 from .options import Options
 
 if TYPE_CHECKING:
     from torch import nn
 
+# There while a command writes its results: what has it is of a command that was killed.
+_BEGUN = ".begun"
 RESULT, RUN, CLASSIFIER, HEAD, MODEL = "result.json", "run.json", "classifier.pth", "head.pt", "model.pth"
 
 
@@ -45,6 +47,8 @@ class OutputFolder:
     def clear(self) -> None:
         """Remove what an earlier command left, right before new results are written: no reader may take old for new."""
         tables = read_result(self.path).get("tables", []) if (self.path / RESULT).is_file() else []
+        (self.path / RESULT).unlink(missing_ok=True)
+        write_json(self.path / _BEGUN, {"command": self.options.section})
         for name in (RESULT, RUN, CLASSIFIER, HEAD, *map(str, tables)):
             if Path(name).name == name:
                 (self.path / name).unlink(missing_ok=True)
@@ -52,6 +56,7 @@ class OutputFolder:
     def write(self, result: dict[str, Any]) -> None:
         """Write what came of the command beside how it came about."""
         write_results(self.path, self.options, result, self.started)
+        (self.path / _BEGUN).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -59,6 +64,8 @@ def output_folder(
     folder: Path, options: Options, *files: str, overwrite: bool, started: float, lock: bool = True
 ) -> Iterator[OutputFolder]:
     """Make a command's folder of results and hold it; files that are there already stay unless ``overwrite``.
+
+    What a killed command left is no result: without its last file, the result, the same command writes it anew.
 
     Args:
         folder: made if need be; until then nothing is touched.
@@ -71,11 +78,13 @@ def output_folder(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder, got the file {str(folder)!r}")
     there = [name for name in (RESULT, RUN, *files) if (folder / name).exists()]
-    if there and not overwrite:
+    interrupted = not (folder / RESULT).exists() and ((folder / RUN).exists() or (folder / _BEGUN).exists())
+    if there and not overwrite and not interrupted:
         raise ValueError(
             f"output holds results already: there is {there[0]} in {str(folder)!r}; give another folder, or --overwrite"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     with folder_lock(folder, "results") if lock else nullcontext():
         yield OutputFolder(folder, options, started)
 
@@ -134,7 +143,8 @@ def read_head(path: Path) -> alphaext.AlphaNet | None:
     if not file.is_file():
         return None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with open_file(file) as opened:
+            state = torch.load(opened, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{str(file)!r} is not the state of an Alpha Net: {error}") from error
     return alphaext.AlphaNet.from_state_dict(state)

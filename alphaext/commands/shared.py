@@ -123,6 +123,7 @@ class DataOptions(SplitOptions):
                 root=None if source.is_dir() or source.suffix == ".npz" else self.root,
                 num_classes=num_classes if self.num_classes is None else self.num_classes,
                 class_names=class_names if source.is_dir() else None,
+                part=part,
             )
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{part}: {error}") from error

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..utils.checks import check_class_names, check_integer
+from ..utils.files import open_file
 from ..utils.tensors import TensorLike, check_labels
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class FileImages(LabelledImages):
     def stored(self, index: int) -> bytes:
         name = self.name(index)
         try:
-            with open(os.path.join(self.root, name), "rb") as file:
+            with open_file(os.path.join(self.root, name)) as file:
                 content = file.read()
         except FileNotFoundError:
             raise ImageReadError.of(name, f"no such file in {str(self.root)!r}") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.checks import check_class_names
-from ..utils.files import PathLike, check_output_file, whole_file
+from ..utils.files import PathLike, check_output_file, open_file, whole_file
 from ..utils.tensors import TensorLike, check_labels
 from .images import MOST_CLASSES, FileImages
 
@@ -72,7 +72,8 @@ def read_list(
 
 
 def _read_text(file: str) -> str:
-    content = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    with open_file(file) as opened:
+        content = opened.read().removeprefix(b"\xef\xbb\xbf")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -89,6 +90,8 @@ def _parsed(file: str, number: int, line: str) -> tuple[str, int]:
     path = paths[0].lstrip() if paths else ""
     if not paths:
         problem = "must be 'path label'"
+    elif path.startswith("#") and not os.path.splitext(path)[1]:
+        problem = "begins with '#', but lists have no comments"
     elif not (label.isascii() and label.isdecimal()):
         problem = f"label must be an integer from 0 on, got {label!r}"
     elif len(label) > 9 or int(label) >= MOST_CLASSES:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch.utils.data import ConcatDataset, Subset
 
 from ..utils.checks import check_choice, check_class_names
-from ..utils.files import PathLike
+from ..utils.files import PathLike, open_file
 from .images import ArrayImages, DatasetImages, FileImages, LabelledImages
 from .list_files import existing_folder, read_list
 
 # Those of torchvision's ImageFolder, so that both see the same images.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# Files that describe images, and are none.
+_NOTES = (".txt", ".md", ".json", ".csv", ".xml", ".yaml", ".yml")
 
 _PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
@@ -28,6 +34,7 @@ def open_images(
     root: PathLike | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    part: str | None = None,
 ) -> LabelledImages:
     """Open images by what ``source`` is.
 
@@ -39,6 +46,7 @@ def open_images(
         num_classes: N, where the source alone does not tell; a source that tells must agree.
         class_names: the names of all classes in the order of their labels; a folder's labels follow them, other sources that
             have names must agree.
+        part: which part of an ``.npz`` file that holds several: ``"train"``, ``"val"`` or ``"test"``.
 
     Returns:
         The images.
@@ -57,11 +65,11 @@ def open_images(
         FileImages(2 images, 2 classes)
     """
     text = os.fspath(source)
-    cifar, _, part = text.partition(":")
-    if cifar in ("cifar10", "cifar100") and part:
+    cifar, _, cifar_part = text.partition(":")
+    if cifar in ("cifar10", "cifar100") and cifar_part:
         if root is None:
             raise ValueError(f"source {text!r} needs root, the folder that holds CIFAR")
-        return _agreeing(read_cifar(cifar, root, part), text, num_classes, class_names)
+        return _agreeing(read_cifar(cifar, root, cifar_part), text, num_classes, class_names)
     path = Path(text)
     if not path.exists():
         raise FileNotFoundError(
@@ -77,7 +85,7 @@ def open_images(
     if path.is_dir():
         return _agreeing(read_image_folder(path, class_names=class_names), text, num_classes, class_names)
     if path.suffix.lower() == ".npz":
-        images = read_arrays(path, num_classes=num_classes)
+        images = read_arrays(path, num_classes=num_classes, part=part)
         if class_names is not None and images.class_names is None:
             images = ArrayImages(images.pixels, images.labels, images.source, num_classes, class_names)
         return _agreeing(images, text, num_classes, class_names)
@@ -87,7 +95,8 @@ def open_images(
 def read_image_folder(root: PathLike, *, class_names: Sequence[str] | None = None) -> FileImages:
     """Read a folder of class folders: ``root/class name/.../image``, the layout of torchvision's ``ImageFolder``.
 
-    Files that are hidden or have no image suffix are passed over; a class folder may be empty.
+    Files that are hidden or have no image suffix are passed over, with a warning that counts those that may be images; so is
+    what archivers and file managers leave behind. A class folder may be empty.
 
     Args:
         root: the folder.
@@ -114,7 +123,7 @@ def read_image_folder(root: PathLike, *, class_names: Sequence[str] | None = Non
     """
     folder = existing_folder(root, "root")
     with os.scandir(folder) as entries:
-        found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        found = sorted(entry.name for entry in entries if entry.is_dir() and not _is_left_over(entry.name))
     if not found:
         raise ValueError(f"root must hold a folder for each class, got none in {str(folder)!r}")
     names = tuple(found) if class_names is None else check_class_names(class_names, None)
@@ -132,19 +141,27 @@ def read_image_folder(root: PathLike, *, class_names: Sequence[str] | None = Non
         )
     paths: list[str] = []
     labels: list[int] = []
+    others: Counter[str] = Counter()
     for name in found:
         before = len(paths)
-        paths += _image_paths(folder, name)
+        paths += _image_paths(folder, name, others)
         labels += [label_of[name]] * (len(paths) - before)
     if not paths:
         raise ValueError(
             f"root must hold images ({', '.join(IMAGE_SUFFIXES)}) in its class folders, got none in {str(folder)!r}"
         )
+    if others:
+        listed = ", ".join(f"{number} {ending or 'without ending'}" for ending, number in others.most_common())
+        warnings.warn(f"{folder}: files of other endings than images have are passed over: {listed}", stacklevel=2)
     return FileImages(folder, paths, labels, class_names=names)
 
 
-def _image_paths(root: Path, class_folder: str) -> list[str]:
-    """The images below a class folder, relative to ``root``: by folder and then by name, both sorted."""
+def _is_left_over(name: str) -> bool:
+    return name.startswith((".", "@eaDir", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini", "lost+found")
+
+
+def _image_paths(root: Path, class_folder: str, others: Counter[str]) -> list[str]:
+    """The images below a class folder, relative to ``root``: by folder and then by name, both sorted; counts other files."""
     found: list[tuple[str, list[str]]] = []
     # Each with the folders that it lies in: links are followed, as data sets are often made of them, but not back up, which
     # would go on for ever.
@@ -157,12 +174,14 @@ def _image_paths(root: Path, class_folder: str) -> list[str]:
         images = []
         with os.scandir(root / folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if _is_left_over(entry.name):
                     continue
                 if entry.is_dir():
                     waiting.append((f"{folder}/{entry.name}", above | {real}))
                 elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                     images.append(entry.name)
+                elif not entry.name.lower().endswith(_NOTES):
+                    others[os.path.splitext(entry.name)[1].lower()] += 1
         found.append((folder, sorted(images)))
     return [f"{folder}/{name}" for folder, images in sorted(found) for name in images]
 
@@ -170,20 +189,24 @@ def _image_paths(root: Path, class_folder: str) -> list[str]:
 def read_arrays(
     path: PathLike,
     *,
-    images: str = "x",
-    labels: str = "y",
+    images: str | None = None,
+    labels: str | None = None,
     names: str | None = "names",
     num_classes: int | None = None,
+    part: str | None = None,
 ) -> ArrayImages:
     """Read images from the arrays of an ``.npz`` file, into memory.
 
     Args:
         path: the file.
-        images: name of the array of pixels, uint8 [n, height, width] (gray) or [n, height, width, 3].
-        labels: name of the array of labels, integers [n].
+        images: name of the array of pixels, uint8 [n, height, width] or [n, height, width, 1] (gray) or [n, height, width, 3].
+            Default: ``x``, ``images``, ``data`` or ``pixels``, alone or with the part before or behind, as in ``train_images``
+            and ``x_train``.
+        labels: name of the array of labels, integers [n] or [n, 1]. Default: ``y``, ``labels``, ``targets`` likewise.
         names: name of the array of the class names, text [N]; the default is passed over where the file has no such array, None
             always.
         num_classes: N; default, the number of names, or without names the largest label plus one.
+        part: of a file that holds several, ``"train"``, ``"val"`` or ``"test"``.
 
     Returns:
         The images, called ``file.npz[0]`` and so on.
@@ -204,8 +227,7 @@ def read_arrays(
         ('digits.npz[2]', (8, 8), 1)
     """
     file = Path(path)
-    if file.is_dir():
-        raise ValueError(f"path must be an .npz file, got the directory {str(file)!r}")
+    open_file(file).close()
     try:
         archive = np.load(file, allow_pickle=False)
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
@@ -213,8 +235,13 @@ def read_arrays(
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(f"{file} is not an .npz file: it holds a single array")
     with archive:
+        if images is None or labels is None:
+            found = _found_arrays(archive.files, part)
+            images, labels = images or found[0], labels or found[1]
         pixels = _array(archive, file, images, "images")
         label_ids = _array(archive, file, labels, "labels")
+        pixels = pixels[..., 0] if pixels.ndim == 4 and pixels.shape[3] == 1 else pixels
+        label_ids = label_ids[:, 0] if label_ids.ndim == 2 and label_ids.shape[1] == 1 else label_ids
         class_names = None
         if names is not None and (names in archive or names != "names"):
             texts = _array(archive, file, names, "names")
@@ -229,9 +256,27 @@ def read_arrays(
         raise type(error)(f"{file}: {error}") from None
 
 
+def _found_arrays(present: Sequence[str], part: str | None) -> tuple[str, str]:
+    """The names of the images and of the labels in an archive; x and y where there are none of the usual ones."""
+    of_part = [part] if part is not None else ["train", "val", "test"]
+    pairs = []
+    affixes = [("", ""), *((f"{each}_", "") for each in of_part), *(("", f"_{each}") for each in of_part)]
+    for before, after in affixes:
+        images = [f"{before}{name}{after}" for name in ("x", "X", "images", "data", "pixels")]
+        labels = [f"{before}{name}{after}" for name in ("y", "Y", "labels", "targets", "fine_labels")]
+        pairs += [(one, other) for one in images for other in labels if one in present and other in present]
+    if len(pairs) > 1 and part is None:
+        listed = " or ".join(f"images={one!r}, labels={other!r}" for one, other in pairs)
+        raise ValueError(f"images and labels must be named where there are several: {listed}")
+    return pairs[0] if pairs else ("x", "y")
+
+
 def _array(archive: Any, file: Path, key: str, role: str) -> npt.NDArray[Any]:
     if key not in archive:
-        raise ValueError(f"{file} has no array {key!r} for {role}; it has {', '.join(sorted(archive.files)) or 'none'}")
+        raise ValueError(
+            f"{file} has no array {key!r} for {role}; it has {', '.join(sorted(archive.files)) or 'none'}; "
+            "read_arrays(..., images=, labels=) names others"
+        )
     try:
         array = archive[key]
     except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
@@ -248,7 +293,8 @@ def from_torchvision(dataset: Any, name: str) -> DatasetImages:
 
     Args:
         dataset: its items are ``(PIL image, label)``, so it is made without ``transform`` and ``target_transform``; its labels
-            are in ``targets``, ``labels`` or ``_labels``, the names of its classes in ``classes`` where there are any.
+            are in ``targets``, ``labels`` or ``_labels``, the names of its classes in ``classes`` where there are any. Torch's
+            ``Subset`` and ``ConcatDataset`` of such data sets are data sets too.
         name: what to call it; its images are ``name[0]`` and so on.
 
     Returns:
@@ -270,25 +316,40 @@ def from_torchvision(dataset: Any, name: str) -> DatasetImages:
         raise TypeError(f"name must be a text that is not empty, got {name!r}")
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(f"dataset must have a length and items, got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {name!r} has no images")
+    labels, classes = _labels_and_classes(dataset)
+    images = DatasetImages(dataset, labels, name, class_names=classes)
+    images.load(0)
+    item_label = int(np.asarray(dataset[0][1]).item())
+    if item_label != int(images.labels[0]):
+        raise ValueError(
+            f"dataset {name!r} lists label {int(images.labels[0])} for its first item, but that has label {item_label}"
+        )
+    return images
+
+
+def _labels_and_classes(dataset: Any) -> tuple[npt.NDArray[Any], list[str] | None]:
+    """The labels of a data set in torchvision's manner, or of a subset or a concatenation of such, and its classes' names."""
+    if getattr(dataset, "target_transform", None) is not None:
+        raise ValueError("dataset must have no target_transform: it would change the labels of its items, but not all at once")
+    if isinstance(dataset, ConcatDataset):
+        parts = [_labels_and_classes(part) for part in dataset.datasets]
+        if any(classes != parts[0][1] for _, classes in parts):
+            raise ValueError("dataset must concatenate data sets of the same classes, got different names of classes")
+        return np.concatenate([labels for labels, _ in parts]), parts[0][1]
+    if isinstance(dataset, Subset):
+        labels, classes = _labels_and_classes(dataset.dataset)
+        return labels[np.asarray(dataset.indices, dtype=np.int64)], classes
     attribute = next((key for key in ("targets", "labels", "_labels") if getattr(dataset, key, None) is not None), None)
     if attribute is None:
         raise TypeError(
             f"dataset must have its labels in targets, labels or _labels, {type(dataset).__name__} has none of them"
         )
-    if len(dataset) == 0:
-        raise ValueError(f"dataset {name!r} has no images")
-    if getattr(dataset, "target_transform", None) is not None:
-        raise ValueError("dataset must have no target_transform: it would change the labels of its items, but not all at once")
-    classes = getattr(dataset, "classes", None)
-    labels = getattr(dataset, attribute)
-    images = DatasetImages(dataset, labels, name, class_names=None if classes is None else [str(entry) for entry in classes])
-    images.load(0)
-    item_label = int(dataset[0][1])
-    if item_label != int(images.labels[0]):
-        raise ValueError(
-            f"dataset {name!r} has {attribute}[0] = {int(images.labels[0])}, but its first item has label {item_label}"
-        )
-    return images
+    labels = np.asarray(getattr(dataset, attribute))
+    named = getattr(dataset, "classes", None)
+    flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    return flat, None if named is None else [str(entry) for entry in named]
 
 
 def read_cifar(name: str, root: PathLike, part: str, download: bool = False) -> ArrayImages:

@@ -6,11 +6,13 @@ import hashlib
 import itertools
 import os
 import threading
+import unicodedata
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import TypeAlias
 
 from ..data.images import ArrayImages, DatasetImages, FileImages, ImageReadError, LabelledImages
@@ -144,12 +146,47 @@ def _root_hint(images: LabelledImages, failed: Sequence[int]) -> str:
     for candidate in (*inside, *root.parents[:3]):
         if os.path.exists(candidate / path):
             return f"{text}; it is in {str(candidate)!r}: give that as the root"
+    for other, cause in _other_paths(root, path):
+        if os.path.exists(root / other):
+            return f"{text}; {other!r} is in the root: {cause}"
+    return f"{text}: the root may be wrong"
+
+
+def _other_paths(root: Path, path: str) -> Iterator[tuple[str, str]]:
+    """Paths that may be meant by one of a list, and what is the matter with the list then."""
+    yield path.replace("\\", "/"), "the paths of the list have the backslashes of Windows"
+    yield path.strip("\"'"), "the paths of the list are in quotes"
+    if " " in path:
+        yield path.rsplit(None, 1)[0], "the lines of the list have a third column, and the label is to be the second of two"
+    folder, _, name = path.rpartition("/")
+    yield os.path.join(os.path.dirname(folder), name), "the list has class folders, into which the files are not sorted"
     below = path
     while "/" in below:
         below = below.partition("/")[2]
-        if os.path.exists(root / below):
-            return f"{text}; {below!r} is in the root: the paths of the list have more folders than there are"
-    return f"{text}: the root may be wrong"
+        yield below, "the paths of the list have more folders than there are"
+    alike = _alike(root, path)
+    if _one_form(alike) == _one_form(path):
+        yield alike, "the list and the disk write accents in different forms of Unicode (NFC, NFD)"
+    if _one_form(alike).casefold() == _one_form(path).casefold():
+        yield alike, "upper and lower case differ"
+    yield alike, "the files have another ending"
+
+
+def _alike(root: Path, path: str) -> str:
+    """The path on the disk that is this one but for case, the form of accents and the ending; this one where there is none."""
+    found: list[str] = []
+    for part in path.split("/"):
+        folder = root.joinpath(*found)
+        present = sorted(os.listdir(folder)) if folder.is_dir() else []
+        wanted = _one_form(part).casefold()
+        same = [name for name in present if _one_form(name).casefold() == wanted]
+        stem = [name for name in present if _one_form(os.path.splitext(name)[0]).casefold() == os.path.splitext(wanted)[0]]
+        found.append((same or stem or [part])[0])
+    return "/".join(found)
+
+
+def _one_form(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def repeat_problems(parts: Parts) -> Iterator[Finding]:

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 PathLike: TypeAlias = str | os.PathLike[str]
+
+
+def open_file(path: PathLike) -> IO[bytes]:
+    """Open a file to read. What is none (a pipe, a device, a folder) is refused at once, where reading could wait for ever.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise ValueError(f"must be a file, got {_kind(mode)} {os.fspath(path)!r}")
+    return os.fdopen(handle, "rb")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "the directory", stat.S_IFIFO: "the pipe", stat.S_IFSOCK: "the socket"}
+    return kinds.get(stat.S_IFMT(mode), "the device")
 
 
 @contextmanager
@@ -21,12 +43,13 @@ def whole_file(path: PathLike) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of ``path`` when the block ends, and is gone if the block fails.
 
     Its content is on the disk before it is seen under ``path``, so that neither a kill nor a full disk nor a power cut leaves
-    half a file behind that looks whole. The directory must exist.
+    half a file behind that looks whole. A link stays, and what it leads to is replaced. The directory must exist.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = temporary_for(target)
     try:
         with temporary.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # by which others see that its process lives
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -38,6 +61,23 @@ def whole_file(path: PathLike) -> Iterator[IO[bytes]]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_for(target: Path) -> Path:
+    """Where what is to become ``target`` can be written."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes were writing in ``folder``, all or what was to become the file ``name``."""
+    for left in folder.glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"):
+        process = left.name.split(".")[-3]
+        # A process on another machine has a number that means nothing here, but holds the lock.
+        with suppress(OSError):
+            if process.isdecimal() and not Path(f"/proc/{process}").exists() and left.is_file():
+                with left.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink(missing_ok=True)
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -67,8 +107,9 @@ def read_json(path: PathLike, what: str) -> dict[str, Any]:
         ValueError: it is not a JSON object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        with open_file(path) as file:
+            value = json.loads(file.read().decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets without end
         raise ValueError(f"{os.fspath(path)} is not {what}: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{os.fspath(path)} is not {what}: it holds a {type(value).__name__}, not an object")
@@ -78,7 +119,7 @@ def read_json(path: PathLike, what: str) -> dict[str, Any]:
 def file_digest(path: PathLike) -> str:
     """SHA-256 of a file's bytes, as hexadecimal digits."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -87,12 +128,13 @@ def file_digest(path: PathLike) -> str:
 def check_output_file(path: PathLike, name: str, *, overwrite: bool = False) -> Path:
     """Check before any work that ``path`` can be written: in a directory that exists, no file yet unless ``overwrite``."""
     target = Path(path)
-    if target.is_dir():
-        raise ValueError(f"{name} must be a file, got the directory {str(target)!r}")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{name} must be a file, got {_kind(target.stat().st_mode)} {str(target)!r}")
     if not target.absolute().parent.is_dir():
         raise ValueError(f"{name} must be a file in a directory that exists, got {str(target)!r}")
     if target.exists() and not overwrite:
         raise ValueError(f"{name} exists already: {str(target)!r}; give another name, or ask for it to be overwritten")
+    remove_leftovers(Path(os.path.realpath(target)).parent, target.name)
     return target
 
 

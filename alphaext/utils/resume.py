@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .files import whole_file
+from .files import open_file, whole_file
 
 __all__ = ["ResumableTraining", "check_checkpoint"]
 
@@ -76,7 +76,8 @@ class ResumableTraining:
             ValueError: it cannot be read, or belongs to another training.
         """
         try:
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            with open_file(path) as file:
+                state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError(f"it holds a {type(state).__name__}")
             for name, kind in self._content.items():

@@ -9,6 +9,7 @@ import datetime
 import doctest
 import errno
 import functools
+import gzip
 import io
 import json
 import os
@@ -1057,6 +1058,51 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         torch.save(payload, path)
         with pytest.raises(ValueError, match=message):
             read_checkpoint(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><title>Quota exceeded</title>", r"a page of the web \(HTML\)"),
+        (gzip.compress(b"something"), "compressed with gzip"),
+        (b'{"metadata": {"total_size": 9}, "weight_map": {}}', "a JSON document, perhaps the index of a model's shards"),
+        (b"\x89HDF\r\n", "an HDF5 file"),
+    ],
+)
+def test_files_that_people_take_for_checkpoints(tmp_path: Path, suffix: str, content: bytes, what: str) -> None:
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"m{suffix} is {what}.*, not a checkpoint"):
+        read_checkpoint(path)
+
+
+def test_one_of_several_shards(tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    save_linear(nn.Linear(4, 3), path)
+    with pytest.raises(ValueError, match=r"is one of 2 shards of a model, which the file model.safetensors.index.json beside"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "dangling link", "link"])
+def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "m.pth"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "dangling link":
+        path.symlink_to(tmp_path / "none.pth")
+    else:
+        torch.save(small().state_dict(), tmp_path / "there.pth")
+        path.symlink_to(tmp_path / "there.pth")
+        checkpoint = read_checkpoint(path)
+        write_repaired(checkpoint, repaired(checkpoint), FEW, path, overwrite=True)
+        assert path.is_symlink() and not (tmp_path / "there.pth").is_symlink()
+        return
+    with pytest.raises((ValueError, FileNotFoundError), match=r"must be a file, got the (pipe|device)|there is no checkpoint"):
+        read_checkpoint(path)
 
 
 def test_classifiers_that_do_not_fit_together(tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_unreadable_files_say_why(tmp_path: Path) -> None:
         "missing.jpg": "no such file in ",
         "empty.jpg": "the file is empty",
         "text.jpg": "not an image of a known format",
-        "folder.jpg": "Is a directory",
+        "folder.jpg": "must be a file, got the directory",
         "a\0b.jpg": "embedded null byte",
     }
     images = FileImages(tmp_path, list(reasons), [0] * len(reasons))
@@ -661,6 +661,77 @@ def test_numbers_and_names_of_classes_of_arrays(tmp_path: Path) -> None:
         read_arrays(path, num_classes=7)
 
 
+def test_arrays_of_usual_names_are_found(tmp_path: Path) -> None:
+    """As MedMNIST and Keras name them, labels [n, 1] and gray images [n, height, width, 1] too."""
+    labels = np.array([0, 1, 1, 0])
+    for images, targets in (("train_images", "train_labels"), ("x_train", "y_train"), ("data", "targets")):
+        more = {"val_images": PIXELS[:1], "val_labels": [[1]]} if images == "train_images" else {}
+        np.savez(tmp_path / "a.npz", **{images: PIXELS[..., None], targets: labels[:, None], **more})
+        for part in ("train", "val") if more else (None,):
+            read = open_images(tmp_path / "a.npz", part=part)
+            assert read.labels.tolist() == ([1] if part == "val" else labels.tolist())
+            assert read[0][0].size == PIXELS.shape[:0:-1]
+    np.savez(tmp_path / "a.npz", train_images=PIXELS, train_labels=labels, test_images=PIXELS, test_labels=labels)
+    with pytest.raises(ValueError, match=r"where there are several: images='train_images', labels='train_labels' or images="):
+        read_arrays(tmp_path / "a.npz")
+    with pytest.raises(
+        ValueError, match=r"no array 'x' for images; it has test_images, .*read_arrays\(..., images=, labels=\)"
+    ):
+        read_arrays(tmp_path / "a.npz", part="val")
+
+
+def test_subsets_and_concatenations() -> None:
+    class Toy(torch.utils.data.Dataset):
+        classes = ("a", "b", "c")
+
+        def __init__(self, targets: list[int]) -> None:
+            self.targets = targets
+
+        def __len__(self) -> int:
+            return len(self.targets)
+
+        def __getitem__(self, index: int) -> Any:
+            return picture(index), np.array([self.targets[index]])
+
+    whole = torch.utils.data.ConcatDataset([Toy([0, 1, 2]), torch.utils.data.Subset(Toy([2, 1, 0]), [2, 0])])
+    images = from_torchvision(torch.utils.data.Subset(whole, [4, 0, 3]), "toy")
+    assert images.labels.tolist() == [2, 0, 0] and images.class_names == ("a", "b", "c")
+    other = Toy([0])
+    other.classes = ("x", "y", "z")
+    with pytest.raises(ValueError, match="of the same classes"):
+        from_torchvision(torch.utils.data.ConcatDataset([Toy([0]), other]), "toy")
+
+
+def test_other_files_of_image_folders_are_counted(tmp_path: Path) -> None:
+    for name in (
+        "cat/1.jpg",
+        "cat/2.heic",
+        "cat/3.heic",
+        "cat/._1.jpg",
+        "cat/Thumbs.db",
+        "cat/notes.txt",
+        "dog/4",
+        "dog/5.png",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "__MACOSX").mkdir()
+    with pytest.warns(UserWarning, match=r"are passed over: 2 .heic, 1 without ending$"):
+        images = read_image_folder(tmp_path)
+    assert images.class_names == ("cat", "dog") and images.paths == ["cat/1.jpg", "dog/5.png"]
+
+
+def test_no_waiting_for_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageReadError, match="must be a file, got the pipe"):
+        FileImages(tmp_path, ["pipe.png"], [0])[0]
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(ValueError, match="must be a file, got the pipe"):
+        read_list(tmp_path / "list.txt", tmp_path)
+    with pytest.raises(ValueError, match="must be a file, got the device"):
+        read_arrays("/dev/zero")
+
+
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
@@ -669,13 +740,13 @@ def test_numbers_and_names_of_classes_of_arrays(tmp_path: Path) -> None:
         ({"x": PIXELS.astype(np.float32), "y": [0] * 4}, TypeError, "images must be uint8, got float32"),
         ({"x": PIXELS, "y": [0] * 3}, ValueError, "one entry an image, got 4 and 3"),
         ({"x": PIXELS, "y": [0.0] * 4}, TypeError, "labels must be integers"),
-        ({"x": PIXELS, "y": [[0]] * 4}, ValueError, r"labels must have shape \[n\]"),
+        ({"x": PIXELS, "y": [[0, 1]] * 4}, ValueError, r"labels must have shape \[n\]"),
         ({"x": PIXELS, "y": [0, -1, 0, 0]}, ValueError, "labels must be in 0.*got -1"),
         ({"x": PIXELS, "y": [0, 1, 2, 0], "names": ["a", "b"]}, ValueError, r"labels must be in 0..1, got 2"),
         ({"x": PIXELS, "y": [0] * 4, "names": [1, 2]}, TypeError, r"names \('names'\) must be text \[N\], got int64"),
         ({"x": PIXELS, "y": [0] * 4, "names": ["a", "a"]}, ValueError, "class_names must be different"),
         ({"x": PIXELS[0], "y": [0] * 3}, ValueError, r"images must have shape .*, got \[3, 2\]"),
-        ({"x": PIXELS[..., None], "y": [0] * 4}, ValueError, r"got \[4, 3, 2, 1\]"),
+        ({"x": PIXELS[..., None, None], "y": [0] * 4}, ValueError, r"got \[4, 3, 2, 1, 1\]"),
         ({"x": PIXELS[:0], "y": np.zeros(0, np.int64)}, ValueError, "there are no images in it"),
         ({"x": PIXELS, "y": 3}, ValueError, "must have one entry an image or class"),
         ({"x": np.array([None] * 4), "y": [0] * 4}, TypeError, r"images \('x'\) must be .*, got Python objects"),
@@ -703,7 +774,7 @@ def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(PIXELS.tobytes(), bytes(PIXELS.size)))
     with pytest.raises(ValueError, match=r"toy.npz: images \('x'\) cannot be read"):
         read_arrays(path)
-    with pytest.raises(ValueError, match="path must be an .npz file, got the directory"):
+    with pytest.raises(ValueError, match="must be a file, got the directory"):
         read_arrays(tmp_path)
 
 
@@ -776,7 +847,7 @@ def test_items_of_datasets_are_checked() -> None:
 
     with pytest.raises(TypeError, match=r"got a Tensor as the image: make the data set without a transform"):
         from_torchvision(Tensors(), "toy")
-    with pytest.raises(ValueError, match=r"targets\[0\] = 0, but its first item has label 2"):
+    with pytest.raises(ValueError, match=r"lists label 0 for its first item, but that has label 2"):
         from_torchvision(OtherLabels(), "toy")
     images = from_torchvision(Broken(), "toy")
     assert images[0][0].mode == "RGB"

@@ -126,6 +126,26 @@ def bad_report(tmp_path: Path) -> DataReport:
     return check(train, healthy()[1])
 
 
+@pytest.mark.parametrize(
+    ("line", "disk", "cause"),
+    [
+        ("c/0.png", "c\\0.png", "backslashes"),
+        ("c/0.png", '"c/0.png"', "in quotes"),
+        ("c/0.png", "c/0.png 7", "a third column"),
+        ("val/0.png", "val/c/0.png", "class folders, into which the files are not sorted"),
+        ("0.png", "val/c/0.png", "more folders than there are"),
+        ("C/0.PNG", "c/0.png", "upper and lower case differ"),
+        ("c/0.jpeg", "c/0.png", "another ending"),
+        ("c\u00e9/0.png", "ce\u0301/0.png", "accents"),
+    ],
+)
+def test_the_likely_cause_of_missing_images_is_named(tmp_path: Path, line: str, disk: str, cause: str) -> None:
+    (tmp_path / line).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / line).touch()
+    report = check(FileImages(tmp_path, [disk, disk + "x"], [0, 1]), read_images=False)
+    assert cause in found(report, "missing images of train").detail
+
+
 def test_a_report_is_json(tmp_path: Path) -> None:
     for report in (bad_report(tmp_path), check_data(*healthy(), progress=False)):
         content = json.loads(json.dumps(report.to_dict(), allow_nan=False))

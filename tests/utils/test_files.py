@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -13,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from alphaext.utils.files import check_output_file, file_digest, folder_lock, read_json, whole_file, write_json
+from alphaext.utils.files import (
+    check_output_file,
+    file_digest,
+    folder_lock,
+    open_file,
+    read_json,
+    remove_leftovers,
+    whole_file,
+    write_json,
+)
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
@@ -45,12 +55,57 @@ def test_json_goes_there_and_back_and_has_no_nan(tmp_path):
     assert read_json(path, "a test") == {"name": "\udcff.png"}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"a": 1} x'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"a": 1} x', b'{"a":' * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
 def test_what_is_no_json_object_is_named(tmp_path, content):
     path = tmp_path / "value.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="value.json is not a sidecar"):
         read_json(path, "a sidecar")
+
+
+def test_a_link_stays_and_leads_to_the_new_content(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "file"
+    link.symlink_to(target)
+    for content in (b"one", b"two"):
+        with whole_file(link) as file:
+            file.write(content)
+        assert link.is_symlink() and target.read_bytes() == content
+    assert os.listdir(tmp_path / "elsewhere") == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "device"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "it"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path = Path("/dev/zero")
+    for function in (open_file, file_digest, lambda path: read_json(path, "a test")):
+        with pytest.raises(ValueError, match=f"must be a file, got the {kind}"):
+            function(path)
+    with pytest.raises(ValueError, match=f"output must be a file, got the {kind}"):
+        check_output_file(path, "output", overwrite=True)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine, left, other = (tmp_path / f".a.bin.{process}.1.tmp" for process in (os.getpid(), dead.pid, f"x{dead.pid}"))
+    for path in (mine, left, other, tmp_path / f".b.bin.{dead.pid}.1.tmp"):
+        path.touch()
+    check_output_file(tmp_path / "a.bin", "output")
+    assert not left.exists() and mine.exists() and other.exists() and len(os.listdir(tmp_path)) == 3
+    remove_leftovers(tmp_path)
+    assert len(os.listdir(tmp_path)) == 2
+    with left.open("wb") as file:  # held by a process on another machine
+        fcntl.flock(file, fcntl.LOCK_SH)
+        remove_leftovers(tmp_path)
+        assert left.exists()
 
 
 def test_digest(tmp_path):
