@@ -228,6 +228,8 @@ def markdown(summary: Sequence[Row]) -> str:
         "on validation samples, but the front's constants, which are chosen on the test samples themselves. "
         f"{' '.join(ATTRIBUTIONS.values())}",
         "",
+        *compact(summary),
+        "",
         "| set | classifier | method | few | medium | many | all | few less few-bias | all less few-bias | all less preset few "
         "| above the front |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -240,6 +242,21 @@ def markdown(summary: Sequence[Row]) -> str:
         names = (row["set"], row["classifier"], row["method"])
         lines.append(f"| {' | '.join([*names, *(row[part] for part in SPLITS), *cells])} |")
     return "\n".join([*lines, "", *goals(summary), ""])
+
+
+def compact(summary: Sequence[Row]) -> list[str]:
+    """Few and all accuracy of every method, a column a set and classifier."""
+    places = list(dict.fromkeys((row["set"], row["classifier"]) for row in summary))
+    lines = [
+        f"| few / all | {' | '.join(f'{name}, {classifier}' for name, classifier in places)} |",
+        f"|---|{'---:|' * len(places)}",
+    ]
+    of = {
+        (row["method"], row["set"], row["classifier"]): f"{float(row['few']):.1f} / {float(row['all']):.1f}" for row in summary
+    }
+    for method in methods():
+        lines.append(f"| {method} | {' | '.join(of[(method, *place)] for place in places)} |")
+    return lines
 
 
 def _shown(row: Row, name: str) -> str:
