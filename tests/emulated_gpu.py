@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -42,8 +43,13 @@ def flags() -> list[str]:
         raise SystemExit('the emulated GPU is built with pybind11: pip install "pybind11>=2.13"') from None
     from torch.utils import cpp_extension
 
+    version = runpy.run_path(str(ROOT / "alphaext/utils/environment.py"))["__version__"]
     defined = {"ALPHAEXT_WITH_CUDA": "1", "ALPHAEXT_EMULATED_GPU": "1", "SHIM_FIBERS": "1", "TORCH_EXTENSION_NAME": "_C"}
-    defined |= {"TORCH_TARGET_VERSION": "0x020a000000000000", "ALPHAEXT_VERSION": '"0.1.0"', "ALPHAEXT_FLAGS": '"emulated"'}
+    defined |= {
+        "TORCH_TARGET_VERSION": "0x020a000000000000",
+        "ALPHAEXT_VERSION": f'"{version}"',
+        "ALPHAEXT_FLAGS": '"emulated"',
+    }
     defined |= {f"ALPHAEXT_{name}": '"emulated"' for name in ("TORCH_VERSION", "CUDA_VERSION", "CUDA_ARCHS")}
     system = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     return [

@@ -157,10 +157,10 @@ def split_problems(counts: Tensor, few_below: int, many_above: int, top_k: int) 
         )
     elif base < top_k:
         yield Finding(
-            "error",
+            "note",
             "fewer base classes than neighbours",
-            f"{base} classes have at least {few_below} training images, but each few class is to be combined with its {top_k} "
-            "nearest: a smaller top_k or few_below is needed",
+            f"{base} classes have at least {few_below} training images: presets combine each few class with these, and a "
+            f"training with top_k={top_k} is refused",
         )
     for name, number, rule in (
         ("medium", base - many, f"{few_below} to {many_above}"),

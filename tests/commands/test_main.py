@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import alphaext
 from alphaext.commands import demonstration as demo
 from alphaext.commands import main as cli
 
@@ -98,7 +99,7 @@ def test_interruption_has_its_exit_code(monkeypatch):
     ("arguments", "code", "said"),
     [
         (["--help"], 0, "alphaext doctor data"),
-        (["--version"], 0, "alphaext 0.1.0"),
+        (["--version"], 0, f"alphaext {alphaext.__version__}"),
         (["fit", "--help"], 0, "--gamma"),
         (["fit", "--gama", "1"], 2, "unknown option --gama; did you mean '--gamma'?"),
         (["fit", "--no-progres"], 2, "unknown option --no-progres; did you mean '--no-progress'?"),

@@ -249,7 +249,7 @@ def test_no_training_images() -> None:
         ([6, 3, 2], set(), set()),
         ([6, 6, 3], {"no few classes"}, set()),
         ([2, 1, 2], {"no base classes"}, set()),
-        ([6, 2, 2], {"fewer base classes than neighbours"}, {"no medium classes"}),
+        ([6, 2, 2], set(), {"fewer base classes than neighbours", "no medium classes"}),
         ([5, 4, 2], set(), {"no many classes"}),
         ([6, 6, 1], set(), {"no medium classes"}),
         ([3, 3, 3], {"no few classes"}, {"no many classes"}),
