@@ -269,6 +269,9 @@ def _shown(row: Row, name: str) -> str:
 
 def tables(draws: Sequence[int]) -> None:
     summary = summarize([row for row in read_rows(ROOT / "rows.csv") if int(row["draw"]) in draws])
+    if not summary:
+        print("no table yet: no draw has rows of all methods")
+        return
     columns = list(dict.fromkeys(name for row in summary for name in row))
     write_rows(ROOT / "summary.csv", columns, summary)
     (ROOT / "summary.md").write_text(markdown(summary))

@@ -204,6 +204,13 @@ def repair(
         if run.final_policy.score(after) > run.final_policy.score(run.before):
             made, errors = average.linear, run.calibration_errors(average.linear)
             notes = run.losses(after, made)
-            result = replace(result, metrics_after=after, kept_original=False, notes=notes, calibration_errors=errors)
+            result = replace(
+                result,
+                metrics_after=after,
+                kept_original=False,
+                notes=notes,
+                calibration_errors=errors,
+                few_bias=average.settings["few_bias"],
+            )
     warn_of(result.notes)
     return Repair(made, head, result, builder.split, average)

@@ -40,7 +40,7 @@ def test_all_is_at_least_the_original_on_validation_and_says_what_it_is(seed: in
     if made.average.chosen["candidate"] == "original":
         assert torch.equal(made.linear.weight, linear.weight)
     else:
-        assert len(made.average.settings["weights"]) == 3
+        assert len(made.average.settings["weights"]) == 3 and made.result.few_bias == made.average.settings["few_bias"]
     again = repair(linear, *train, **val, preset="all", **FAST)
     assert torch.equal(again.linear.weight, made.linear.weight) and torch.equal(again.linear.bias, made.linear.bias)
 
