@@ -255,6 +255,7 @@ def predict_logits(logits: TensorLike, labels: TensorLike) -> Predictions:
 class _Collected:
     """Predictions in the making, block of scores by block of scores."""
 
+    @torch.inference_mode(False)  # a tensor made there cannot be written outside
     def __init__(self, samples: int, num_classes: int | None = None) -> None:
         self.num_classes = num_classes
         self._done = 0

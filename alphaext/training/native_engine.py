@@ -36,7 +36,7 @@ def why_not_native(head: AlphaNet, optimizer: torch.optim.Optimizer | None) -> s
     if type(head) is not AlphaNet:
         return f"the head is a {type(head).__name__}, which may compute something else than AlphaNet"
     if head.weight.dtype not in (torch.float32, torch.float64):
-        return f"the head is {head.weight.dtype}, not float32 or float64"
+        return f"the head is {head.weight.dtype}, not float32 or float64; linear.float() makes a layer that can be"
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in head.parameters()):
         return "a parameter has a gradient hook"
     frozen = [name for name, p in head.named_parameters() if not p.requires_grad and name not in ("weight", "bias")]

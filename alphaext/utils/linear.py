@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def check_fits(tensor: Tensor | None, name: str, weight: Tensor, shape: Sequence
 
 def linear_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight ``[N, D]`` and bias ``[N]`` or None of a linear layer, checked."""
-    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    weight, bias = (_trainable(getattr(linear, name, None)) for name in ("weight", "bias"))
     if not isinstance(weight, Tensor):
         raise TypeError(f"linear must have a weight [num_classes, in_features], such as nn.Linear; got {type(linear).__name__}")
     if bias is not None and not isinstance(bias, Tensor):
@@ -48,6 +49,14 @@ def linear_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     check_same_device(weight=weight, bias=bias)
     check_classifier(weight, bias)
     return weight.detach(), None if bias is None else bias.detach()
+
+
+@torch.no_grad()
+def _trainable(value: Any) -> Any:
+    """A copy of a tensor that was made in torch.inference_mode, where none can be trained on; all else as it is."""
+    return (
+        value.clone() if isinstance(value, Tensor) and value.is_inference() and not torch.is_inference_mode_enabled() else value
+    )
 
 
 def _computes_rows(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:

@@ -128,7 +128,7 @@ def check_labels(labels: TensorLike, num_classes: int | None, name: str = "label
     tensor = torch.zeros(0, dtype=torch.int64, device="cpu") if _is_empty_list(labels) else as_tensor(labels, name)
     check_integral(tensor, name)
     check_shape(tensor, name, ("n",))
-    tensor = tensor.detach().to(torch.int64)
+    tensor = tensor.detach().to(torch.int64).contiguous()
     outside = tensor < 0
     if num_classes is not None:
         outside = outside | (tensor >= num_classes)
