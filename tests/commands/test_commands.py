@@ -28,6 +28,7 @@ from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, 
 from alphaext.commands import main as cli
 from alphaext.commands.options import read_config
 from alphaext.commands.results import read_classifier
+from alphaext.features.folder import ExtractionFolder
 from alphaext.features.store import read_parts
 from alphaext.study import choose
 from alphaext.training import many as sweep
@@ -637,3 +638,25 @@ def test_names_with_brackets_are_no_markup(digits, tmp_path, capsys):
     run(digits, "fit", "--classifier", digits / "joint", "--epochs", "1", "--output", tmp_path / "alpha [/red]")
     run(digits, "fit", "--classifier", tmp_path / "alpha [/red]", "--epochs", "1", "--output", tmp_path / "again [v1]")
     assert "alpha [/red]" in capsys.readouterr().out
+
+
+def test_an_extraction_says_how_far_it_is_and_that_it_goes_on(digits, tmp_path, capsys, monkeypatch):
+    extract = ["extract", "--val", digits / "val.txt", "--progress", "--features", tmp_path / "features"]
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(ExtractionFolder, "join", interrupt)
+        run(digits, *extract, code=130)
+    assert "interrupted; run the same command again to go on" in capsys.readouterr().err
+    run(digits, *extract, "--processes", "1")
+    said = capsys.readouterr()
+    assert "val (part 2 of 3): " in said.err and "images a second" in said.err and "Cached features" in said.out
+    run(digits, *extract)
+    assert "val (part 2 of 3): already complete" in capsys.readouterr().err
+    run(digits, *extract, "--quiet")
+    assert capsys.readouterr() == ("", "")
+    alone = json.loads((tmp_path / "features" / "val" / "features.json").read_text())
+    usual = json.loads((digits / "features" / "val" / "features.json").read_text())
+    assert alone["features_sha256"] == usual["features_sha256"] and "1 thread" in alone["device"]

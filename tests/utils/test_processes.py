@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 from processes import free_port, run_processes, torchrun_environment
 
-from alphaext.utils.processes import Group, PeerError, process_group
+from alphaext.utils.processes import Group, PeerError, keep_freed_memory, process_group, processors_per_process
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +221,26 @@ def test_devices_of_several_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no GPU"):
         _device("cuda", 0, 1)
+
+
+def test_a_process_that_keeps_its_memory_gets_the_same_pages_again():
+    def faults_of_a_second_block():
+        keep_freed_memory()
+        for _ in range(2):
+            block = bytearray(64 * 2**20)  # far above what the C library takes from the system by itself
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            del block
+            block = bytearray(64 * 2**20)
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        return faults
+
+    (faults,) = run_processes(1, faults_of_a_second_block)
+    assert faults < 1000  # of 16,384 pages
+
+
+def test_processors_are_shared_out(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert processors_per_process() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert processors_per_process() == 2
