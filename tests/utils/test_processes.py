@@ -226,13 +226,11 @@ def test_devices_of_several_processes(monkeypatch):
 def test_a_process_that_keeps_its_memory_gets_the_same_pages_again():
     def faults_of_a_second_block():
         keep_freed_memory()
-        for _ in range(2):
-            block = bytearray(64 * 2**20)  # far above what the C library takes from the system by itself
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            del block
-            block = bytearray(64 * 2**20)
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        return faults
+        size = 64 * 2**20  # far above what the C library keeps by itself
+        bytearray(size)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bytearray(size)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     (faults,) = run_processes(1, faults_of_a_second_block)
     assert faults < 1000  # of 16,384 pages
