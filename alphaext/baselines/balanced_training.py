@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..classes import ClassSplit, class_counts, split_classes
 from ..training.cached_logits import check_samples, data_digest
 from ..training.options import TrainingOptions
-from ..training.selection import BaselineResult, Policy, Validation
+from ..training.selection import BaselineResult, Policy, Validation, unfit_to_choose
 from ..utils.checks import check_together
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining
@@ -103,6 +103,12 @@ class BalancedTraining(ResumableTraining):
             "images_per_class": sampler.images_per_class,
             "seed": options.seed,
         }
+
+    def can_choose(self) -> bool:
+        """Whether validation samples can choose among trainings."""
+        if self.validation is None or self.policy.select == "last":
+            return False
+        return not unfit_to_choose(self.validation.samples.labels, self.validation.split)
 
     def train(self, model: Model, path: Path | None, progress: bool | None, *classifier: Tensor | None) -> None:
         """Train ``model`` for what is left of the epochs; ``classifier`` is what it is frozen on, for the checkpoint."""

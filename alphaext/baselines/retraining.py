@@ -6,10 +6,13 @@ logits, which are computed once.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +32,14 @@ from .balanced_training import BalancedTraining, Model
 __all__ = ["crt", "lws"]
 
 
+# Kang et al.'s for ImageNet-LT, and what is tried where neither is given.
+PUBLISHED_LR, PUBLISHED_WEIGHT_DECAY = 0.2, 5e-4
+LRS = (0.2, 0.02)
+WEIGHT_DECAYS = (5e-4, 5e-3, 5e-2)
+
+# Steps that a training has at least where the number of epochs is not given: on small data ten epochs are a few dozen.
+_LEAST_STEPS = 250
+
 # Elements of a block of logits that are computed at a time.
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -43,11 +54,11 @@ def crt(
     val_labels: TensorLike | None = None,
     split: ClassSplit | None = None,
     bias: bool = True,
-    epochs: int = 10,
+    epochs: int | None = None,
     batch_size: int = 512,
-    lr: float = 0.2,
+    lr: float | None = None,
     momentum: float = 0.9,
-    weight_decay: float = 5e-4,
+    weight_decay: float | None = None,
     images_per_class: int = 1,
     select: str | None = None,
     min_all: float | None = None,
@@ -59,8 +70,9 @@ def crt(
     """Train a new linear classifier on frozen features, with class-balanced samples (classifier re-training, cRT).
 
     The loss is the cross-entropy over all classes; SGD with momentum; the learning rate falls along a cosine, epoch by epoch.
-    The defaults are Kang et al.'s for ImageNet-LT; :data:`RETRAINING_PRESETS` has their other data sets too. (Their scheduler
-    steps before it trains, so that their epochs run one ahead on the cosine, and their last epoch trains nothing.)
+    :data:`RETRAINING_PRESETS` has Kang et al.'s settings, by data set. Those of ImageNet-LT are the defaults, but small data
+    get more epochs, and learning rate and weight decay are chosen on validation samples. (Their scheduler steps before it
+    trains, so that their epochs run one ahead on the cosine, and their last epoch trains nothing.)
 
     Args:
         features: ``[n, D]``, floating point, the training features; a tensor, an array or a memory map, float16 too. They are
@@ -74,11 +86,12 @@ def crt(
         split: which classes are few, medium and many, for the validation accuracies. Default: by the training samples, with the
             paper's thresholds.
         bias: whether the classifier has one; Kang et al.'s has.
-        epochs: 10. An epoch draws as many samples as there are, less what fills no batch.
+        epochs: 10, or as many as make 250 steps. An epoch draws as many samples as there are, less what fills no batch.
         batch_size: 512.
-        lr: learning rate of the first epoch, 0.2.
+        lr: learning rate of the first epoch. Default: 0.02 or 0.2, whichever does better on validation samples in a training of
+            about 250 steps; 0.2 where they cannot choose (none, ``select="last"``, less than ten of few or of base classes).
         momentum: 0.9.
-        weight_decay: L2 penalty, 5e-4, of the bias too.
+        weight_decay: L2 penalty, of the bias too. Default: 5e-4, 5e-3 or 5e-2, chosen likewise, together; or 5e-4.
         images_per_class: see :class:`alphaext.baselines.balanced_sampling.ClassBalancedSampler`.
         select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data, as
             Kang et al. select); ``"best_few"``, the best few accuracy among those whose accuracy over all is not below
@@ -106,7 +119,7 @@ def crt(
         {'epoch': 2}
     """
     started = time.monotonic()
-    options = _options(epochs, batch_size, lr, momentum, weight_decay, seed)
+    options = _options(10 if epochs is None else epochs, batch_size, lr, momentum, weight_decay, seed)
     path = None if checkpoint is None else check_checkpoint(checkpoint)
     original = None if linear is None else linear_parameters(linear)
     source = as_tensor(features, "features").detach()
@@ -130,8 +143,14 @@ def crt(
         "select": select,
         "min_all": min_all,
     }
-    training = BalancedTraining("crt", shape, source, labels, options, images_per_class, original=original, **measured)
-    training.train(_Classifier(training, shape, bool(bias), place), path, progress)
+
+    def make(options: TrainingOptions) -> BalancedTraining:
+        return BalancedTraining("crt", shape, source, labels, options, images_per_class, original=original, **measured)
+
+    def train(training: BalancedTraining, path: Path | None) -> None:
+        training.train(_Classifier(training, shape, bool(bias), place), path, progress)
+
+    training = _trained(make, train, options, epochs is None, lr, weight_decay, path)
     weight, *biases = training.selected
     return training.result(make_linear(weight, biases[0] if biases else None), {"bias": bool(bias)}, started)
 
@@ -144,11 +163,11 @@ def lws(
     val_features: TensorLike | None = None,
     val_labels: TensorLike | None = None,
     split: ClassSplit | None = None,
-    epochs: int = 5,
+    epochs: int | None = None,
     batch_size: int = 512,
-    lr: float = 0.2,
+    lr: float | None = None,
     momentum: float = 0.9,
-    weight_decay: float = 5e-4,
+    weight_decay: float | None = None,
     images_per_class: int = 1,
     select: str | None = None,
     min_all: float | None = None,
@@ -171,11 +190,11 @@ def lws(
         val_features: ``[m, D]``, to select the epoch by; with ``val_labels``.
         val_labels: ``[m]`` integers.
         split: which classes are few, medium and many.
-        epochs: 5 in Kang et al.'s configurations.
+        epochs: 5, or as many as make 250 steps.
         batch_size: 512.
-        lr: 0.2.
+        lr: as for :func:`crt`.
         momentum: 0.9.
-        weight_decay: L2 penalty of the factors, 5e-4.
+        weight_decay: L2 penalty of the factors, as for :func:`crt`.
         images_per_class: as for :func:`crt`.
         select: as for :func:`crt`. Epoch 0, the classifier as it was, takes part.
         min_all: for ``"best_few"``, a fraction of 1; None takes the classifier's own.
@@ -197,7 +216,7 @@ def lws(
         ({'epoch': 2}, torch.Size([2]))
     """
     started = time.monotonic()
-    options = _options(epochs, batch_size, lr, momentum, weight_decay, seed)
+    options = _options(5 if epochs is None else epochs, batch_size, lr, momentum, weight_decay, seed)
     path = None if checkpoint is None else check_checkpoint(checkpoint)
     own_weight, own_bias = linear_parameters(linear)
     place = own_weight.device if device is None else check_device(device)
@@ -210,10 +229,17 @@ def lws(
         "select": select,
         "min_all": min_all,
     }
-    training = BalancedTraining("lws", weight, features, labels, options, images_per_class, original=(weight, bias), **measured)
-    if training.validation is not None:
-        training.validation.keep(weight)
-    training.train(_Scales(training, weight, bias), path, progress, weight, bias)
+
+    def make(options: TrainingOptions) -> BalancedTraining:
+        made = BalancedTraining("lws", weight, features, labels, options, images_per_class, original=(weight, bias), **measured)
+        if made.validation is not None:
+            made.validation.keep(weight)
+        return made
+
+    def train(training: BalancedTraining, path: Path | None) -> None:
+        training.train(_Scales(training, weight, bias), path, progress, weight, bias)
+
+    training = _trained(make, train, options, epochs is None, lr, weight_decay, path)
     scales = training.selected[0]
     # On the classifier's own device and in its dtype, whatever it was trained on.
     scaled_bias = None if bias is None else (bias * scales).to(own_weight)
@@ -304,16 +330,66 @@ class _Scales(Model):
         return validation.accuracies(self.weight, [Rescaling(scales, None if self.bias is None else scales * self.bias)])[0]
 
 
-def _options(epochs: int, batch_size: int, lr: float, momentum: float, weight_decay: float, seed: int) -> TrainingOptions:
+def _options(
+    epochs: int, batch_size: int, lr: float | None, momentum: float, weight_decay: float | None, seed: int
+) -> TrainingOptions:
     return TrainingOptions(
         epochs=check_integer(epochs, "epochs", minimum=1),
         batch_size=batch_size,
-        lr=lr,
+        lr=PUBLISHED_LR if lr is None else lr,
         momentum=momentum,
-        weight_decay=weight_decay,
+        weight_decay=PUBLISHED_WEIGHT_DECAY if weight_decay is None else weight_decay,
         lr_schedule="cosine",
         seed=seed,
     )
+
+
+def _trained(
+    make: Callable[[TrainingOptions], BalancedTraining],
+    train: Callable[[BalancedTraining, Path | None], None],
+    options: TrainingOptions,
+    more_epochs: bool,
+    lr: float | None,
+    weight_decay: float | None,
+    path: Path | None,
+) -> BalancedTraining:
+    """Train; what is None of learning rate and weight decay, validation samples choose by shorter trainings.
+
+    Args:
+        make: a training of these options, not begun.
+        train: carries it out, with a checkpoint.
+        options: with the published values in place of None.
+        more_epochs: whether there may be more epochs, for a floor of steps.
+        lr: as given.
+        weight_decay: as given.
+        path: the checkpoint of the training that is kept.
+    """
+    training = make(options)
+    enough = -(-_LEAST_STEPS // training.steps)
+    if more_epochs:
+        options = replace(options, epochs=max(options.epochs, enough))
+    candidates = [
+        replace(options, epochs=min(options.epochs, enough), lr=rate, weight_decay=decay)
+        for rate, decay in itertools.product(
+            LRS if lr is None else [options.lr], WEIGHT_DECAYS if weight_decay is None else [options.weight_decay]
+        )
+    ]
+    tried: list[dict[str, Any]] = []
+    if len(candidates) > 1 and training.can_choose():
+        for candidate in candidates:
+            shorter = make(candidate)
+            try:
+                train(shorter, None)
+            except FloatingPointError:
+                continue
+            tried.append({"lr": candidate.lr, "weight_decay": candidate.weight_decay, "score": shorter.selected_score})
+    if tried:
+        best = max(tried, key=lambda each: float(each["score"]))
+        options = replace(options, lr=best["lr"], weight_decay=best["weight_decay"])
+    training = make(options)
+    train(training, path)
+    training.settings |= {"tried": tried} if tried else {}
+    return training
 
 
 def _take(tensor: Tensor, indices: Tensor) -> Tensor:

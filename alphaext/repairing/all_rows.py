@@ -50,6 +50,9 @@ def average_all_rows(
             split=split,
             seed=seed,
             progress=progress,
+            epochs=10,
+            lr=0.2,
+            weight_decay=5e-4,
         )
         return made.linear
 

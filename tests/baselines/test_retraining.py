@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from alphaext.utils.seeds import seeded_generator
 NUM_CLASSES, IN_FEATURES = 8, 12
 SIZES = torch.tensor([300, 220, 150, 90, 60, 40, 14, 9])
 SPLIT = split_classes(SIZES)
-FAST = dict(epochs=3, batch_size=64, lr=0.05)
+FAST = dict(epochs=3, batch_size=64, lr=0.05, weight_decay=5e-4)
 
 
 def make_data(sizes: Tensor = SIZES, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -394,3 +395,29 @@ def test_presets_are_options():
         assert set(preset) == {"crt", "lws"}
         crt(FEATURES, LABELS, **{**preset["crt"], "epochs": 1, "lr": 0.01})
         lws(JOINT, FEATURES, LABELS, **{**preset["lws"], "epochs": 1, "lr": 0.01})
+
+
+def test_small_data_get_a_floor_of_steps_and_settings_of_their_own():
+    found = crt(FEATURES, LABELS, **VALIDATION, linear=JOINT, progress=False)
+    steps = len(LABELS) // min(512, len(LABELS))
+    assert len(found.table) * steps >= 250 and (len(found.table) - 1) * steps < 250
+    tried = found.settings["tried"]
+    assert {(each["lr"], each["weight_decay"]) for each in tried} == set(
+        itertools.product(retraining.LRS, retraining.WEIGHT_DECAYS)
+    )
+    best = max(tried, key=lambda each: each["score"])
+    assert (found.settings["lr"], found.settings["weight_decay"]) == (best["lr"], best["weight_decay"])
+    assert found.accuracy["all"] == best["score"]
+    chosen = {name: found.settings[name] for name in ("epochs", "lr", "weight_decay")}
+    again = crt(FEATURES, LABELS, **VALIDATION, linear=JOINT, progress=False, **chosen)
+    assert torch.equal(again.linear.weight, found.linear.weight) and "tried" not in again.settings
+    scales = lws(JOINT, FEATURES, LABELS, **VALIDATION, lr=0.1, progress=False)
+    assert scales.settings["lr"] == 0.1 and len(scales.settings["tried"]) == 3
+
+
+def test_what_validation_cannot_choose_is_as_published():
+    few = torch.isin(VALIDATION["val_labels"], torch.tensor([6, 7]))
+    part = {name: values[~few] for name, values in VALIDATION.items()}
+    for data in ({}, part, {**VALIDATION, "select": "last"}):
+        found = crt(FEATURES, LABELS, **data, epochs=2, progress=False)
+        assert (found.settings["lr"], found.settings["weight_decay"]) == (0.2, 5e-4) and "tried" not in found.settings
