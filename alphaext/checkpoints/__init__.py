@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from .export import ExportReport, export
 from .reader import FORMATS, Checkpoint, normalize_expert_features, read_checkpoint
+from .undo import undo
 from .writer import save_linear, write_repaired
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "normalize_expert_features",
     "read_checkpoint",
     "save_linear",
+    "undo",
     "write_repaired",
 ]

@@ -109,6 +109,7 @@ def export(
     example: Tensor | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
+    keep_original: bool = False,
 ) -> ExportReport:
     """Write a repaired classifier for use, once it is shown that what is written scores as it should.
 
@@ -133,6 +134,7 @@ def export(
         tolerance: how far scores may be off, in parts of the largest; None goes by the file's dtype: 1e-4 for float32, 1e-2 for
             float16, 5e-2 for bfloat16, 1e-8 for float64.
         overwrite: replace a file that is there.
+        keep_original: keep what is changed beside the output, for :func:`alphaext.checkpoints.undo`; ``"same"`` alone.
 
     Returns:
         What was verified, with the largest differences.
@@ -167,6 +169,8 @@ def export(
     suffix = {"safetensors": ".safetensors", "onnx": ".onnx"}.get(format)
     if suffix is not None and target.suffix != suffix:
         raise ValueError(f"output must end in {suffix} for format={format!r}, got {str(target)!r}")
+    if keep_original and format != "same":
+        raise ValueError(f"keep_original must be False for format={format!r}, which is no copy of the checkpoint")
     if model is None:
         needless = "example" if example is not None else "classifier" if classifier is not None else None
         if needless is not None or format == "onnx":
@@ -180,7 +184,8 @@ def export(
     batch.tolerance = max(TOLERANCES[checkpoint.dtype], TOLERANCES[batch.dtype]) if allowed is None else allowed
     unchanged, onnx_checked_by, onnx_difference = None, None, None
     if format == "same":
-        unchanged = write_verified(checkpoint, linear, few, target, overwrite=overwrite, verify=batch.check)
+        options = {"overwrite": overwrite, "keep_original": keep_original}
+        unchanged = write_verified(checkpoint, linear, few, target, **options, verify=batch.check)
     elif format == "onnx":
         assert isinstance(batch, _Images)
         onnx_checked_by, onnx_difference = _write_onnx(batch, target)

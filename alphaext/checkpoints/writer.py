@@ -22,6 +22,7 @@ from .files import container, read_payload, require_safetensors
 from .layouts import KeyPath
 from .reader import Checkpoint, open_checkpoint
 from .row_edits import RowEdit, changed_bytes, check_copy, copy_with
+from .undo import keep_changes
 
 # How many rounding errors of its dtype a number may be off: a division and a multiplication back, and sums in another order.
 _ROUNDINGS = 8
@@ -126,6 +127,7 @@ def write_verified(
     path: PathLike,
     *,
     overwrite: bool = False,
+    keep_original: bool = False,
     verify: Callable[[Checkpoint], None] | None = None,
 ) -> int | None:
     """:func:`write_repaired`, with a last word for ``verify``: it gets the new file, read, before the file takes its name.
@@ -143,6 +145,8 @@ def write_verified(
             f"path must {'' if in_safetensors else 'not '}end in .safetensors, for the format stays that of {checkpoint.path}; "
             f"got {str(target)!r}"
         )
+    if keep_original and container(checkpoint.path) == "legacy":
+        raise ValueError(f"keep_original must be False for {checkpoint.path}: a file from before torch 1.6 is written anew")
     edits = _edits(checkpoint, few, weight, bias)
     with _editable(checkpoint.path, target.parent) as source, whole_file(target) as file:
         changes = changed_bytes(source, edits, checkpoint.path)
@@ -152,6 +156,8 @@ def write_verified(
         _check_written(checkpoint, written, few, weight, bias)
         if verify is not None:
             verify(written)
+        if keep_original:
+            keep_changes(source, Path(file.name), changes, target)
     return same if source == checkpoint.path else None
 
 

@@ -25,15 +25,20 @@ class Export(CommonOptions, ModelOptions):
 
     Code that loaded the old file loads the new one. Before the file takes its name it is read back, and with --backbone the
     model is loaded from it and compared on a batch. Other formats: safetensors, linear (the classifier alone), onnx.
+    With --undo the original comes out of a repaired file again, to the last byte.
 
     Example:
         alphaext export --checkpoint trained.pth --repaired alpha-joint --backbone resnext50_32x4d --output repaired.pth
     """
 
     section: ClassVar[str] = "export"
-    repaired: Path = option(metavar="CLASSIFIER", help="the new classifier: a folder that 'fit' or 'baseline' wrote, or a file")
+    repaired: Path | None = option(
+        None, metavar="CLASSIFIER", help="the new classifier: a folder that 'fit' or 'baseline' wrote, or a file"
+    )
     output: Path = option(metavar="FILE", help="the file to write")
     overwrite: bool = option(False, help="replace a file that is there")
+    keep_original: bool = option(False, help="keep the rows that change beside the file, for --undo")
+    undo: Path | None = option(None, metavar="FILE", help="write the original of a file that was written with --keep-original")
     format: str = option("same", choices=("same", "safetensors", "linear", "onnx"), help="of the file")
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
@@ -41,6 +46,12 @@ class Export(CommonOptions, ModelOptions):
         from torch import nn
 
         console = results.console_or_quiet(console)
+        if self.undo is not None:
+            restored = alphaext.checkpoints.undo(self.undo, self.output, overwrite=self.overwrite)
+            console.print(f"wrote {self.output}, {restored:,} bytes restored", markup=False, highlight=False, soft_wrap=True)
+            return {"path": str(self.output), "restored_bytes": restored}
+        if self.repaired is None:
+            raise ValueError("--repaired must be given, or repaired in [export] of the configuration: the new classifier")
         checkpoint = self.read_checkpoint()
         linear = results.read_classifier(self.repaired, checkpoint.num_classes, self.classifier_layer)
         bias: Tensor | None = linear.bias
@@ -69,6 +80,7 @@ class Export(CommonOptions, ModelOptions):
             classifier=None if model is None else self.classifier_layer,
             example=None if model is None else self.example(model),
             overwrite=self.overwrite,
+            keep_original=self.keep_original,
         )
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
         return {**report.to_dict(), "changed_classes": changed.tolist(), "num_classes": checkpoint.num_classes}
