@@ -19,20 +19,11 @@ from .utils.tensors import (
     as_tensor,
     check_class_ids,
     check_finite,
-    check_floating,
-    check_integral,
     check_labels,
+    check_rows,
     check_same_device,
-    check_shape,
     features_and_labels,
 )
-
-__all__ = [
-    "ClassSplit",
-    "class_counts",
-    "class_means",
-    "split_classes",
-]
 
 # Elements of one block of features. It stays in cache between its conversion and its sum, and torch starts its threads
 # from 2**15 elements on: waiting for them costs more than such light work, many times more on a busy machine.
@@ -180,6 +171,18 @@ def split_classes(counts: TensorLike, *, few_below: int = 20, many_above: int = 
         >>> split_classes([500, 100, 20, 19])
         ClassSplit(few=1, medium=2, many=1)
     """
+    few_below, many_above = check_thresholds(few_below, many_above)
+    samples = check_labels(counts, None, "counts")
+    if samples.numel() == 0:
+        raise ValueError("counts is empty: there are no classes to split")
+    empty = samples == 0
+    if bool(empty.all()):
+        raise ValueError("counts must be above 0 for some class, all are 0")
+    return ClassSplit.of_masks((samples < few_below) & ~empty, (samples > many_above) & ~empty, empty)
+
+
+def check_thresholds(few_below: int, many_above: int) -> tuple[int, int]:
+    """Return both as ``int`` after checking that no class would be both few and many."""
     few_below = check_integer(few_below, "few_below", minimum=0)
     many_above = check_integer(many_above, "many_above", minimum=0)
     if few_below > many_above + 1:
@@ -187,19 +190,7 @@ def split_classes(counts: TensorLike, *, few_below: int = 20, many_above: int = 
             f"few_below must be at most many_above + 1 = {many_above + 1}, got {few_below}: "
             f"classes of {many_above + 1} to {few_below - 1} samples would be both few and many"
         )
-    samples = as_tensor(counts, "counts").detach()
-    check_shape(samples, "counts", ("N",))
-    if samples.numel() == 0:
-        raise ValueError("counts is empty: there are no classes to split")
-    check_integral(samples, "counts")
-    samples = samples.to(torch.int64)
-    if bool((samples < 0).any()):
-        index = int(torch.nonzero(samples < 0)[0, 0])
-        raise ValueError(f"counts must be at least 0, got {int(samples[index])} for class {index}")
-    empty = samples == 0
-    if bool(empty.all()):
-        raise ValueError("counts must be above 0 for some class, all are 0")
-    return ClassSplit.of_masks((samples < few_below) & ~empty, (samples > many_above) & ~empty, empty)
+    return few_below, many_above
 
 
 def check_split(split: ClassSplit, num_classes: int) -> ClassSplit:
@@ -264,12 +255,8 @@ def class_sums(
         a result has: those of ``features``, but at least float32.
     """
     check_same_device(features=features, labels=labels)
-    source = features if isinstance(features, (Tensor, np.ndarray)) else as_tensor(features, "features")
-    if source.ndim != 2:
-        raise ValueError(f"features must have shape [n, D], got {list(source.shape)}")
-    # An empty slice tells dtype and device without touching a memory map's data.
-    empty = as_tensor(source[:0], "features")
-    check_floating(empty, "features")
+    # Dtype and device, without touching a memory map's data.
+    source, empty = check_rows(features, "features", "D")
     samples, width = int(source.shape[0]), int(source.shape[1])
     counts = class_counts(labels, num_classes).cpu()
     label_list = as_tensor(labels, "labels").tolist()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import alphaext.classes
 from alphaext.classes import ClassSplit, class_counts, class_means, split_classes
-from alphaext.utils.checks import check_gamma, check_integer, format_ids
+from alphaext.utils.checks import check_integer, check_number, format_ids
 from alphaext.utils.tensors import as_tensor, check_finite, check_floating, check_labels, check_same_device, check_shape
 
 
@@ -103,10 +103,10 @@ def test_split_follows_its_definition(counts: list[int], few_below: int, many_ab
     ("counts", "thresholds", "error", "message"),
     [
         ([0, 0], {}, ValueError, "counts must be above 0 for some class, all are 0"),
-        ([5, -2], {}, ValueError, "counts must be at least 0, got -2 for class 1"),
+        ([5, -2], {}, ValueError, "counts must be at least 0, got -2 at index 1"),
         ([5.0, 2.0], {}, TypeError, "counts must be integers, got torch.float64"),
         ([], {}, ValueError, "counts is empty"),
-        ([[5]], {}, ValueError, r"counts must have shape \[N\], got \[1, 1\]"),
+        ([[5]], {}, ValueError, r"counts must have shape \[n\], got \[1, 1\]"),
         ([5], {"few_below": 100, "many_above": 20}, ValueError, "few_below must be at most many_above .* got 100"),
         ([5], {"few_below": -1}, ValueError, "few_below must be at least 0, got -1"),
         ([5], {"many_above": 0.5}, TypeError, "many_above must be an integer, got 0.5"),
@@ -176,19 +176,19 @@ def test_a_class_without_samples_is_in_no_split() -> None:
 
 @pytest.mark.parametrize("gamma", [1.0, 0.7, 1, 1e-9, np.float32(0.5)])
 def test_gamma_within_its_interval(gamma: float) -> None:
-    assert check_gamma(gamma) == float(gamma)
+    assert check_number(gamma, "gamma", above=0, maximum=1) == float(gamma)
 
 
 @pytest.mark.parametrize("gamma", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
 def test_gamma_outside_its_interval(gamma: float) -> None:
-    with pytest.raises(ValueError, match=r"gamma must be in \(0, 1\], got"):
-        check_gamma(gamma)
+    with pytest.raises(ValueError, match="gamma must be finite and above 0 and at most 1, got"):
+        check_number(gamma, "gamma", above=0, maximum=1)
 
 
 @pytest.mark.parametrize("gamma", ["0.7", None, True])
 def test_gamma_that_is_no_number(gamma: object) -> None:
-    with pytest.raises(TypeError, match=r"gamma must be a number in \(0, 1\], got"):
-        check_gamma(gamma)
+    with pytest.raises(TypeError, match="gamma must be a number, finite and above 0 and at most 1, got"):
+        check_number(gamma, "gamma", above=0, maximum=1)
 
 
 def test_integer_bounds() -> None:

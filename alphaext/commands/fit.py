@@ -20,7 +20,7 @@ import alphaext
 from ..study.plans import POLICIES, check_policy
 from ..training.options import OPTIONS, selection_score
 from ..training.presets import PRESETS, preset_options
-from ..utils.checks import check_gamma, format_ids
+from ..utils.checks import check_number, format_ids
 from ..utils.text import percent
 from . import results
 from .options import option
@@ -98,7 +98,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         tried = {name: self.tried(name) for name in _TRIED}
         check_policy(self.policy, self.max_drop)
         for gamma in tried["gamma"]:
-            check_gamma(gamma)
+            check_number(gamma, "gamma", above=0, maximum=1)
         given = self.given()
         select, min_all = given.get("select"), given.get("min_all")
         if self.policy is not None and select is not None:

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..classes import class_means, split_classes
+from ..classes import check_thresholds, class_means, split_classes
 from ..data.images import LabelledImages
-from ..utils.checks import check_class_names, check_integer
+from ..utils.checks import check_class_names, check_integer, check_kind
 from ..utils.linear import linear_parameters
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape
+from ..utils.tensors import TensorLike, check_labels, finite_tensor
 from .images import content_problems, missing_problems, read_all, reading_problems, repeat_problems, truncation_problems
 from .labels import (
     coverage_problems,
@@ -83,10 +83,7 @@ def check_data(
     """
     started = time.monotonic()
     parts = _check_parts(train, val, test)
-    few_below = check_integer(few_below, "few_below", minimum=1)
-    many_above = check_integer(many_above, "many_above", minimum=0)
-    if few_below > many_above + 1:
-        raise ValueError(f"few_below must be at most many_above + 1 = {many_above + 1}, got {few_below}")
+    few_below, many_above = check_thresholds(check_integer(few_below, "few_below", minimum=1), many_above)
     top_k = check_integer(top_k, "top_k", minimum=1)
     if workers is not None:
         workers = check_integer(workers, "workers", minimum=1)
@@ -214,11 +211,7 @@ def check_classifier_order(
 def _means(features: TensorLike, labels: TensorLike | None, num_classes: int) -> tuple[Tensor, Tensor]:
     """The mean feature of each class that has one, and these classes."""
     if labels is None:
-        means = as_tensor(features, "features").detach()
-        check_floating(means, "features")
-        check_shape(means, "features", (num_classes, "D"))
-        check_finite(means, "features")
-        return means, torch.arange(num_classes, device="cpu")
+        return finite_tensor(features, "features", (num_classes, "D")), torch.arange(num_classes, device="cpu")
     classes, places = check_labels(labels, num_classes).cpu().unique(return_inverse=True)
     if len(classes) == 0:
         raise ValueError("features must have at least one row, got none")
@@ -250,8 +243,5 @@ def _assignments(assigned: Tensor, classes: Tensor, names: Sequence[str] | None)
 def _check_parts(train: LabelledImages, val: LabelledImages | None, test: LabelledImages | None) -> dict[str, LabelledImages]:
     parts = {"train": train, **{name: images for name, images in (("val", val), ("test", test)) if images is not None}}
     for name, images in parts.items():
-        if not isinstance(images, LabelledImages):
-            raise TypeError(
-                f"{name} must be LabelledImages (alphaext.data.open_images makes them), got {type(images).__name__}"
-            )
+        check_kind(images, LabelledImages, name, hint="alphaext.data.open_images makes them")
     return parts

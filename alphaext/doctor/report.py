@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from ..classes import ClassSplit
@@ -127,8 +127,7 @@ class DataReport:
         out.print(self._classes_table())
         for finding in self.problems:
             finding.print(out)
-        numbers = [len(self.of_level(level)) for level in LEVELS]
-        summary = ", ".join(plural(n, level) for n, level in zip(numbers, LEVELS, strict=True))
+        summary = ", ".join(plural(len(self.of_level(level)), level) for level in LEVELS)
         read = f"{plural(self.images_read, 'image')} read" if self.images_read else "images not read"
         style = "green" if self.ok else "bold red"
         out.print(f"[{style}]{summary}[/] ({read}, {self.seconds:.1f} s)", highlight=False)
@@ -168,10 +167,7 @@ class DataReport:
 
 
 def _table(title: str, columns: Sequence[str], left: Sequence[str]) -> Table:
-    table = Table(title=title)
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right")
-    return table
+    return Table(*(Column(name, justify="left" if name in left else "right") for name in columns), title=title)
 
 
 def plural(number: int, noun: str) -> str:

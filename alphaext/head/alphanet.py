@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..ops import head as ops
-from ..utils.checks import check_choice, check_gamma, check_integer, check_number
+from ..utils.checks import check_choice, check_integer, check_number
 from ..utils.linear import check_classifier, check_fits, linear_parameters, make_linear
 from ..utils.tensors import TensorLike, as_tensor, check_same_device, check_shape
 from .choices import FIRST_LAYERS, INITS, LEARNED_COEFFICIENTS
@@ -65,6 +65,9 @@ class AlphaNet(nn.Module):
         seed: of the initial weights; None draws one from PyTorch's default generator. Dense and factored heads of the same
             seed start the same.
 
+    Sizes are attributes: ``in_features`` D, ``out_features`` N, ``num_few`` F, ``top_k`` K and ``num_directions`` R; ``shared``
+    says whether one network serves several few classes.
+
     All tensors share the dtype and device of ``weight``. The attribute ``few_bias``, 0 at first, is a constant on all few
     scores (chosen by :func:`alphaext.fit` with ``few_bias=True``); it is part of the scores, of ``fold()`` and of the state. So
     is ``keeps_original``: where it is True, the head is the original classifier, whatever was learned (``fit`` sets it where
@@ -101,7 +104,7 @@ class AlphaNet(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.gamma = check_gamma(gamma)
+        self.gamma = check_number(gamma, "gamma", above=0, maximum=1)
         ops.rule_number(rule)
         check_choice(init, "init", INITS)
         check_choice(first_layer, "first_layer", FIRST_LAYERS)
@@ -116,11 +119,16 @@ class AlphaNet(nn.Module):
         if num_few == len(weight):
             raise ValueError(f"members makes all {num_few} classes few; at least one must be a base class")
         if coefficients == "direct":
-            needless = {"z": z is not None, "hidden_dim": hidden_dim not in (None, 0), "shared": bool(shared)}
-            needless |= {"init": init != "identity", "first_layer": first_layer != "factored"}
-            if any(needless.values()):
-                given = next(name for name, is_given in needless.items() if is_given)
-                raise ValueError(f"coefficients='direct' has no sub-modules, to which {given} could apply")
+            needless = {
+                "z": z is not None,
+                "hidden_dim": hidden_dim not in (None, 0),
+                "shared": bool(shared),
+                "init": init != "identity",
+                "first_layer": first_layer != "factored",
+            }
+            for name, is_given in needless.items():
+                if is_given:
+                    raise ValueError(f"coefficients='direct' has no sub-modules, to which {name} could apply")
             z, hidden_dim = weight.new_zeros(num_few, 0), 0
         else:
             z = check_fits(z, "z", weight, (num_few, "(K+1)*P"))
@@ -152,11 +160,15 @@ class AlphaNet(nn.Module):
         self.directions: Tensor | None = None if directions is None else nn.Buffer(directions.detach().clone())
         self.direction_bias: Tensor | None = None if direction_bias is None else nn.Buffer(direction_bias.detach().clone())
         self.residual = None if directions is None else nn.Parameter(weight.new_zeros(num_few, len(directions)))
+        self.out_features, self.in_features = weight.shape
+        self.num_few, self.top_k = num_few, num_members - 1
+        self.num_directions = 0 if directions is None else len(directions)
         self.rule, self.coefficients, self.first_layer = rule, coefficients, first_layer
         self.projected_gradient = bool(projected_gradient)
         self.few_bias, self.first_layer_decay, self.keeps_original = 0.0, 1.0, False
         self.seed = check_integer(seed, "seed", minimum=0, maximum=2**63 - 1)
         networks = 1 if shared else num_few
+        self.shared = networks == 1 and num_few > 1
         self._init_first_layer(networks, hidden_dim)
         self._init_second_layer(networks, hidden_dim, init)
 
@@ -364,39 +376,9 @@ class AlphaNet(nn.Module):
         return self
 
     @property
-    def in_features(self) -> int:
-        """Width ``D`` of the features."""
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Number ``N`` of classes."""
-        return self.weight.shape[0]
-
-    @property
-    def num_few(self) -> int:
-        """Number ``F`` of few classes, whose rows are rebuilt."""
-        return self.members.shape[0]
-
-    @property
-    def top_k(self) -> int:
-        """Number ``K`` of neighbours of each few class."""
-        return self.members.shape[1] - 1
-
-    @property
     def few_classes(self) -> Tensor:
         """Ids of the few classes, ``[F]`` int64."""
         return self.members[:, 0]
-
-    @property
-    def num_directions(self) -> int:
-        """Number ``R`` of directions of the residual; 0 without one."""
-        return 0 if self.directions is None else len(self.directions)
-
-    @property
-    def shared(self) -> bool:
-        """Whether one network serves all few classes."""
-        return self.w2.shape[0] == 1 and self.num_few != 1
 
     def forward(self, features: Tensor) -> Tensor:
         """Scores of all classes, ``[..., N]`` in class order, from ``features`` ``[..., D]`` (equations 3 and 4)."""
@@ -626,6 +608,9 @@ def _read_extra_state(state: Tensor) -> dict[str, Any]:
     text = json.loads(bytes(state.cpu().tolist()).decode())
     stored = {name: text[name] for name in _EXTRA_STATE}
     ops.rule_number(stored["rule"])
-    stored |= {"gamma": check_gamma(stored["gamma"]), "projected_gradient": bool(stored["projected_gradient"])}
+    stored |= {
+        "gamma": check_number(stored["gamma"], "gamma", above=0, maximum=1),
+        "projected_gradient": bool(stored["projected_gradient"]),
+    }
     stored["keeps_original"] = bool(stored["keeps_original"])
     return stored | {name: float(stored[name]) for name in ("few_bias", "first_layer_decay")}

@@ -10,8 +10,6 @@ from ..utils.checks import check_integer
 from ..utils.tensors import as_tensor, check_class_ids, check_shape
 from .neighbors import build_members, check_members, pool_classes, residual_directions
 
-__all__ = ["closed_form_alphas"]
-
 
 def choose_members(
     num_classes: int,

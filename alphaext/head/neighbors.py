@@ -18,17 +18,6 @@ from ..utils.seeds import seeded_generator
 from ..utils.tensors import TensorLike, as_tensor, check_class_ids, check_integral, check_shape, finite_tensor
 from .choices import METRICS, POOLS
 
-__all__ = [
-    "build_members",
-    "check_members",
-    "nearest_classes",
-    "neighbor_distances",
-    "pool_classes",
-    "reduce_classifiers",
-    "residual_directions",
-    "submodule_inputs",
-]
-
 
 def nearest_classes(
     class_means: TensorLike,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..classes import ClassSplit
-from ..utils.tensors import TensorLike, as_tensor, check_floating, check_labels, check_same_device, check_shape
+from ..utils.tensors import TensorLike, as_tensor, check_floating, check_same_device, check_shape, check_targets
 
 SPLITS = ("few", "medium", "many")
 SPLITS_AND_ALL = (*SPLITS, "all")
@@ -47,9 +47,7 @@ def label_ranks(logits: TensorLike, labels: TensorLike) -> Tensor:
     check_shape(scores, "logits", ("n", "N"))
     check_floating(scores, "logits")
     samples, num_classes = scores.shape
-    label_ids = check_labels(labels, num_classes).to(scores.device)
-    if label_ids.numel() != samples:
-        raise ValueError(f"logits and labels must have one entry a sample, got {samples} and {label_ids.numel()}")
+    label_ids = check_targets(labels, num_classes, samples, "logits").to(scores.device)
     class_ids = torch.arange(num_classes, device=scores.device)
     ranks = torch.empty(samples, dtype=torch.int64, device=scores.device)
     rows = max(1, _BLOCK_ELEMENTS.get(scores.device.type, _BLOCK_ELEMENTS_ELSEWHERE) // max(1, num_classes))
@@ -75,10 +73,9 @@ class SplitMetrics:
 
     def __init__(self, split: ClassSplit, counts: Tensor) -> None:
         """``counts``: validation samples of each class."""
-        parts = (split.few, split.medium, split.many)
         member = np.zeros((len(counts), 4), dtype=np.int64)
-        for column, ids in enumerate(parts):
-            member[ids.cpu().numpy(), column] = 1
+        for column, name in enumerate(SPLITS):
+            member[getattr(split, name).cpu().numpy(), column] = 1
         member[:, 3] = 1
         samples = counts.numpy()
         self._member, self._totals = member, samples @ member

@@ -67,18 +67,15 @@ def bootstrap_percentiles(
         for plus, minus in zip(gained, (None, None) if lost is None else lost, strict=True)
     ]
     generator = np.random.Generator(np.random.PCG64(seed))
-    names: list[str] = []
-    values: list[list[float]] = []
+    found: list[dict[str, float]] = []
     rows = max(1, _BLOCK_ELEMENTS // len(samples))
     for start in range(0, resamples, rows):
         block = np.stack([draw.hits(generator, min(rows, resamples - start)) for draw in draws], axis=1)
-        for hits in block:
-            resample = metrics.of(torch.from_numpy(hits))
-            names = list(resample)
-            values.append(list(resample.values()))
+        found += [metrics.of(torch.from_numpy(hits)) for hits in block]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.array(values), [tail, 1 - tail], axis=0).tolist()
-    return dict(zip(names, zip(low, high, strict=True), strict=True))
+    values = np.array([list(accuracies.values()) for accuracies in found])
+    low, high = np.quantile(values, [tail, 1 - tail], axis=0).tolist()
+    return dict(zip(found[0], zip(low, high, strict=True), strict=True))
 
 
 class _ClassDraws:

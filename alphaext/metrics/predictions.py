@@ -23,6 +23,7 @@ from ..utils.tensors import (
     check_labels,
     check_rows,
     check_shape,
+    check_targets,
     features_and_labels,
 )
 from .accuracy import label_ranks
@@ -187,7 +188,7 @@ def predict(
     if samples == 0:
         raise ValueError("features must not be empty")
     takes, num_classes = _size(classifier, "in_features"), _size(classifier, "out_features")
-    targets = _check_targets(labels, num_classes, samples, "features")
+    targets = check_targets(labels, num_classes, samples, "features").cpu()
     if takes is not None and takes != width:
         raise ValueError(f"features must have shape [n, {takes}] for this classifier, got [{samples}, {width}]")
     block_rows = check_integer(_BLOCK_ROWS if block_rows is None else block_rows, "block_rows", minimum=1)
@@ -244,7 +245,7 @@ def predict_logits(logits: TensorLike, labels: TensorLike) -> Predictions:
     samples, num_classes = int(source.shape[0]), int(source.shape[1])
     if num_classes == 0:
         raise ValueError(f"logits must have at least one column, got [{samples}, 0]")
-    targets = _check_targets(labels, num_classes, samples, "logits")
+    targets = check_targets(labels, num_classes, samples, "logits").cpu()
     collected = _Collected(samples, num_classes)
     rows = max(1, _BLOCK_ELEMENTS // num_classes)
     for start in range(0, samples, rows):
@@ -309,13 +310,6 @@ def _scores(classifier: nn.Module, block: Tensor, num_classes: int | None) -> Te
     if logits.shape[1] == 0:
         raise ValueError("the classifier's scores must have at least one column, got none")
     return logits
-
-
-def _check_targets(labels: TensorLike, num_classes: int | None, samples: int, name: str) -> Tensor:
-    targets = check_labels(labels, num_classes).cpu()
-    if len(targets) != samples:
-        raise ValueError(f"{name} and labels must have one entry a sample, got {samples} and {len(targets)}")
-    return targets
 
 
 def _check_confidence(confidence: TensorLike, samples: int) -> Tensor:

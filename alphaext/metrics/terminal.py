@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..utils.checks import check_choice, check_integer, check_kind
-from ..utils.text import percent
+from ..utils.text import number_text, percent
 from .accuracy import SPLITS_AND_ALL
 from .class_table import ClassRow
 from .comparison import Comparison
@@ -173,9 +173,9 @@ def class_rows_table(rows: Sequence[ClassRow], *, limit: int | None = None, titl
         "gain": [percent(row.gain, sign=True) for row in rows],
     }
     if any(row.neighbors for row in rows):
-        columns["alpha"] = ["-" if row.own_alpha is None else f"{row.own_alpha:.2f}" for row in rows]
+        columns["alpha"] = [number_text(row.own_alpha, ".2f") for row in rows]
     if any(row.distance is not None for row in rows):
-        columns["distance"] = ["-" if row.distance is None else f"{row.distance:.3g}" for row in rows]
+        columns["distance"] = [number_text(row.distance, ".3g") for row in rows]
     if any(row.neighbors for row in rows):
         columns["neighbours (alpha)"] = [_composition(row) for row in rows]
     texts = ("class", "split", "neighbours (alpha)")

@@ -17,8 +17,6 @@ except ModuleNotFoundError as error:
         "checkout, or start Python elsewhere to use an installed alphaext"
     ) from None
 
-__all__ = ["LAYOUT", "build_info"]
-
 LAYOUT: dict[str, int] = _C.layout()
 """Sizes of the kernels' memory layout: ``tile_width``, ``block_samples``, ``top_classes`` (csrc/kernels/training_params.h)."""
 
@@ -34,5 +32,4 @@ def build_info() -> dict[str, Any]:
         >>> sorted(build_info())
         ['compiler', 'cuda', 'cuda_archs', 'flags', 'simd', 'threads', 'torch', 'version']
     """
-    info: dict[str, Any] = _C.build_info()
-    return info
+    return _C.build_info()

@@ -91,8 +91,7 @@ def rule_number(rule: str) -> int:
 
 def scale_gradient(value: Tensor, scale: Tensor) -> Tensor:
     """``value``, whose gradient is multiplied by ``scale`` as that of ``b1`` is by ``b1_scale`` of :func:`alpha_head`."""
-    scaled: Tensor = _ScaleGradient.apply(value, scale)
-    return scaled
+    return _ScaleGradient.apply(value, scale)
 
 
 def evaluate(
@@ -147,8 +146,7 @@ def initial_preactivation(z: Tensor, hidden: int, shared: bool, seed: int) -> Te
         shared: one network for all classes.
         seed: of the draws.
     """
-    start: Tensor = torch.ops.alphaext.initial_preactivation(z, hidden, shared, seed)
-    return start
+    return torch.ops.alphaext.initial_preactivation(z, hidden, shared, seed)
 
 
 # ---- Autograd ----------------------------------------------------------------------------------------------------------
@@ -163,10 +161,8 @@ def _differentiable_head(arguments: tuple[Any, ...], b1_scale: Tensor | None) ->
         if b1_scale is not None:
             b1 = _ScaleGradient.apply(arguments[6], b1_scale)
             arguments = (*arguments[:6], b1, *arguments[7:])
-        scores: Tensor = AlphaHeadTransformable.apply(*arguments)[0]
-        return scores
-    scores = AlphaHead.apply(b1_scale, *arguments)
-    return scores
+        return AlphaHeadTransformable.apply(*arguments)[0]
+    return AlphaHead.apply(b1_scale, *arguments)
 
 
 def _call_kernel(op: Any, *arguments: Any) -> Any:

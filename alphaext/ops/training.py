@@ -16,23 +16,6 @@ from torch import Tensor, nn
 from .extension import LAYOUT
 from .head import rule_number
 
-__all__ = [
-    "BLOCK_SAMPLES",
-    "TOP_CLASSES",
-    "StepOptions",
-    "advise_huge_pages",
-    "blocks_of",
-    "cache_logits",
-    "pack_state",
-    "sample_epoch",
-    "train_epoch",
-    "train_epoch_many",
-    "trains_on",
-    "unpack_state",
-    "validate",
-    "validation_shape",
-]
-
 BLOCK_SAMPLES = LAYOUT["block_samples"]
 """Validation samples come in blocks of this many."""
 TOP_CLASSES = LAYOUT["top_classes"]
@@ -58,8 +41,7 @@ def sample_epoch(num_few: int, group_offsets: Tensor, negatives: int, seed: int,
         >>> sorted(sample_epoch(2, torch.tensor([0, 3]), 3, seed=0, epoch=1).tolist())
         [0, 1, 2, 3, 4]
     """
-    order: Tensor = torch.ops.alphaext.sample_epoch(num_few, group_offsets, negatives, seed, epoch)
-    return order
+    return torch.ops.alphaext.sample_epoch(num_few, group_offsets, negatives, seed, epoch)
 
 
 def advise_huge_pages(memory: Tensor) -> None:
@@ -179,10 +161,9 @@ def validate(
         first five for.
     """
     operator = torch.ops.alphaext.validate if alpha.dim() == 2 else torch.ops.alphaext.validate_many
-    hits: Tensor = operator(
+    return operator(
         alpha, member_columns, few_classes, member_logits, label_logit, top_logits, top_ids, labels, few_of_label, num_classes
     )
-    return hits
 
 
 # ---- Training ----------------------------------------------------------------------------------------------------------
@@ -290,12 +271,11 @@ def train_epoch(
         -1; the class is -1, too, where none can be named.
     """
     o = options
-    result: Tensor = torch.ops.alphaext.train_epoch(
+    return torch.ops.alphaext.train_epoch(
         state, b2, b2_momentum, raw, alpha, order, member_logits, base_logsumexp, label_logit, few_of_label, member_columns,
         gradient_scale, batch, o.gamma, rule_number(o.rule), o.projected_gradient, o.lr, o.momentum, o.dampening,
         o.weight_decay, o.nesterov, o.first_step, penalty, few_offset,
     )  # fmt: skip
-    return result
 
 
 def train_epoch_many(
@@ -337,8 +317,7 @@ def train_epoch_many(
         ]
         for o, rows in zip(options, orders, strict=True)
     ]  # fmt: skip
-    result: Tensor = torch.ops.alphaext.train_epoch_many(
+    return torch.ops.alphaext.train_epoch_many(
         state, b2, b2_momentum, raw, alpha, order, member_logits, base_logsumexp, label_logit, few_of_label, member_columns,
         gradient_scale, batch, torch.tensor(settings, dtype=torch.float64, device=state.device), penalty, few_offset,
     )  # fmt: skip
-    return result

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..classes import check_thresholds
 from ..utils.checks import check_choice, check_flag, check_integer, check_number
 from ..utils.modules import PRECISIONS
 from .epochs import SAMPLINGS
@@ -84,8 +84,7 @@ class JointOptions:
             raise ValueError(
                 f"nesterov needs optimizer='sgd' and a momentum above 0, got {self.optimizer!r} and momentum={self.momentum:g}"
             )
-        if self.few_below > self.many_above + 1:
-            raise ValueError(f"few_below must be at most many_above + 1 = {self.many_above + 1}, got {self.few_below}")
+        check_thresholds(self.few_below, self.many_above)
 
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
         """The learning rate of a step (0 is the first of ``steps``) of an epoch (1 is the first)."""
@@ -110,7 +109,3 @@ class JointOptions:
             nesterov=self.nesterov,
             fused=True,
         )
-
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for one training to go on from another's file."""
-        return asdict(self)

@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,7 @@ class JointRun(ResumableTraining):
         workers: int,
         group: Group,
     ) -> None:
-        content = {"model": dict, "optimizer": dict, "selected": dict}
-        super().__init__("the file of a training", content)
+        super().__init__("the file of a training", {"model": dict, "optimizer": dict, "selected": dict})
         self.model, self.options, self.group = model, options, group
         self.images, self.transform = data
         self.sources = {"images": data} if validation is None else {"images": data, "val_images": validation}
@@ -104,7 +104,7 @@ class JointRun(ResumableTraining):
 
     def _identify(self) -> dict[str, Any]:
         """What must be equal for one training to go on from another's file."""
-        identity = {**self.options.identity(), "select": self.select}
+        identity = {**asdict(self.options), "select": self.select}
         for name, (images, transform) in self.sources.items():
             identity[f"the fingerprint of {name}"] = images.fingerprint()
             identity[f"the transform of {name}"] = json.dumps(transform.description, sort_keys=True)
@@ -348,11 +348,11 @@ def _seed_draws(device: torch.device, seed: int) -> None:
 @contextmanager
 def _synchronized_batch_norms(model: nn.Module, wanted: bool) -> Iterator[None]:
     """The model with synchronised batch normalisations; afterwards with its own again, which share parameters and buffers."""
-    originals = {}
-    if wanted:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
-                originals[name] = module
+    originals = {
+        name: module
+        for name, module in model.named_modules()
+        if wanted and isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    }
     for name, module in originals.items():
         model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
     try:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data.images import LabelledImages
 from ..data.transforms import ImageTransform
-from ..utils.checks import check_integer, check_kind
+from ..utils.checks import check_integer, check_kind, check_together
 from ..utils.files import PathLike, check_output_folder, folder_lock
 from ..utils.processes import process_group
 from .epochs import default_workers
@@ -186,8 +186,7 @@ def train_model(
     )
     _check_model(model)
     _check_images(images, transform, "images", "transform")
-    if (val_images is None) != (val_transform is None):
-        raise ValueError("val_images and val_transform must be given together")
+    check_together(val_images=val_images, val_transform=val_transform)
     validation = None
     if val_images is not None and val_transform is not None:
         _check_images(val_images, val_transform, "val_images", "val_transform")

@@ -75,7 +75,7 @@ def make_row(**values: Any) -> Row:
     unknown = sorted(set(values) - set(COLUMNS))
     if unknown:
         raise TypeError(f"there is no column {unknown[0]!r}; the columns are {', '.join(COLUMNS)}")
-    return dict(without_nan({name: values.get(name) for name in COLUMNS}))
+    return without_nan({name: values.get(name) for name in COLUMNS})
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from torch import Tensor, nn
 
 from ..classes import ClassSplit
@@ -26,7 +25,7 @@ from ..training.options import HeadOptions
 from ..training.result import FitResult
 from ..utils.checks import check_integer
 from ..utils.files import without_nan
-from ..utils.progress import progress_bar
+from ..utils.progress import task_bar
 from ..utils.seeds import seeded_generator
 from ..utils.tensors import as_tensor
 from .plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
@@ -129,15 +128,11 @@ class Problem:
             errors = expected_calibration_error(predictions, self.split)
             found |= {f"{part}_{name}": value for name, value in split_metrics(predictions, self.split).items()}
             found |= {f"{part}_{name}_calibration_error": value for name, value in errors.items()}
-        return dict(without_nan(found))
+        return without_nan(found)
 
-    @contextmanager
-    def measuring(self, total: int) -> Iterator[Callable[[], None]]:
-        """The bar of classifiers that are measured, and a function that advances it by one."""
-        columns = (TextColumn("classifiers measured"), MofNCompleteColumn(), BarColumn())
-        with progress_bar(self.progress, *columns) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda: bar.advance(task)
+    def measuring(self, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """A progress bar over classifiers; it is given a function to call after each."""
+        return task_bar(self.progress, "classifiers measured", total=total)
 
     @cached_property
     def class_means(self) -> Tensor:

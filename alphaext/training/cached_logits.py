@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import training as ops
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_labels, check_shape, tensor_digest
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_shape, check_targets, tensor_digest
 from .augmentation import DrawnFeatures
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def check_samples(
     data = as_tensor(features, features_name).detach()
     check_floating(data, features_name)
     check_shape(data, features_name, ("n", weight.shape[1]))
-    targets = check_labels(labels, len(weight), labels_name).cpu()
-    if len(targets) != len(data):
-        raise ValueError(f"{features_name} and {labels_name} must have one entry a sample, got {len(data)} and {len(targets)}")
+    targets = check_targets(labels, len(weight), len(data), features_name, labels_name).cpu()
     if len(data) == 0:
         raise ValueError(f"{features_name} must not be empty")
     return Samples(data, targets, features_name)

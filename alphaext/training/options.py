@@ -14,7 +14,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS, RULES
-from ..utils.checks import check_choice, check_gamma, check_integer, check_number
+from ..utils.checks import check_choice, check_integer, check_number
 
 __all__ = ["HeadOptions", "TrainingOptions", "read_options", "selection_score", "takes_options"]
 
@@ -69,8 +69,6 @@ def _checked(entry: Field[Any], value: Any) -> Any:
     if given["choices"] is not None:
         check_choice(value, name, given["choices"])
         return value
-    if name == "gamma":
-        return check_gamma(value)
     checks: dict[str, Callable[[], Any]] = {
         "bool": lambda: bool(value),
         "int": lambda: check_integer(value, name, **bounds),
@@ -101,7 +99,9 @@ class HeadOptions(_Table):
         'base'
     """
 
-    gamma: float = _option(1.0, "the own coefficient's bound, up to 1; of several, validation chooses", paper=0.7, several=True)
+    gamma: float = _option(
+        1.0, "the own coefficient's bound, up to 1; of several, validation chooses", paper=0.7, several=True, above=0, maximum=1
+    )
     coefficients: str = _option(
         "mlp",
         "a sub-module's outputs, or learned directly, or by the number of samples alone, without training",

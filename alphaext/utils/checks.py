@@ -42,17 +42,6 @@ def check_integer(value: int, name: str, minimum: int | None = None, maximum: in
     return integer
 
 
-def check_gamma(gamma: object) -> float:
-    """Return ``gamma`` as a ``float`` after checking that it lies in (0, 1]."""
-    if _is_bool(gamma) or not isinstance(gamma, numbers.Real):
-        raise TypeError(f"gamma must be a number in (0, 1], got {gamma!r}")
-    number = float(gamma)
-    # Written so that NaN fails too.
-    if not 0.0 < number <= 1.0:
-        raise ValueError(f"gamma must be in (0, 1], got {gamma!r}")
-    return number
-
-
 def check_together(**values: object) -> None:
     """Check that all of ``values`` (name=value) are given, or none (None)."""
     if len({value is None for value in values.values()}) > 1:

@@ -46,7 +46,6 @@ def linear_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"{type(linear).__name__} with weight {list(weight.shape)} does something else (a convolution, perhaps, or a "
             "normalised, scaled or transposed layer)"
         )
-    check_same_device(weight=weight, bias=bias)
     check_classifier(weight, bias)
     return weight.detach(), None if bias is None else bias.detach()
 

@@ -22,8 +22,6 @@ from torch import distributed as dist
 from .checks import check_integer
 from .tensors import check_device, choose_device
 
-__all__ = ["Group", "PeerError", "process_group"]
-
 # Of glibc's malloc.h and of Linux's prctl.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _PR_SET_PDEATHSIG = -1, -4, 1
 
@@ -169,11 +167,8 @@ def process_group(device: str | torch.device | None = None, *, timeout: float = 
     if chosen.type == "cuda" and world_size > 1:
         torch.cuda.set_device(chosen)
     if made:
-        wait = timedelta(seconds=timeout)
-        if chosen.type == "cuda":
-            dist.init_process_group("nccl", timeout=wait, device_id=chosen)
-        else:
-            dist.init_process_group("gloo", timeout=wait)
+        backend, gpu = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=gpu)
     try:
         yield Group(rank, world_size, local_rank, chosen)
     except BaseException:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .checks import check_choice
+from .checks import check_choice, check_kind
 from .files import PathLike, check_output_file, whole_file, write_json
 
 _Record = TypeVar("_Record")
@@ -86,8 +86,7 @@ def write_records(
     """
     listed = list(records)
     for record in listed:
-        if not isinstance(record, kind):
-            raise TypeError(f"rows must be of the class {kind.__name__}, got {type(record).__name__}")
+        check_kind(record, kind, "rows")
     target = check_output_file(path, "path", overwrite=overwrite)
     if target.suffix == ".json":
         write_json(target, {key: [asdict(record) for record in listed]})

@@ -12,8 +12,6 @@ import torch
 
 from .files import open_file, whole_file
 
-__all__ = ["ResumableTraining", "check_checkpoint"]
-
 
 class ResumableTraining:
     """The epochs of a training and the one selected so far, kept in a file together with what the training itself needs.

@@ -125,7 +125,8 @@ def check_labels(labels: TensorLike, num_classes: int | None, name: str = "label
     With ``num_classes=None`` only negative labels are out of range.
     """
     # A bare [] has no dtype of its own: NumPy would call it float64.
-    tensor = torch.zeros(0, dtype=torch.int64, device="cpu") if _is_empty_list(labels) else as_tensor(labels, name)
+    bare = isinstance(labels, (list, tuple)) and not labels
+    tensor = torch.zeros(0, dtype=torch.int64, device="cpu") if bare else as_tensor(labels, name)
     check_integral(tensor, name)
     check_shape(tensor, name, ("n",))
     tensor = tensor.detach().to(torch.int64).contiguous()
@@ -139,8 +140,12 @@ def check_labels(labels: TensorLike, num_classes: int | None, name: str = "label
     return tensor
 
 
-def _is_empty_list(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 0
+def check_targets(labels: TensorLike, num_classes: int | None, samples: int, name: str, labels_name: str = "labels") -> Tensor:
+    """Return ``labels`` after checking them (:func:`check_labels`) and that there is one for each of ``samples``."""
+    targets = check_labels(labels, num_classes, labels_name)
+    if len(targets) != samples:
+        raise ValueError(f"{name} and {labels_name} must have one entry a sample, got {samples} and {len(targets)}")
+    return targets
 
 
 def check_rows(values: TensorLike, name: str, width: str) -> tuple[Tensor | npt.NDArray[Any], Tensor]:

@@ -106,7 +106,7 @@ def test_validation_and_test_images_are_optional() -> None:
 def test_arguments_are_checked_before_anything_is_read() -> None:
     train = healthy()[0]
     for arguments, options, error, message in (
-        (([1],), {}, TypeError, r"train must be LabelledImages \(alphaext.data.open_images makes them\), got list"),
+        (([1],), {}, TypeError, "train must be LabelledImages, got list; alphaext.data.open_images makes them"),
         ((None,), {}, TypeError, "train must be LabelledImages"),
         ((train, "val.txt"), {}, TypeError, "val must be LabelledImages"),
         ((train,), {"few_below": 200}, ValueError, "few_below must be at most many_above"),

@@ -154,7 +154,7 @@ def test_files_are_replaced_only_on_request_and_never_left_half_written(
         ("classes.txt", [], ValueError, "path must end in .csv or .json, got"),
         ("missing/classes.csv", [], ValueError, "path must be a file in a directory that exists"),
         (".", [], ValueError, "path must be a file, got the directory"),
-        ("classes.csv", [{"class_id": 0}], TypeError, "rows must be of the class ClassRow, got dict"),
+        ("classes.csv", [{"class_id": 0}], TypeError, "rows must be ClassRow, got dict"),
     ],
 )
 def test_write_refuses(tmp_path: Path, path: str, rows: list[object], error: type[Exception], message: str) -> None:

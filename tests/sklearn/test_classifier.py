@@ -577,7 +577,7 @@ def test_another_fit_leaves_nothing_behind():
     ("options", "error", "message"),
     [
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
-        ({"gamma": 1.5}, ValueError, r"gamma must be in (0, 1], got 1.5"),
+        ({"gamma": 1.5}, ValueError, "gamma must be finite and above 0 and at most 1, got 1.5"),
         ({"rule": "max"}, ValueError, "rule"),
         ({"init": "zeros"}, ValueError, "init must be one of identity, default, got 'zeros'"),
         ({"pool": "few"}, ValueError, "pool must be one of base, many, all, got 'few'"),

@@ -134,7 +134,7 @@ def test_nothing_to_do(linear):
 
 
 BAD = {
-    r"configs\[1\]: gamma must be in \(0, 1\], got 2": dict(configs=[dict(), dict(gamma=2.0)]),
+    r"configs\[1\]: gamma must be finite and above 0 and at most 1, got 2": dict(configs=[dict(), dict(gamma=2.0)]),
     r"configs\[0\]: unknown option 'gama'": dict(configs=[dict(gama=0.5)]),
     r"configs\[0\]: pool must be one of base, many, all, got 'some'": dict(configs=[dict(pool="some")]),
     r"configs\[0\]: metric must be one of euclidean, cosine, random, got 'near'": dict(configs=[dict(metric="near")]),
