@@ -18,7 +18,9 @@ from .evaluate import Evaluate
 from .export import Export
 from .extract import Extract
 from .fit import Fit
+from .init import Init
 from .options import Options
+from .repair import Repair
 from .report import Report
 from .shared import CommonOptions
 from .study import Study
@@ -37,6 +39,8 @@ __all__ = [
     "Extract",
     "Fit",
     "Info",
+    "Init",
+    "Repair",
     "Report",
     "Study",
     "Train",
@@ -44,6 +48,8 @@ __all__ = [
 
 COMMANDS: dict[str, type[Options]] = {
     "demo": Demo,
+    "init": Init,
+    "repair": Repair,
     "doctor": Doctor,
     "train": Train,
     "extract": Extract,

@@ -13,11 +13,11 @@ import alphaext
 
 from . import results
 from .options import option
-from .shared import CommonOptions, FeaturesOptions, LayerOptions
+from .shared import CheckpointOptions, CommonOptions, FeaturesOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddClasses(CommonOptions, FeaturesOptions, LayerOptions):
+class AddClasses(CommonOptions, FeaturesOptions, CheckpointOptions):
     """Give a trained classifier rows for classes that it has never seen; its own rows stay as they are.
 
     The new rows start from near classes' rows and are trained on the new classes' samples, one of each or more, beside samples
@@ -28,7 +28,10 @@ class AddClasses(CommonOptions, FeaturesOptions, LayerOptions):
     """
 
     section: ClassVar[str] = "add-classes"
-    classifier: Path = option(help="the trained classifier: a checkpoint of any known layout, or a folder that a command wrote")
+    classifier: Path | None = option(
+        None,
+        help="the trained classifier: a checkpoint of any layout, or a folder that a command wrote; without, --checkpoint",
+    )
     new_features: Path = option(
         metavar="FOLDER", help="the folder of the new classes' features, numbered from 0 (train in it), of the same network"
     )
@@ -40,7 +43,7 @@ class AddClasses(CommonOptions, FeaturesOptions, LayerOptions):
         console, started = results.console_or_quiet(console), time.monotonic()
         (train,) = self.read("train")
         new = alphaext.features.store.read_parts(self.new_features, "train")["train"]
-        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer, self.state)
+        linear, _ = self.classifier_or_checkpoint(self.classifier, train.num_classes)
         with results.output_folder(self.output, self, results.CLASSIFIER, overwrite=self.overwrite, started=started) as folder:
             made = alphaext.add_classes(
                 linear.to(self.chosen_device()),

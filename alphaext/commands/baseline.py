@@ -16,7 +16,7 @@ from ..baselines.choices import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS
 from ..utils.text import percent
 from . import results
 from .options import option
-from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ _SHOWN = 15  # candidates, around the chosen one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
+class Baseline(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """Make a classifier by another method, from cached features.
 
     What a method leaves open (the tau, the strength, the bias) is chosen on validation features, never on test ones. The result
@@ -47,7 +47,9 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         "discriminant: class means and one covariance, few means composed with near ones; "
         "average: a weighted sum of two classifiers",
     )
-    classifier: Path | None = option(None, help="the trained classifier, which all but ncm, crt and discriminant start from")
+    classifier: Path | None = option(
+        None, help="the trained classifier, which all but ncm, crt and discriminant start from; without, --checkpoint"
+    )
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="replace results that are there")
     select: str | None = option(
@@ -85,8 +87,6 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Make the classifier and write it; returns what result.json holds."""
         console, started = results.console_or_quiet(console), time.monotonic()
-        if self.name in _NEED_A_CLASSIFIER and self.classifier is None:
-            raise ValueError(f"--classifier must be given for {self.name}, which starts from a trained classifier")
         train, val = self.read_train_and_val()
         if val is None and self.name in _CHOOSE and getattr(self, _CHOOSE[self.name]) is None:
             raise ValueError(
@@ -95,8 +95,8 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             )
         split = self.split(train)
         linear = None
-        if self.classifier is not None:
-            linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer, self.state)
+        if self.classifier is not None or self.name in _NEED_A_CLASSIFIER:
+            linear, _ = self.classifier_or_checkpoint(self.classifier, train.num_classes)
         with results.output_folder(self.output, self, results.CLASSIFIER, overwrite=self.overwrite, started=started) as folder:
             if self.overwrite:
                 (folder.path / _CHECKPOINT).unlink(missing_ok=True)

@@ -14,11 +14,11 @@ import alphaext
 
 from . import results
 from .options import option
-from .shared import PARTS, PRECISIONS, CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+from .shared import PARTS, PRECISIONS, CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
+class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """Measure classifiers on cached features: what each gains over the first, what it costs, and who pays.
 
     Top-1 and top-5 of few, medium, many and all classes with bootstrap intervals; each classifier compared with the first,
@@ -30,7 +30,10 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     section: ClassVar[str] = "evaluate"
     classifiers: tuple[Path, ...] = option(
-        positional=True, metavar="CLASSIFIER", help="checkpoints of any known layout, or folders that a command wrote"
+        (),
+        positional=True,
+        metavar="CLASSIFIER",
+        help="checkpoints of any known layout, or folders that a command wrote; before one alone comes --checkpoint",
     )
     part: str = option("test", choices=PARTS, help="which features to measure on")
     resamples: int = option(1000, help="of the bootstrap")
@@ -49,16 +52,16 @@ class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         from ..metrics import terminal
 
         console, started = results.console_or_quiet(console), time.monotonic()
-        if not self.classifiers:
+        given: list[Path | None] = [*self.classifiers]
+        if len(given) < 2 and (self.checkpoint or self.saved_model) and given != [self.checkpoint]:
+            given.insert(0, None)  # the checkpoint
+        if not given:
             raise ValueError("CLASSIFIERS must be given at least one, got none")
         train, part = self.read("train", self.part)
         split, device = self.split(train), self.chosen_device()
-        names = results.classifier_names(self.classifiers)
-        linears = [
-            results.read_classifier(path, train.num_classes, self.classifier_layer, self.state) for path in self.classifiers
-        ]
-        heads = [results.read_head(path) for path in self.classifiers]
-        for linear, path in zip(linears, self.classifiers, strict=True):
+        linears, paths = zip(*(self.classifier_or_checkpoint(path, train.num_classes) for path in given), strict=True)
+        names, heads = results.classifier_names(paths), [results.read_head(path) for path in paths]
+        for linear, path in zip(linears, paths, strict=True):
             results.warn_of_other_features(linear, part, str(path))
         tables = [f"{name}.csv" for name in names[1:]]
         with ExitStack() as stack:

@@ -24,7 +24,7 @@ from ..utils.checks import check_number, format_ids
 from ..utils.text import percent
 from . import results
 from .options import option
-from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def _may_be_none(entry: Field[Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 @_with_table
-class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
+class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """Rebuild the few rows of a classifier: train an Alpha Net on cached features and fold it.
 
     With several gammas each is trained, and validation features choose. Writes classifier.pth (a plain weight and bias),
@@ -76,7 +76,10 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     """
 
     section: ClassVar[str] = "fit"
-    classifier: Path = option(help="the trained classifier: a checkpoint of any known layout, or a folder that a command wrote")
+    classifier: Path | None = option(
+        None,
+        help="the trained classifier: a checkpoint of any layout, or a folder that a command wrote; without, --checkpoint",
+    )
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="replace results that are there")
     preset: str = option(
@@ -111,8 +114,8 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             raise ValueError(
                 f"{wrong} where there are no validation features to choose by{got}; there is no {str(self.features / 'val')!r}"
             )
-        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer, self.state)
-        results.warn_of_other_features(linear, train if val is None else val, str(self.classifier))
+        linear, path = self.classifier_or_checkpoint(self.classifier, train.num_classes)
+        results.warn_of_other_features(linear, train if val is None else val, str(path))
         linear = linear.to(self.chosen_device())
         split = self.split(train)
         if len(split.empty):
@@ -184,7 +187,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             results.save_head(head, folder.path)
             folder.write(result)
             shutil.rmtree(checkpoints, ignore_errors=True)
-        self._print(console, result)
+        self._print(console, result, results.classifier_name(path))
         return result
 
     def configurations(self, split: alphaext.ClassSplit, constant: bool) -> list[dict[str, Any]]:
@@ -211,7 +214,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             raise ValueError(f"{name} must be given at least one value, got none")
         return list(dict.fromkeys(given or (PRESETS[self.preset][name],)))
 
-    def _print(self, console: Console, result: dict[str, Any]) -> None:
+    def _print(self, console: Console, result: dict[str, Any], name_before: str) -> None:
         if result["before"] is not None:
             table = Table(title="Top-1 accuracy on validation features, %")
             parts = ("few", "medium", "many", "all")
@@ -219,7 +222,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
             for part in parts:
                 table.add_column(part, justify="right")
             after = f"Alpha Net, gamma {result['gamma']:g}"
-            for name, metrics in ((results.classifier_name(self.classifier), result["before"]), (after, result["after"])):
+            for name, metrics in ((name_before, result["before"]), (after, result["after"])):
                 table.add_row(Text(name), *(percent(metrics[part]) for part in parts))
             console.print(table)
             for name in _TRIED:

@@ -22,7 +22,12 @@ from .results import is_main_process, started_by_torchrun
 _DESCRIPTION = """\
 Alpha Net: repair the rare classes of a trained classifier.
 
-From a trained model and lists of images to a repaired checkpoint:
+From a trained model and lists of images to a repaired checkpoint, in two commands:
+
+  alphaext init          look at data and checkpoint, write mine.toml
+  alphaext repair        all of the steps below, by one configuration
+
+Step by step:
 
   alphaext doctor data   are the lists, images and the checkpoint as they should be?
   alphaext extract       images -> features, once
@@ -105,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     flags = _parse(sys.argv[1:] if arguments is None else arguments)
     cls = COMMANDS[flags.pop("command")]
-    as_json, show_traceback, config_file = flags.pop("json"), flags.pop("traceback"), flags.pop("config", None)
+    as_json, show_traceback = flags.pop("json"), flags.pop("traceback")
+    config_file = flags.pop("config", None) if cls in CONFIGURABLE else None
     errors = Console(stderr=True, soft_wrap=True)
     try:
         if started_by_torchrun() and not issubclass(cls, (Extract, Train)):

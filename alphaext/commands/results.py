@@ -126,11 +126,16 @@ def read_classifier(
             raise FileNotFoundError(f"classifier must be a folder with {CLASSIFIER} or {MODEL}, {str(path)!r} has neither")
         path, state = inside[0], None
     checkpoint = alphaext.checkpoints.read_checkpoint(path, classifier=layer, num_classes=num_classes, state=state)
+    return plain_linear(checkpoint)
+
+
+def plain_linear(checkpoint: alphaext.checkpoints.Checkpoint) -> nn.Linear:
+    """A checkpoint's classifier, which must take features as they are."""
     if checkpoint.feature_normalization != "none":
         raise ValueError(
-            f"{str(path)!r} wants its {checkpoint.experts} experts' features at length 1, which cached ones are not: prepare "
-            "them with Checkpoint.prepare_features and alphaext.features.write_features, and save its linear() with "
-            "alphaext.checkpoints.save_linear"
+            f"{str(checkpoint.path)!r} wants its {checkpoint.experts} experts' features at length 1, which cached ones are "
+            "not: prepare them with Checkpoint.prepare_features and alphaext.features.write_features, and save its linear() "
+            "with alphaext.checkpoints.save_linear"
         )
     return checkpoint.linear()
 

@@ -15,6 +15,7 @@ import alphaext
 
 from ..utils.checks import check_class_names, check_integer
 from .options import Options, option
+from .results import plain_linear, read_classifier
 
 if TYPE_CHECKING:
     import torch
@@ -144,8 +145,8 @@ class DataOptions(SplitOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerOptions(Options):
-    """Which weights of a checkpoint are the model's, and which layer is the classifier."""
+class CheckpointOptions(Options):
+    """The trained weights: where they are, which of them are the model's, and which layer is the classifier."""
 
     section: ClassVar[str] = "model"
     state: str | None = option(
@@ -154,10 +155,49 @@ class LayerOptions(Options):
         help="which of a checkpoint's dictionaries is the model, as in state_dict_ema; without, the usual one",
     )
     classifier_layer: str | None = option(None, metavar="NAME", help="the last linear layer's name; without, it is found")
+    backbone: str | None = option(
+        None,
+        metavar="NAME",
+        help="a torchvision classification model (resnext50_32x4d, resnet152, ...), timm:NAME, hf:FOLDER as save_pretrained "
+        "wrote it, small, or module:function",
+    )
+    checkpoint: Path | None = option(
+        None, help="trained weights: .pth of any known layout, or .safetensors; without, those in hf:FOLDER"
+    )
+
+    @property
+    def saved_model(self) -> Path | None:
+        """The folder that transformers saved the backbone in, if it is such a one."""
+        is_saved = self.backbone is not None and self.backbone.startswith("hf:")
+        return Path(str(self.backbone).removeprefix("hf:")) if is_saved else None
+
+    def read_checkpoint(self, num_classes: int | None = None) -> alphaext.checkpoints.Checkpoint:
+        if self.checkpoint is None and self.saved_model is not None:
+            from ..models.huggingface import load_folder, weights_of
+
+            name = self.classifier_layer or alphaext.models.find_classifier(load_folder(self.saved_model))
+            return alphaext.checkpoints.read_checkpoint(
+                weights_of(self.saved_model), classifier=name.removeprefix("model."), num_classes=num_classes
+            )
+        if self.checkpoint is None:
+            raise ValueError("--checkpoint must be given, or checkpoint in [model] of the configuration: the trained weights")
+        layer, state = self.classifier_layer, self.state
+        return alphaext.checkpoints.read_checkpoint(self.checkpoint, classifier=layer, num_classes=num_classes, state=state)
+
+    def classifier_or_checkpoint(self, classifier: Path | None, num_classes: int | None) -> tuple[nn.Linear, Path]:
+        """The classifier that is given, or else the checkpoint's, and where it is."""
+        if classifier is not None:
+            return read_classifier(classifier, num_classes, self.classifier_layer, self.state), classifier
+        if self.checkpoint is None and self.saved_model is None:
+            raise ValueError(
+                "--classifier must be given, or checkpoint in [model] of the configuration: the trained classifier"
+            )
+        checkpoint = self.read_checkpoint(num_classes)
+        return plain_linear(checkpoint), checkpoint.path
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(LayerOptions):
+class ModelOptions(CheckpointOptions):
     """The network and its trained weights, and how an image becomes what the network takes."""
 
     section: ClassVar[str] = "model"
@@ -176,17 +216,8 @@ class ModelOptions(LayerOptions):
     channels: int = option(3, help="3 for colour, 1 for grey")
     mean: tuple[float, ...] | None = option(None, help="of each channel, what is subtracted; without, the transform's own")
     std: tuple[float, ...] | None = option(None, help="of each channel, what is divided by")
-    backbone: str | None = option(
-        None,
-        metavar="NAME",
-        help="a torchvision classification model (resnext50_32x4d, resnet152, ...), timm:NAME, hf:FOLDER as save_pretrained "
-        "wrote it, small, or module:function",
-    )
     model_options: tuple[str, ...] = option(
         (), metavar="NAME=VALUE", help="what the library's function for the model takes besides, as in img_size=64"
-    )
-    checkpoint: Path | None = option(
-        None, help="trained weights: .pth of any known layout, or .safetensors; without, those in hf:FOLDER"
     )
     pretrained: bool = option(False, help="start from weights that torchvision or timm publishes")
 
@@ -198,12 +229,6 @@ class ModelOptions(LayerOptions):
         return alphaext.models.make_model(
             self.backbone, num_classes, in_channels=self.channels, pretrained=self.pretrained, seed=seed, options=options
         )
-
-    @property
-    def saved_model(self) -> Path | None:
-        """The folder that transformers saved the backbone in, if it is such a one."""
-        is_saved = self.backbone is not None and self.backbone.startswith("hf:")
-        return Path(str(self.backbone).removeprefix("hf:")) if is_saved else None
 
     def preprocessing(self, model: nn.Module) -> alphaext.models.Preprocessing | None:
         """How the network wants its images, where that is known and no transform is asked for."""
@@ -243,20 +268,6 @@ class ModelOptions(LayerOptions):
             options = {name: getattr(known, name) for name in ("image_size", "mean", "std", "interpolation")}
         given = {name: getattr(self, name) for name in ("image_size", "mean", "std") if getattr(self, name) is not None}
         return {**options, **given, "channels": self.channels}
-
-    def read_checkpoint(self, num_classes: int | None = None) -> alphaext.checkpoints.Checkpoint:
-        if self.checkpoint is None and self.saved_model is not None:
-            from ..models.huggingface import load_folder, weights_of
-
-            model = load_folder(self.saved_model)
-            name = self.classifier_layer or alphaext.models.find_classifier(model, self.example(model))
-            return alphaext.checkpoints.read_checkpoint(
-                weights_of(self.saved_model), classifier=name.removeprefix("model."), num_classes=num_classes
-            )
-        if self.checkpoint is None:
-            raise ValueError("--checkpoint must be given, or checkpoint in [model] of the configuration: the trained weights")
-        layer, state = self.classifier_layer, self.state
-        return alphaext.checkpoints.read_checkpoint(self.checkpoint, classifier=layer, num_classes=num_classes, state=state)
 
     def load(self, model: nn.Module, checkpoint: alphaext.checkpoints.Checkpoint) -> None:
         """Give a model, in eval mode from then on, a checkpoint's weights; of one with other classes the backbone alone."""

@@ -17,7 +17,7 @@ from ..study.plans import EXPERIMENTS, FORMS, POLICIES, StudyOptions
 from ..utils.text import percent
 from . import results
 from .options import option
-from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
 
 _DEFAULTS = StudyOptions()
 _OF_THE_STUDY = (
@@ -28,7 +28,7 @@ _OF_THE_STUDY = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
+class Study(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """Run the paper's experiments on a classifier, each with several seeds, into one table.
 
     Gamma, neighbours, their pool, weight sharing, negative samples, rule, start, controls, fewer samples, and the comparison
@@ -42,7 +42,10 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
 
     section: ClassVar[str] = "study"
     goes_on: ClassVar[bool] = True
-    classifier: Path = option(help="the trained classifier: a checkpoint of any known layout, or a folder that a command wrote")
+    classifier: Path | None = option(
+        None,
+        help="the trained classifier: a checkpoint of any layout, or a folder that a command wrote; without, --checkpoint",
+    )
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="start anew where there are results")
     experiments: tuple[str, ...] = option(
@@ -87,14 +90,14 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         console = results.console_or_quiet(console)
         options = StudyOptions(first_seed=self.seed, **{name: getattr(self, name) for name in _OF_THE_STUDY})
         train, val = self.read("train", "val")
-        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer, self.state)
-        results.warn_of_other_features(linear, val, str(self.classifier))
+        linear, path = self.classifier_or_checkpoint(self.classifier, train.num_classes)
+        results.warn_of_other_features(linear, val, str(path))
         found = alphaext.study.run_study(
             self.features,
             linear.to(self.chosen_device()),
             self.output,
             options,
-            classifier_name=results.classifier_name(self.classifier),
+            classifier_name=results.classifier_name(path),
             few_below=self.few_below,
             many_above=self.many_above,
             jobs=self.jobs,

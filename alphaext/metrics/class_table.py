@@ -74,6 +74,21 @@ class ClassRow:
     distance: float | None = None
 
 
+def composition(row: ClassRow, most: int = 5) -> str:
+    """The neighbours that a class's row is composed of, largest coefficient first, of which ``most`` are named.
+
+    Example:
+        >>> names, alphas = tuple("abc"), (0.1, -0.5, 0.2)
+        >>> row = ClassRow(3, "d", "few", 5, 9, 0.1, 0.3, 0.2, (0, 1, 2), names, alphas, 0.9)
+        >>> composition(row, most=2)
+        'b (-0.50), c (0.20), and 1 smaller'
+    """
+    largest = sorted(zip(row.neighbor_names, row.alphas, strict=True), key=lambda each: -abs(each[1]))
+    shown = [f"{name} ({alpha:.2f})" for name, alpha in largest[:most]]
+    rest = len(largest) - len(shown)
+    return ", ".join(shown + ([f"and {rest} smaller"] if rest else []))
+
+
 def class_table(
     before: Predictions,
     after: Predictions,

@@ -12,7 +12,7 @@ from rich.text import Text
 from ..utils.checks import check_choice, check_integer, check_kind
 from ..utils.text import number_text, percent
 from .accuracy import SPLITS_AND_ALL
-from .class_table import ClassRow
+from .class_table import ClassRow, composition
 from .comparison import Comparison
 
 _VERDICT_STYLES = {"better": "green", "worse": "red"}
@@ -177,16 +177,12 @@ def class_rows_table(rows: Sequence[ClassRow], *, limit: int | None = None, titl
     if any(row.distance is not None for row in rows):
         columns["distance"] = [number_text(row.distance, ".3g") for row in rows]
     if any(row.neighbors for row in rows):
-        columns["neighbours (alpha)"] = [_composition(row) for row in rows]
+        columns["neighbours (alpha)"] = [Text(composition(row)) for row in rows]
     texts = ("class", "split", "neighbours (alpha)")
     table = _table(title, *(name if name in texts else _number(name) for name in columns))
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     return table
-
-
-def _composition(row: ClassRow) -> Text:
-    return Text(", ".join(f"{name} ({alpha:.2f})" for name, alpha in zip(row.neighbor_names, row.alphas, strict=True)))
 
 
 def _table(title: str | None, *columns: str | Column) -> Table:

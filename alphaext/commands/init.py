@@ -1,0 +1,152 @@
+"""``alphaext init``: a configuration, filled in as far as data and checkpoint show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+import alphaext
+
+from ..utils.files import check_output_file, whole_file
+from . import results
+from .options import Options, option
+from .shared import PARTS
+
+_WEIGHTS = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
+_PART_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+# What a checkpoint's tensors are compared with, the most common first.
+_KNOWN = (
+    *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2"),
+    *("efficientnet_b0", "efficientnet_v2_s", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "densenet121"),
+    *("convnext_tiny", "convnext_small", "vit_b_16", "swin_t", "vgg16", "googlenet", "inception_v3"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init(Options):
+    """Look at data and checkpoint, and write a commented configuration, filled in as far as can be seen.
+
+    Looks in a folder for lists or folders of images called train, val and test, for a file of weights, and for a model that
+    transformers saved. What is not found stands in the file as a comment.
+
+    Example:
+        alphaext init . --checkpoint trained.pth
+    """
+
+    section: ClassVar[str] = "init"
+    folder: Path = option(Path("."), positional=True, help="where to look")
+    checkpoint: Path | None = option(None, help="the trained weights; without, the only such file in the folder")
+    output: Path | None = option(None, metavar="FILE", help="the configuration; without, mine.toml in the folder")
+    overwrite: bool = option(False, help="replace a file that is there")
+
+    def run(self, console: Console | None = None) -> dict[str, Any]:
+        """Look and write; returns what was found."""
+        console = results.console_or_quiet(console)
+        if not self.folder.is_dir():
+            raise ValueError(f"folder must be a folder, got {str(self.folder)!r}")
+        output = check_output_file(self.output or self.folder / "mine.toml", "output", overwrite=self.overwrite)
+        found = self._look()
+        with whole_file(output) as file:
+            file.write(_configuration(found, output.absolute().parent).encode("utf-8"))
+        for name, value in found.items():
+            console.print(f"{name}: {'not found' if value is None else value}", markup=False, highlight=False)
+        console.print(f"Configuration: {output}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Look through it, then: alphaext repair --config {output}", markup=False, highlight=False)
+        return {"configuration": str(output), **found}
+
+    def _look(self) -> dict[str, Any]:
+        entries = sorted(self.folder.iterdir())
+        parts = {part: _named(entries, names) for part, names in _PART_NAMES.items()}
+        root = next((_root(path, self.folder) for path in parts.values() if path is not None and path.is_file()), None)
+        saved = next((path for path in [self.folder, *entries] if (path / "config.json").is_file()), None)
+        weights = [path for path in entries if path.is_file() and path.suffix in _WEIGHTS]
+        checkpoint = self.checkpoint
+        if checkpoint is None and saved is None and len(weights) == 1:
+            checkpoint = weights[0]
+        backbone = None if saved is None else f"hf:{saved}"
+        if checkpoint is not None:
+            backbone = recognised(alphaext.checkpoints.read_checkpoint(checkpoint))
+        return {**parts, "root": root, "checkpoint": checkpoint, "backbone": backbone}
+
+
+def _named(entries: Iterable[Path], names: Sequence[str]) -> Path | None:
+    """The folder, list or array file of one of these names; or a list in whose name one stands."""
+    lists = [path for path in entries if path.is_file() and path.suffix in (".txt", ".csv", ".npz")]
+    # A list comes before a folder, which may be what the list is of.
+    exact = [path for path in [*lists, *filter(Path.is_dir, entries)] if path.stem.lower() in names]
+    within = [path for path in lists if set(path.stem.lower().replace("-", "_").split("_")) & set(names)]
+    return next(iter([*exact, *within]), None)
+
+
+def _root(path: Path, folder: Path) -> Path | None:
+    """Where the paths of a list file begin: the folder below which the first of them is there."""
+    if path.suffix == ".npz":
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        name = file.readline().rpartition(" ")[0]
+    places = [folder, path.parent, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir())]
+    return next((place for place in places if name and (place / name).is_file()), None)
+
+
+def recognised(checkpoint: alphaext.checkpoints.Checkpoint) -> str | None:
+    """The name of the torchvision model that has just a checkpoint's tensors, if one of the common ones has."""
+    import torch
+
+    try:
+        from torchvision import models
+    except ImportError:
+        return None
+    given = {(name, tuple(value.shape)) for name, value in checkpoint.backbone.items() if value.dim() > 0}
+    for name in _KNOWN:
+        with torch.device("meta"):
+            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            model = models.get_model(name, weights=None, num_classes=checkpoint.num_classes, **options)
+        layer = alphaext.models.find_classifier(model)
+        wanted = {
+            (key, tuple(value.shape))
+            for key, value in model.state_dict().items()
+            if value.dim() > 0 and key not in (f"{layer}.weight", f"{layer}.bias")
+        }
+        if wanted == given:
+            return name
+    return None
+
+
+_TEMPLATE = """\
+# A configuration of alphaext: it serves all commands, and flags go over it. Paths are relative to this file.
+# Run: alphaext repair --config {file}
+features = "features"            # the folder of cached features
+
+[data]
+{train}  # a list file ('relative/path label' a line), a folder of class folders, or an .npz of x and y
+{val}  # every choice is made on these
+{test}  # and none on these
+{root}  # where the paths of list files begin
+few_below = 20                   # a class with fewer training images is few, and is repaired
+many_above = 100                 # a class with more is many
+
+[model]
+{backbone}  # torchvision's name, timm:NAME, hf:FOLDER, small, or module:function
+{checkpoint}  # the trained weights
+# image_size = 224               # what the network takes, and how images become that: as its library says, where it does
+"""
+
+
+def _configuration(found: dict[str, Any], folder: Path) -> str:
+    lines = {"file": "mine.toml"}
+    for name in (*PARTS, "root", "backbone", "checkpoint"):
+        value = found[name]
+        lines[name] = f'# {name} = ""' if value is None else f"{name} = {json.dumps(_relative(str(value), folder))}"
+    return _TEMPLATE.format(**lines)
+
+
+def _relative(path: str, folder: Path) -> str:
+    prefix, path = ("hf:", path[3:]) if path.startswith("hf:") else ("", path)
+    absolute = Path(path).absolute()
+    exists = Path(path).exists() and absolute.is_relative_to(folder)
+    return prefix + (str(absolute.relative_to(folder)) if exists else path)
