@@ -50,3 +50,18 @@ def test_folders(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("trained.pth", "repaired.pth"))
     assert {name for name in before if not torch.equal(before[name], after[name])} <= {"fc.weight", "fc.bias"}
+
+
+def test_the_head_step_by_step():
+    pytest.importorskip("torchvision")
+    (code,) = blocks("head.md", "python")
+    torch.manual_seed(0)
+    labels = torch.cat([torch.arange(1000).repeat_interleave(20), torch.arange(990).repeat_interleave(5)])
+    labels = labels[~((labels >= 990) & (torch.rand(len(labels)) < 0.3))]
+    data = {"data": (torch.rand(len(labels), 2048), labels, torch.rand(50, 2048), torch.randint(1000, (50,)))}
+    code = code.replace('model.load_state_dict(torch.load("trained.pth", weights_only=True))', "")
+    code = code.replace("val_labels = ...", "val_labels = data")
+    code = code.replace("val_labels=val_labels)", "val_labels=val_labels, epochs=1)")
+    exec(compile(code, "head.md", "exec"), data)
+    assert type(data["model"].fc) is torch.nn.Linear and len(data["head"].few_classes) == 10
+    assert set(data["result"].after) == {"few", "medium", "many", "all"}
