@@ -189,7 +189,9 @@ def read_features(
         return _opened(path, metadata)
     except KeyError as error:
         raise ValueError(f"{str(path / SIDECAR_FILE)!r} lacks {error}") from None
-    except (TypeError, ValueError, EOFError, FileNotFoundError) as error:
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # what NumPy makes of damaged bytes knows no limits
         raise ValueError(f"{str(path)!r} does not hold whole features: {error}") from error
 
 

@@ -7,7 +7,6 @@ not inside a training step.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -56,15 +55,20 @@ def as_tensor(value: TensorLike, name: str) -> Tensor:
         # torch refuses negative strides and foreign byte order.
         if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
             array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-        with warnings.catch_warnings():
-            # Nothing here writes to what users hand in, so a read-only memory map need not be copied into memory.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            # from_numpy, because as_tensor would follow torch.set_default_device.
-            return torch.from_numpy(array)
+        # from_numpy, because as_tensor would follow torch.set_default_device.
+        return torch.from_numpy(array if array.flags.writeable else np.asarray(_ReadOnly(array)))
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name} must be a tensor, a NumPy array or a list of numbers, got {type(value).__name__}: {error}"
         ) from error
+
+
+class _ReadOnly:
+    """An array that torch takes without a warning: nothing here writes to what users hand in, so it need not be copied."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self.array = array  # whose memory it is
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
 
 
 def check_floating(tensor: Tensor, name: str) -> None:
