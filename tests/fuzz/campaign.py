@@ -1,4 +1,4 @@
-"""The attacks by hand: python tests/fuzz/campaign.py --seconds 3600. Prints what came of how many; ends with 1 where one was wrong.
+"""The attacks by hand: python tests/fuzz/campaign.py --seconds 3600 prints what came of how many; 1 where one was wrong.
 
 Each round is a process of its own, so that a crash and a hang are seen and counted.
 """
