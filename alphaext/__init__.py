@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .ops.extension import build_info
     from .repairing.loader import extract_features, repair_model
     from .repairing.new_classes import add_classes
+    from .repairing.recommend import recommend
     from .repairing.repair import Repair, repair
     from .training.many import fit_many
     from .training.result import FitResult
@@ -55,6 +56,7 @@ __all__ = [
     "extract_features",
     "fit",
     "fit_many",
+    "recommend",
     "repair",
     "repair_model",
     "split_classes",

@@ -20,6 +20,7 @@ from .extract import Extract
 from .fit import Fit
 from .init import Init
 from .options import Options
+from .recommend import Recommend
 from .repair import Repair
 from .report import Report
 from .shared import CommonOptions
@@ -40,6 +41,7 @@ __all__ = [
     "Fit",
     "Info",
     "Init",
+    "Recommend",
     "Repair",
     "Report",
     "Study",
@@ -54,6 +56,7 @@ COMMANDS: dict[str, type[Options]] = {
     "train": Train,
     "extract": Extract,
     "baseline": Baseline,
+    "recommend": Recommend,
     "fit": Fit,
     "evaluate": Evaluate,
     "export": Export,

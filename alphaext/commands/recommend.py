@@ -1,0 +1,71 @@
+"""``alphaext recommend``: which of all methods to take, on cached features."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+import alphaext
+
+from ..utils.files import without_nan
+from . import results
+from .options import option
+from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommend(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
+    """Measure cheap rivals, baselines and presets alike, and say which does most for a classifier.
+
+    What a method leaves open is chosen on one half of the validation features, and it is measured on the other. Of what differs
+    by no more than noise the simplest is recommended. The result is its classifier, a plain linear layer.
+
+    Example:
+        alphaext recommend --features features --classifier joint --output recommended
+    """
+
+    section: ClassVar[str] = "recommend"
+    classifier: Path = option(help="the trained classifier: a checkpoint of any known layout, or a folder that a command wrote")
+    output: Path = option(metavar="FOLDER", help="where the recommended classifier goes")
+    overwrite: bool = option(False, help="replace results that are there")
+    policy: str = option(
+        "best_all", choices=("best_all", "best_few"), help="accuracy over all, or few accuracy of those that keep --min-all"
+    )
+    min_all: float | None = option(
+        None, help="under best_few: the least accuracy over all, up to 1; without, the classifier's own"
+    )
+    max_base_drop: float | None = option(
+        None, metavar="POINTS", help="what the accuracy over base classes may lose; without, any"
+    )
+
+    def run(self, console: Console | None = None) -> dict[str, Any]:
+        """Compare, print, write the recommended classifier; returns what result.json holds."""
+        console, started = results.console_or_quiet(console), time.monotonic()
+        train, val = self.read("train", "val")
+        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer, self.state)
+        with results.output_folder(self.output, self, results.CLASSIFIER, overwrite=self.overwrite, started=started) as folder:
+            found = alphaext.recommend(
+                linear.to(self.chosen_device()),
+                train.features,
+                train.labels,
+                val.features,
+                val.labels,
+                policy=self.policy,
+                min_all=self.min_all,
+                max_base_drop=self.max_base_drop,
+                few_below=self.few_below,
+                many_above=self.many_above,
+                seed=self.seed,
+            )
+            candidates = [without_nan(asdict(candidate)) for candidate in found.candidates]
+            result = {"method": found.method, "advice": found.advice, "candidates": candidates}
+            folder.clear()
+            alphaext.checkpoints.save_linear(found.linear, folder.path / results.CLASSIFIER, overwrite=True)
+            folder.write(result)
+        for line in (str(found), f"Classifier: {self.output / results.CLASSIFIER}"):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return result
