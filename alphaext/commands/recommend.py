@@ -14,11 +14,11 @@ import alphaext
 from ..utils.files import without_nan
 from . import results
 from .options import option
-from .shared import CommonOptions, FeaturesOptions, LayerOptions, SplitOptions
+from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recommend(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
+class Recommend(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """Measure cheap rivals, baselines and presets alike, and say which does most for a classifier.
 
     What a method leaves open is chosen on one half of the validation features, and it is measured on the other. Of what differs
@@ -29,7 +29,9 @@ class Recommend(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
     """
 
     section: ClassVar[str] = "recommend"
-    classifier: Path = option(help="the trained classifier: a checkpoint of any known layout, or a folder that a command wrote")
+    classifier: Path | None = option(
+        None, help="the trained classifier: a checkpoint, or a folder that a command wrote; without, --checkpoint"
+    )
     output: Path = option(metavar="FOLDER", help="where the recommended classifier goes")
     overwrite: bool = option(False, help="replace results that are there")
     policy: str = option(
@@ -46,7 +48,7 @@ class Recommend(CommonOptions, FeaturesOptions, SplitOptions, LayerOptions):
         """Compare, print, write the recommended classifier; returns what result.json holds."""
         console, started = results.console_or_quiet(console), time.monotonic()
         train, val = self.read("train", "val")
-        linear = results.read_classifier(self.classifier, train.num_classes, self.classifier_layer, self.state)
+        linear, _ = self.classifier_or_checkpoint(self.classifier, train.num_classes)
         with results.output_folder(self.output, self, results.CLASSIFIER, overwrite=self.overwrite, started=started) as folder:
             found = alphaext.recommend(
                 linear.to(self.chosen_device()),
