@@ -162,7 +162,7 @@ class TrainingLogits:
         self.columns = columns if log_prior is None else columns.with_log_prior(log_prior)
         self._log_prior = None if log_prior is None else log_prior.masked_fill(log_prior.isinf(), 0)
         dtype = columns.few_penalty.dtype
-        self.logits = _allocate((rows, len(columns)), dtype, device, f"the member logits of {rows} training samples")
+        self.logits = _allocate((rows, len(columns)), dtype, device)
         self.base_logsumexp = torch.empty(rows, dtype=dtype, device=device)
         self.label_logit = torch.empty(rows, dtype=dtype, device=device)
         self.few_of_label = torch.full((rows,), -1, dtype=torch.int32, device=device)
@@ -189,7 +189,7 @@ class ValidationLogits:
         self.columns, self.labels = columns, samples.labels.to(device)
         count, dtype = len(samples.labels), columns.few_penalty.dtype
         shape = ops.validation_shape(count, len(columns))
-        self.logits = _allocate(shape, dtype, device, f"the member logits of {count} validation samples")
+        self.logits = _allocate(shape, dtype, device)
         self.logits[-1:].zero_()  # the last block may have room to spare
         self.label_logit = torch.empty(count, dtype=dtype, device=device)
         self.top_logits = torch.empty(count, ops.TOP_CLASSES, dtype=dtype, device=device)
@@ -218,15 +218,21 @@ class ValidationLogits:
         return result.cpu()
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, what: str) -> Tensor:
-    """Memory for ``what``; a MemoryError that says how much, instead of a process that the system kills on its way."""
-    needed, available = math.prod(shape) * dtype.itemsize, _available_bytes()
-    if needed > available and torch.device(device).type == "cpu":
-        raise MemoryError(f"{what} need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free")
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     memory = torch.empty(shape, dtype=dtype, device=device)
     if memory.is_cpu:
         ops.advise_huge_pages(memory)
     return memory
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raise a MemoryError where ``what`` does not fit, instead of being killed by the system on the way."""
+    available = _available_bytes()
+    if needed > available:
+        raise MemoryError(
+            f"{what} need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free: less samples_per_class, "
+            "negative_ratio, top_k or residual need less"
+        )
 
 
 def _available_bytes() -> float:

@@ -237,12 +237,18 @@ class SharedLogits:
         used = taken.nonzero().flatten()
         row_bytes = len(self.columns) * self.columns.few_penalty.element_size()
         self.all_at_once = len(used) * row_bytes <= cached_logits.CACHE_BYTES
+        rows = len(used)
         if not self.all_at_once:
-            # Few samples take part in every epoch. Base ones get rows after them, anew each epoch.
-            used = samplers[0].indices[: samplers[0].num_few]
-        rows = len(used) if self.all_at_once else len(used) + max(sampler.negatives for sampler in samplers)
+            # Few samples are kept where they fit. All others get rows behind them, anew each epoch.
+            few = samplers[0].indices[: samplers[0].num_few]
+            fits = len(few) * row_bytes <= cached_logits.CACHE_BYTES
+            used = few if fits else few[:0]
+            rows = len(used) + max(sampler.negatives if fits else len(sampler) for sampler in samplers)
         self.num_kept = len(used)
         self.device = native_device(heads[0])
+        if self.device.type == "cpu":
+            measured = 0 if data.validation is None else len(data.validation.labels)
+            cached_logits.check_memory((rows + measured) * row_bytes, f"the member logits of {rows + measured} samples")
         prior = samplers[0].log_prior if prior_correction else None
         self.training = TrainingLogits(self.columns, rows, self.device, prior)
         self.training.fill(0, data.samples, used)
@@ -254,7 +260,7 @@ class SharedLogits:
         # index_select and not indexing, which waits for a second thread however few the indices.
         rows = self._row_of.index_select(0, indices)
         if not self.all_at_once:
-            base = (rows < 0).nonzero().flatten()
-            self.training.fill(self.num_kept, self.samples, indices[base])
-            rows[base] = self.num_kept + torch.arange(len(base), device="cpu")
+            missing = (rows < 0).nonzero().flatten()
+            self.training.fill(self.num_kept, self.samples, indices[missing])
+            rows[missing] = self.num_kept + torch.arange(len(missing), device="cpu")
         return rows.to(self.device)

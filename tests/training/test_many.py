@@ -9,7 +9,7 @@ from test_single import interrupt, make_data
 from torch import nn
 
 from alphaext import AlphaNet, class_means, fit, fit_many
-from alphaext.training import cached_logits
+from alphaext.training import cached_logits, preset_options
 from alphaext.training import many as sweep
 from alphaext.training import native_engine as engines
 
@@ -242,3 +242,24 @@ def test_odd_widths_give_the_bits_of_training_alone(width, dtype):
         (alone,) = fit_many(linear, features, labels, [config], progress=False)
         assert torch.equal(alone.head.w2, run.head.w2) and torch.equal(alone.head.b2, run.head.b2)
         assert [entry["loss"] for entry in alone.result.history[1:]] == [entry["loss"] for entry in run.result.history[1:]]
+
+
+def test_drawn_samples_that_do_not_fit_are_made_anew_with_the_same_bits(linear, monkeypatch):
+    config = dict(preset_options("few", pool_size=4), epochs=2, few_bias=False, residual=3, seed=0)
+    (kept,) = fit_many(linear, FEATURES, LABELS, [config], progress=False)
+    monkeypatch.setattr(cached_logits, "CACHE_BYTES", 0)
+    (anew,) = fit_many(linear, FEATURES, LABELS, [config], progress=False)
+    assert torch.equal(kept.head.b2, anew.head.b2) and torch.equal(kept.head.residual, anew.head.residual)
+    rows = []
+    monkeypatch.setattr(cached_logits, "_allocate", lambda shape, *_: rows.append(shape) or torch.empty(shape))
+    fit_many(linear, FEATURES, LABELS, [config], progress=False)
+    assert rows[0][0] == 8 * 8  # an epoch's samples: eight of each class
+
+
+def test_what_does_not_fit_is_refused_before_it_is_computed(linear, monkeypatch):
+    monkeypatch.setattr(cached_logits, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(cached_logits, "_blocks", None)
+    with pytest.raises(
+        MemoryError, match=r"the member logits of \d+ samples need .* GiB, and 0\.0 GiB .* are free: less samples"
+    ):
+        fit_many(linear, FEATURES, LABELS, [{"epochs": 1}], **VALIDATION)
