@@ -174,7 +174,6 @@ def coverage_problems(counts: Mapping[str, Tensor], few_below: int, names: Names
     """Classes that validation or test images leave out."""
     train = counts["train"]
     present, is_few = train > 0, (train > 0) & (train < few_below)
-    base = present & ~is_few
     checks: tuple[tuple[str, Level, str, Tensor, str], ...] = (
         (
             "val",
@@ -183,14 +182,18 @@ def coverage_problems(counts: Mapping[str, Tensor], few_below: int, names: Names
             is_few,
             "few classes: choosing the epoch does not see them",
         ),
-        ("val", "note", "base classes without validation images", base, "classes that are not few"),
+        ("val", "note", "base classes without validation images", train >= few_below, "classes that are not few"),
         ("test", "warning", "classes without test images", present, "classes: the accuracies that are reported leave them out"),
     )
     for part, level, title, among, detail in checks:
         without = (among & (counts[part] == 0)).nonzero()[:, 0].tolist() if part in counts else []
         if without:
-            items = tuple(describe_class(label, names) for label in without)
-            yield Finding(level, title, f"{len(without)} of {int(among.sum())} {detail}", items)
+            yield Finding(
+                level,
+                title,
+                f"{len(without)} of {int(among.sum())} {detail}",
+                tuple(describe_class(label, names) for label in without),
+            )
 
 
 def name_problems(parts: Parts, checkpoint_names: Names) -> Iterator[Finding]:

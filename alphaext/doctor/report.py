@@ -136,8 +136,13 @@ class DataReport:
         table = _table("Images", ("", "images", "classes", "smallest", "largest"), left=("",))
         for part, counts in self.counts.items():
             present = int((counts > 0).sum())
-            ends = (f"{int(counts.min()):,}", f"{int(counts.max()):,}")
-            table.add_row(part, f"{self.images[part]:,}", f"{present:,} of {self.num_classes:,}", *ends)
+            table.add_row(
+                part,
+                f"{self.images[part]:,}",
+                f"{present:,} of {self.num_classes:,}",
+                f"{int(counts.min()):,}",
+                f"{int(counts.max()):,}",
+            )
         return table
 
     def _splits_table(self) -> Table:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -162,22 +161,20 @@ def compare(
     gained, lost = _exchanged(before, after), _exchanged(after, before)
     metrics = SplitMetrics(parts, counts)
     hits_before, hits_after = (torch.stack([p.hits(1), p.hits(5)]) for p in (before, after))
-    differences = metrics.of(hits_after - hits_before)
     intervals = bootstrap_percentiles(parts, counts, gained, lost, resamples=resamples, confidence=confidence, seed=seed)
     is_few = torch.from_numpy(part_of_class(parts) == 0)
     to_few = _count_classes(before, (before.ranks == 0) & (after.ranks != 0) & is_few.index_select(0, after.predicted))
     ids = {name: getattr(parts, name) for name in SPLITS} | {"all": torch.arange(parts.num_classes, device="cpu")}
     totals = torch.stack([counts, gained[0], lost[0], to_few])
-    of_part = {
-        name: _part(totals.index_select(1, classes).sum(dim=1).tolist(), intervals[name], 1 - confidence)
-        for name, classes in ids.items()
-    }
     return Comparison(
         before=metrics.of(hits_before),
         after=metrics.of(hits_after),
-        differences=differences,
+        differences=metrics.of(hits_after - hits_before),
         intervals=intervals,
-        parts=of_part,
+        parts={
+            name: _part(totals.index_select(1, classes).sum(dim=1).tolist(), intervals[name], 1 - confidence)
+            for name, classes in ids.items()
+        },
         paid=_paid(before, after, counts, gained[0], lost[0], to_few, listed),
         confusions_gained=_new_confusions(before, after, listed),
         confusions_lost=_new_confusions(after, before, listed),
@@ -281,13 +278,11 @@ def _paid(
 
 def _new_confusions(before: Predictions, after: Predictions, listed: int) -> tuple[Confusion, ...]:
     new = (after.ranks != 0) & (after.predicted != before.predicted)
-    pairs = _pairs(after.labels.masked_select(new), after.predicted.masked_select(new), after.num_classes)
-    return tuple(pairs[:listed])
+    return tuple(_pairs(after.labels.masked_select(new), after.predicted.masked_select(new), after.num_classes)[:listed])
 
 
 def _pairs(labels: Tensor, predicted: Tensor, num_classes: int) -> list[Confusion]:
     """How often each pair of classes occurs, most often first, of equally many the lower ids first."""
     keys, counts = np.unique((labels * num_classes + predicted).numpy(), return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    pairs: npt.NDArray[np.int64] = np.column_stack([keys // num_classes, keys % num_classes, counts])[order]
-    return [Confusion(*pair) for pair in pairs.tolist()]
+    pairs = np.column_stack([keys // num_classes, keys % num_classes, counts])
+    return [Confusion(*pair) for pair in pairs[np.argsort(-counts, kind="stable")].tolist()]

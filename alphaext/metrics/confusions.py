@@ -118,14 +118,14 @@ def _counts(before: Predictions, after: Predictions) -> tuple[Tensor, Tensor, Te
     """Pairs of classes that either confuses, as ``true * N + predicted`` in ascending order, and how often each does."""
 
     def confused(predictions: Predictions) -> Tensor:
-        wrong = predictions.ranks > 0
-        return (predictions.labels * predictions.num_classes + predictions.predicted).masked_select(wrong)
+        pairs = predictions.labels * predictions.num_classes + predictions.predicted
+        return pairs.masked_select(predictions.ranks > 0)
 
     found = [confused(before), confused(after)]
     # Not a matrix of all pairs, which for thousands of classes has more cells than there are samples by far.
     pairs, place = torch.cat(found).unique(sorted=True, return_inverse=True)
-    was = torch.bincount(place[: len(found[0])], minlength=len(pairs))
-    return pairs, was, torch.bincount(place[len(found[0]) :], minlength=len(pairs))
+    was, now = (torch.bincount(own, minlength=len(pairs)) for own in place.split([len(keys) for keys in found]))
+    return pairs, was, now
 
 
 def _totals(true: Tensor, predicted: Tensor, was: Tensor, now: Tensor) -> Iterator[ConfusionRow]:

@@ -98,8 +98,9 @@ class JointRun(ResumableTraining):
                 raise ValueError(f"model must return logits [n, N] of n images, got {seen} of one image")
             outputs, largest = logits.shape[1], int(images.labels.max())
             if largest >= outputs:
-                allowed = f"the model's {outputs} classes, in 0..{outputs - 1}"
-                raise ValueError(f"{name} must have labels of {allowed}, got {largest}")
+                raise ValueError(
+                    f"{name} must have labels of the model's {outputs} classes, in 0..{outputs - 1}, got {largest}"
+                )
         return outputs
 
     def _identify(self) -> dict[str, Any]:
@@ -298,8 +299,15 @@ class JointRun(ResumableTraining):
         self._write_history()
 
     def _write_history(self) -> None:
-        summary = {"selection": self.select, "selected_epoch": self.selected_epoch, "epochs": self.options.epochs}
-        write_json(self.folder / _HISTORY, {**summary, "history": self.history})
+        write_json(
+            self.folder / _HISTORY,
+            {
+                "selection": self.select,
+                "selected_epoch": self.selected_epoch,
+                "epochs": self.options.epochs,
+                "history": self.history,
+            },
+        )
 
     def finish(self) -> Path:
         """The selected epoch's weights into every process's model, and into their file."""

@@ -45,8 +45,7 @@ class Comparison:
 
     def __init__(self, problem: Problem, trainings: Trainings) -> None:
         self.problem, self.trainings, self.options = problem, trainings, problem.options
-        rows = problem.file.rows.items()
-        self.earlier = {key: row for key, row in rows if row["experiment"] == "compare"}
+        self.earlier = {key: row for key, row in problem.file.rows.items() if row["experiment"] == "compare"}
         self.choices: list[dict[str, Any]] = []
 
     def run(self, classes: Path, confusions: Path) -> list[dict[str, Any]]:
@@ -137,8 +136,8 @@ class Comparison:
             else:
                 seconds = time.monotonic() - started
                 linear, epoch = (made.linear, made.chosen["epoch"]) if isinstance(made, BaselineResult) else (made, None)
-                measured = self.problem.measured(linear.to(self.problem.linear.weight.device))
-                row = row | {"seconds": seconds, "epoch": epoch} | measured
+                linear = linear.to(self.problem.linear.weight.device)
+                row = row | {"seconds": seconds, "epoch": epoch} | self.problem.measured(linear)
             self.problem.file.add(row)
         advance()
         return row

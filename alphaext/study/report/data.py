@@ -63,8 +63,7 @@ class StudyFiles:
     @property
     def experiments(self) -> list[str]:
         """The experiments that there are rows of, in the order of the rows."""
-        found = dict.fromkeys(row["experiment"] for row in self.rows)
-        return [name for name in found if name not in _NO_EXPERIMENTS]
+        return [name for name in dict.fromkeys(row["experiment"] for row in self.rows) if name not in _NO_EXPERIMENTS]
 
     @property
     def missing(self) -> list[str]:

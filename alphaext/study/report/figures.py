@@ -122,8 +122,7 @@ def _categories(study: StudyFiles, rows: list[Row], experiment: str, column: str
     """Accuracies of few, medium, many and all against what an experiment varies, for each method and gamma."""
     values = sorted({row[column] for row in rows}, key=lambda value: math.inf if value is None else value)
     pictures, said = [], []
-    others = [name for name in varied(rows) if name != column]
-    lots = group_rows(rows, others)
+    lots = group_rows(rows, [name for name in varied(rows) if name != column])
     for number, (own, readable) in enumerate(zip(lots, _readable(lots, rows, kept=("gamma",)), strict=True)):
         groups = {group.configuration[column]: group for group in group_rows(own.rows, (column,))}
         shown = label(own.method, readable.configuration)
@@ -147,8 +146,10 @@ def _categories(study: StudyFiles, rows: list[Row], experiment: str, column: str
             for part in ("few", "all")
         )
         said.append(f"{shown}: {changes}.")
-    where = f"From {setting_text(column, values[0])} to {setting_text(column, values[-1])}, top-1: "
-    caption = f"Dotted: the original classifier. {where}{' '.join(said)}"
+    caption = (
+        f"Dotted: the original classifier. From {setting_text(column, values[0])} to {setting_text(column, values[-1])}, "
+        f"top-1: {' '.join(said)}"
+    )
     title = f"Accuracy by {xlabel}" + (f" ({figure} of the paper)" if figure else "")
     table = accuracy_table(study, rows, f"{title}, % of test samples")
     return [FigureBlock(title, caption, pictures, [table], study.attribution, pairs=True)]
@@ -234,10 +235,14 @@ def _gains(study: StudyFiles, rows: list[Row], experiment: str) -> Blocks:
 def _readable(groups: Sequence[Group], rows: Sequence[Row], kept: Collection[str] = ()) -> list[Group]:
     """The same groups; their configuration leaves out what the method's name says already, but for what is ``kept``."""
     varies = {group.method: varied([row for row in rows if row["method"] == group.method]) for group in groups}
-    shown = [[name for name in group.configuration if name in varies[group.method] or name in kept] for group in groups]
     return [
-        replace(group, configuration={name: group.configuration[name] for name in names})
-        for group, names in zip(groups, shown, strict=True)
+        replace(
+            group,
+            configuration={
+                name: value for name, value in group.configuration.items() if name in varies[group.method] or name in kept
+            },
+        )
+        for group in groups
     ]
 
 
@@ -254,8 +259,10 @@ def class_blocks(study: StudyFiles) -> Blocks:
     if known:
         gains = [100 * row.gain for row in known]
         up, down = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-        mean = percent(float(np.mean(gains)) / 100, sign=True)
-        text = f"Of {len(gains)} few classes {up} gain and {down} lose; the mean is {mean} points."
+        text = (
+            f"Of {len(gains)} few classes {up} gain and {down} lose; the mean is "
+            f"{percent(float(np.mean(gains)) / 100, sign=True)} points."
+        )
         shown.append(("class-gains", "Gain of each few class", text, partial(draw_bars, gains=gains)))
     measured = [(row.distance, 100 * row.gain) for row in known if row.distance is not None]
     if measured:
@@ -270,19 +277,20 @@ def class_blocks(study: StudyFiles) -> Blocks:
         means = ", ".join(f"{part} {percent(float(np.mean(values)) / 100, sign=True)}" for part, values in by_split.items())
         text = f"Mean gains over classes, in points: {means}."
         edges = _edges([gain for values in by_split.values() for gain in values])
-        draw = partial(draw_steps, gains=by_split, edges=edges)
-        shown.append(("gain-histogram", "How many classes gain what", text, draw))
+        shown.append(("gain-histogram", "How many classes gain what", text, partial(draw_steps, gains=by_split, edges=edges)))
     blocks: Blocks = []
     if shown:
-        texts = " ".join(text for _, _, text, _ in shown)
-        caption = f"Under the Alpha Net that validation samples chose, first seed. {texts}"
+        caption = " ".join(
+            ["Under the Alpha Net that validation samples chose, first seed.", *(text for _, _, text, _ in shown)]
+        )
         tables = [classes_table(few, f"All {len(few)} few classes, by their gain", closed=True)] if few else []
         pictures = [study_picture(study, name, title, text, draw) for name, title, text, draw in shown]
         title = "Class by class (figures 3 and 4 of the paper)"
         blocks.append(FigureBlock(title, caption, pictures, tables, study.attribution))
     if any(row.neighbors for row in few):
-        title = "What the few classes that gain most are composed of (table 3 of the paper)"
-        table = classes_table(few[:_SHOWN_CLASSES], title)
+        table = classes_table(
+            few[:_SHOWN_CLASSES], "What the few classes that gain most are composed of (table 3 of the paper)"
+        )
         note = "NN1 is the nearest neighbour; each column has its coefficient and its name. Distance: to NN1's mean feature."
         blocks.append(replace(table, note=f"{note} {table.note}".strip()))
     losers = [row for row in study.classes if row.split != "few" and row.gain < 0]

@@ -38,10 +38,9 @@ def page(title: str, lead: Sequence[str], sections: Sequence[Section], foot: Seq
     Returns:
         HTML; whatever texts hold is shown as text.
     """
-    environment = _environment(
+    template = _environment(
         autoescape=True, finalize=lambda value: value if isinstance(value, Markup) else clean_text(value)
-    )
-    template = environment.get_template("page.html")
+    ).get_template("page.html")
     return template.render(title=title, lead=lead, sections=sections, foot=foot, light=_LIGHT, dark=_DARK) + "\n"
 
 
@@ -51,8 +50,9 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def _environment(**options: Any) -> Environment:
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, trim_blocks=True, undefined=StrictUndefined, **options)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, undefined=StrictUndefined, **options
+    )
     environment.filters |= {"kind": _kind, "header": _header, "breakable": _breakable, "text": markdown_text}
     return environment
 

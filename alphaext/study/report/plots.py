@@ -121,8 +121,8 @@ def draw_gains(axes: Any, groups: Sequence[Group], original: Row | None) -> None
                 elinewidth=1.0,
                 label=part,
             )
-    names = [label(group.method, group.configuration) for group in groups]
-    axes.set_yticks(range(len(groups)), [wrapped(shortened(name, 72), 26, 3) for name in names], fontsize=7.5)
+    names = [wrapped(shortened(label(group.method, group.configuration), 72), 26, 3) for group in groups]
+    axes.set_yticks(range(len(groups)), names, fontsize=7.5)
     axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="gain over the original, points")
 
 
@@ -149,6 +149,12 @@ def draw_steps(axes: Any, gains: Mapping[str, Sequence[float]], edges: Sequence[
     dashes = {"few": "-", "medium": "--", "many": "-."}
     for part, values in gains.items():
         shares = 100 * np.histogram(values, bins=np.asarray(edges))[0] / max(len(values), 1)
-        look = {"color": part_look(part)[0], "linewidth": 1.8, "linestyle": dashes[part]}
-        axes.stairs(shares, edges, label=f"{part} ({len(values)} classes)", **look)
+        axes.stairs(
+            shares,
+            edges,
+            label=f"{part} ({len(values)} classes)",
+            color=part_look(part)[0],
+            linewidth=1.8,
+            linestyle=dashes[part],
+        )
     axes.set(xlabel="gain, points", ylabel="classes of the split, %")

@@ -13,7 +13,6 @@ from ...utils.text import number_text, percent
 from ..rows import ORIGINAL, Group, Row, group_rows, varied
 from .content import DataTable
 from .data import COMPARE, StudyFiles, isolated, label, said_by_method, value_text
-from .front import Height, is_measured
 
 _MOST_CLASSES, _MOST_NEIGHBORS = 400, 5
 _MOST_CONFUSIONS, _MOST_ERRORS = 15, 10
@@ -44,7 +43,7 @@ def _gain_texts(group: Group, study: StudyFiles, parts: Iterable[str]) -> list[s
     return [percent(group.gain(f"test_{part}", study.original), sign=True) for part in parts]
 
 
-def _of_studies(
+def of_studies(
     studies: int, title: str, header: tuple[str, ...], rows: _Rows, words: tuple[int, ...], **others: Any
 ) -> DataTable | None:
     """A table with a column "classifier", which is left out of one study's; None of no rows."""
@@ -70,15 +69,14 @@ def _compared(studies: Sequence[StudyFiles]) -> Iterator[tuple[StudyFiles, Group
 
 def compare_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     """Tables 1 and 2 of the paper: rivals and Alpha Nets of all classifiers."""
-    rows = (
-        (group.method, study.name, _chosen(study, group), _candidates(study, group), _seeds(group), *_accuracy_texts(group))
-        for study, group in _compared(studies)
-    )
-    return _of_studies(
+    return of_studies(
         len(studies),
         "Accuracy on test samples, % (tables 1 and 2 of the paper)",
         ("method", "classifier", "chosen on validation", "candidates", "seeds", *_ACCURACY_NAMES),
-        rows,
+        (
+            (group.method, study.name, _chosen(study, group), _candidates(study, group), _seeds(group), *_accuracy_texts(group))
+            for study, group in _compared(studies)
+        ),
         (0, 1, 2),
         note="± is the standard deviation over seeds. What a method leaves open was chosen on validation samples, out of "
         "so many candidates.",
@@ -94,7 +92,7 @@ def cost_table(studies: Sequence[StudyFiles]) -> DataTable | None:
         gains = _gain_texts(group, study, SPLITS_AND_ALL)
         epoch, seconds = number_text(group.mean("epoch"), ".4g"), number_text(group.mean("seconds"), ".3g")
         rows.append((group.method, study.name, *gains, stuck, epoch, seconds))
-    return _of_studies(
+    return of_studies(
         len(studies),
         "Gain over the original classifier, top-1 on test samples",
         ("method", "classifier", *(f"{part}, points" for part in SPLITS_AND_ALL), "classes on their clamp", "epoch", "seconds"),
@@ -110,36 +108,13 @@ def calibration_table(studies: Sequence[StudyFiles]) -> DataTable | None:
         (group.method, study.name, *(mean_text(group, f"test_{part}_calibration_error") for part in SPLITS_AND_ALL))
         for study, group in _compared(studies)
     )
-    return _of_studies(
+    return of_studies(
         len(studies),
         "Expected calibration error on test samples, % (0 is best)",
         ("method", "classifier", *SPLITS_AND_ALL),
         (row for row in rows if set(row[2:]) != {"-"}),
         (0, 1),
         note="How far the probability of the predicted class lies from how often it is right, before (original) and after.",
-    )
-
-
-def front_table(studies: Sequence[tuple[StudyFiles, Sequence[Height]]]) -> DataTable | None:
-    """How far the chosen heads lie above the front."""
-    rows = []
-    for study, heights in studies:
-        for height in heights:
-            group = height.group
-            totals = [row["test_all"] for row in group.rows if is_measured(row)]
-            fronts = [total - h for total, h in zip(totals, height.heights, strict=True) if h is not None]
-            front = percent(sum(fronts) / len(fronts)) if fronts else "-"
-            spread = "" if height.spread is None else f" ±{percent(height.spread)}"
-            each = ", ".join("beyond its ends" if h is None else percent(h, sign=True) for h in height.heights)
-            cells = (mean_text(group, "test_few"), mean_text(group, "test_all"), front)
-            rows.append((group.method, study.name, *cells, percent(height.mean, sign=True) + spread, each))
-    return _of_studies(
-        len(studies),
-        "The chosen Alpha Nets against the front, top-1 on test samples",
-        ("method", "classifier", "few, %", "all, %", "front at equal few, %", "above the front, points", "each seed"),
-        rows,
-        (0, 1, 6),
-        note="Below zero, one constant on all few logits has more accuracy over all at the same few accuracy.",
     )
 
 
@@ -266,13 +241,12 @@ def error_table(studies: Sequence[StudyFiles]) -> DataTable | None:
                 reasons = "; ".join(dict.fromkeys(clean_text(row["error"]) for row in group.rows))
                 rows.append((study.name, experiment, label(group.method, group.configuration), seeds, reasons))
     header = ("classifier", "experiment", "what", "seeds", "why")
-    return _of_studies(len(studies), "Without results", header, rows, (0, 1, 2, 3, 4), closed=len(rows) > _MOST_ERRORS)
+    return of_studies(len(studies), "Without results", header, rows, (0, 1, 2, 3, 4), closed=len(rows) > _MOST_ERRORS)
 
 
 def settings_table(study: StudyFiles) -> DataTable:
     """How a study was made."""
-    identity = study.info["identity"]
-    settings = {**study.info["options"], **{name: identity.get(name) for name in ("few_below", "many_above")}}
+    settings = study.info["options"] | {name: study.info["identity"].get(name) for name in ("few_below", "many_above")}
     rows = [
         ("classifier", study.name),
         ("finished", clean_text(study.info["finished"] or "not finished")),

@@ -16,7 +16,7 @@ from ..plans import EXPERIMENTS
 from .content import Block, Section, TextBlock, pictures_of
 from .data import StudyFiles, read_studies
 from .figures import class_blocks, experiment_blocks
-from .front_figure import front_blocks
+from .front import front_blocks
 from .tables import calibration_table, compare_table, confusion_tables, cost_table, error_table, settings_table
 
 HTML, TABLES, FIGURES, WRITTEN = "report.html", "tables.md", "figures", "report.json"
