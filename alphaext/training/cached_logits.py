@@ -230,8 +230,8 @@ def check_memory(needed: int, what: str) -> None:
     available = _available_bytes()
     if needed > available:
         raise MemoryError(
-            f"{what} need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free: less samples_per_class, "
-            "negative_ratio, top_k or residual need less"
+            f"{what} need {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB of memory are free: less "
+            "samples_per_class, negative_ratio, top_k or residual need less"
         )
 
 
