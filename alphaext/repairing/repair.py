@@ -203,7 +203,7 @@ def repair(
         # constant was chosen by, and would be kept where the average is better on other samples (as on BANKING77).
         if run.final_policy.score(after) > run.final_policy.score(run.before):
             made, errors = average.linear, run.calibration_errors(average.linear)
-            notes = run.losses(after, made)
+            notes = run.notes(after, made)
             result = replace(
                 result,
                 metrics_after=after,

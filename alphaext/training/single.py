@@ -316,7 +316,7 @@ class Run(ResumableTraining):
             head.keeps_original = True
             raise diverged
         if before is not None and after is not None:
-            notes += self._unseen() + self.losses(after, head.fold())
+            notes += self.notes(after, head.fold())
         return FitResult(
             history=self.history,
             selected_epoch=self.selected_epoch,
@@ -341,8 +341,11 @@ class Run(ResumableTraining):
         head.few_bias = float(found.chosen["offset"])
         return self.metrics.of(hits_of(head.fold(), validation))
 
+    def notes(self, after: dict[str, float], linear: nn.Linear) -> list[str]:
+        """Sentences on what validation samples do not show, and on what is lost by ``linear``, whose metrics are ``after``."""
+        return self._unseen() + self._losses(after, linear)
+
     def _unseen(self) -> list[str]:
-        """A sentence on what validation samples do not show."""
         if self.doubt:
             return [f"Nothing was chosen by validation samples, and the result is not verified: {self.doubt}."]
         assert self.data.validation is not None
@@ -374,10 +377,11 @@ class Run(ResumableTraining):
             what = f"the loss is {last['loss']:.3g}, {times:.3g} times that before training, or of guessing"
         else:
             return None
-        return TrainingDiverged(what, int(last["epoch"]), last["lr"])
+        doubt = f" ({self.doubt}, to choose another epoch by)" if self.doubt else ""
+        return TrainingDiverged(what + doubt, int(last["epoch"]), last["lr"])
 
-    def losses(self, after: dict[str, float], linear: nn.Linear) -> list[str]:
-        """Sentences on what few classes lose by ``linear``, whose metrics are ``after``, and base classes beyond a little."""
+    def _losses(self, after: dict[str, float], linear: nn.Linear) -> list[str]:
+        """What few classes lose, and base classes beyond a little."""
         before = self.before
         assert before is not None
         notes = []

@@ -167,3 +167,11 @@ def test_classes_that_no_sample_shows_are_told():
             progress=False,
         )  # fmt: skip
     assert made.result.verified
+
+
+def test_preset_all_tells_them_too():
+    linear, features, labels, val = problem(2, per_class=60)
+    shown = val["val_labels"] != 1
+    some = {name: values[shown] for name, values in val.items()}
+    with pytest.warns(AlphaNetWarning, match=r"No validation sample shows what became of the classes 1\."):
+        repair(linear, features, labels, **some, preset="all", epochs=4, progress=False)
