@@ -117,8 +117,7 @@ class ClassSplit:
     def of_masks(cls, few: Tensor, many: Tensor, empty: Tensor) -> ClassSplit:
         """The split of bool masks ``[N]``; what is in none of them is medium, and what is few is not empty."""
         empty = empty & ~few
-        masks = (few, ~(few | many | empty), many, empty)
-        return cls(*(torch.nonzero(mask)[:, 0] for mask in masks))
+        return cls(*(torch.nonzero(mask)[:, 0] for mask in (few, ~(few | many | empty), many, empty)))
 
     def cpu(self) -> ClassSplit:
         """The same on the CPU."""

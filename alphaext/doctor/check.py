@@ -107,10 +107,8 @@ def check_data(
         *folder_problems(parts, folders, checkpoint_names),
         *repeat_problems(parts),
     ]
-    images_read = 0
     if read_images:
         readings = read_all(parts, workers=workers, progress=progress)
-        images_read = sum(len(images) for images in parts.values())
         problems += [*reading_problems(parts, readings), *content_problems(parts, readings), *truncation_problems()]
     else:
         problems += missing_problems(parts)
@@ -124,7 +122,7 @@ def check_data(
         few_below=few_below,
         many_above=many_above,
         problems=sorted(problems, key=lambda finding: LEVELS.index(finding.level)),
-        images_read=images_read,
+        images_read=sum(map(len, parts.values())) if read_images else 0,
         seconds=time.monotonic() - started,
     )
 

@@ -326,13 +326,16 @@ class AlphaNet(nn.Module):
             stored = _read_extra_state(state["_extra_state"])
             options: dict[str, Any] = {"coefficients": stored["coefficients"]}
             if options["coefficients"] == "direct":
-                options |= {"directions": state.get("directions"), "direction_bias": state.get("direction_bias")}
+                options |= {"z": None, **{name: state.get(name) for name in ("directions", "direction_bias")}}
             else:
                 networks, _, hidden_dim = state["w2"].shape
-                options |= {"first_layer": stored["first_layer"], "hidden_dim": hidden_dim}
-                options["shared"] = networks == 1 and len(state["members"]) > 1
-            z = None if options["coefficients"] == "direct" else state["z"]
-            head = cls(state["weight"], state.get("bias"), state["members"], z, seed=0, **options)
+                options |= {
+                    "z": state["z"],
+                    "first_layer": stored["first_layer"],
+                    "hidden_dim": hidden_dim,
+                    "shared": networks == 1 and len(state["members"]) > 1,
+                }
+            head = cls(state["weight"], state.get("bias"), state["members"], seed=0, **options)
             head.load_state_dict(state)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise ValueError(f"state must be the state_dict of an AlphaNet: {type(error).__name__}: {error}") from error

@@ -16,12 +16,9 @@ _LARGEST_SOFTMAX_START = 0.99
 
 def identity_outputs(rule: str, gamma: float, top_k: int, dtype: torch.dtype) -> Tensor:
     """Outputs ``[K+1]`` at which ``alpha_0 = gamma`` and the neighbours are equal."""
-    own = gamma
-    if rule == "l1":
-        own = 0.0
-    elif rule == "softmax":
-        # A few rounding errors below gamma, so that no clamp holds at the start.
-        own = min(gamma * (1 - 8 * torch.finfo(accumulate_dtype(dtype)).eps), _LARGEST_SOFTMAX_START)
+    # A few rounding errors below gamma, so that no clamp holds at the start.
+    below_gamma = gamma * (1 - 8 * torch.finfo(accumulate_dtype(dtype)).eps)
+    own = {"clamp": gamma, "softmax": min(below_gamma, _LARGEST_SOFTMAX_START), "l1": 0.0}[rule]
     alpha = torch.full((top_k + 1,), (1 - own) / top_k, dtype=torch.float64, device="cpu")
     if rule != "l1":
         alpha[0] = own

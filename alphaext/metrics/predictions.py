@@ -199,9 +199,8 @@ def predict(
     if own is not None and own.device != place:
         classifier = copy.deepcopy(classifier).to(place)
 
-    product_rows = _PRODUCT_ROWS
-    if num_classes is not None and product_rows * num_classes > _PRODUCT_ELEMENTS:
-        product_rows = _FEWEST_PRODUCT_ROWS
+    many_classes = num_classes is not None and _PRODUCT_ROWS * num_classes > _PRODUCT_ELEMENTS
+    product_rows = _FEWEST_PRODUCT_ROWS if many_classes else _PRODUCT_ROWS
     collected = _Collected(samples, num_classes)
     bar = task_bar(progress, "samples scored", total=samples)
     with evaluating(classifier), computing_in(precision, place), bar as report:

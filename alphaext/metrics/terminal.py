@@ -80,8 +80,12 @@ def comparison_table(comparison: Comparison, *, title: str | None = None) -> Tab
         TypeError: something else than a comparison.
     """
     check_kind(comparison, Comparison, "comparison")
-    numbers = ("samples", "before", "after", "difference", "gained", "lost", "to few", "p")
-    table = _table(title, "classes", *map(_number, numbers), "verdict")
+    table = _table(
+        title,
+        "classes",
+        *map(_number, ("samples", "before", "after", "difference", "gained", "lost", "to few", "p")),
+        "verdict",
+    )
     for name, part in comparison.parts.items():
         low, high = comparison.intervals[name]
         difference = percent(comparison.differences[name], sign=True)
@@ -123,8 +127,12 @@ def losses_table(comparison: Comparison, *, class_names: Sequence[str] | None = 
         raise ValueError(
             f"class_names must be one a class, got {len(class_names)} names, and class {largest} in the comparison"
         )
-    numbers = ("samples", "before", "after", "gained", "lost", "to few")
-    table = _table(title, "class", *map(_number, numbers), "lost samples are taken for")
+    table = _table(
+        title,
+        "class",
+        *map(_number, ("samples", "before", "after", "gained", "lost", "to few")),
+        "lost samples are taken for",
+    )
 
     names = range(largest + 1) if class_names is None else class_names
     for loss in comparison.paid:

@@ -256,8 +256,8 @@ def _within(trial: Trial, most_neighbors: Mapping[str, int]) -> Trial:
     of_few = trial.method.startswith((METHODS["few"], "Alpha Net, more neighbours"))
     if not of_few or own.head.top_k != FORMS["few"]["top_k"]:
         return trial
-    top_k = min(own.head.top_k, most_neighbors[own.head.pool])
-    return replace(trial, configuration=Configuration.of(**own.cells() | {"top_k": top_k}))
+    fewer = {"top_k": min(own.head.top_k, most_neighbors[own.head.pool])}
+    return replace(trial, configuration=Configuration.of(**own.cells() | fewer))
 
 
 def _base(options: StudyOptions, gamma: float, form: str = "plain", **changes: Any) -> Configuration:

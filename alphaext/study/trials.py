@@ -198,8 +198,8 @@ class Trainings:
 
     def row(self, trial: Trial, values: Mapping[str, Any] | None = None) -> Row:
         """The row of a trial."""
-        cells = trial.configuration.cells()
-        return self.problem.row(trial.experiment, trial.method, seed=trial.seed, **cells, **(values or {}))
+        cells = trial.configuration.cells() | dict(values or {})
+        return self.problem.row(trial.experiment, trial.method, seed=trial.seed, **cells)
 
     def head(self, trial: Trial) -> AlphaNet:
         """The trained head of one of the first seed's candidates; trained again if its results are of an earlier run."""

@@ -124,12 +124,12 @@ def own_style(name: str) -> Iterator[None]:
     with warnings.catch_warnings():
         # Letters that the font lacks are left to whoever shows the SVG; a PNG has a box for them.
         warnings.simplefilter("ignore")
-        defaults: dict[str, Any] = {
+        defaults: dict[Any, Any] = {
             key: matplotlib.rcParamsDefault[key]
             for key in matplotlib.rcParamsDefault
             if not key.startswith(("backend", "interactive", "toolbar", "webagg", "savefig.directory"))
         }
-        own: dict[str, Any] = {
+        own: dict[Any, Any] = {
             "svg.fonttype": "none",
             "svg.hashsalt": name,
             "text.parse_math": False,
@@ -162,8 +162,7 @@ def own_style(name: str) -> Iterator[None]:
             "lines.linewidth": 1.6,
             "lines.markersize": 5,
         }
-        settings: Any = {**defaults, **own}
-        with matplotlib.rc_context(settings):
+        with matplotlib.rc_context({**defaults, **own}):
             yield
 
 

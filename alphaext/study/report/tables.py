@@ -124,37 +124,38 @@ def accuracy_table(study: StudyFiles, rows: Iterable[Row], title: str) -> DataTa
     names = [name for name in varied(rows) if not said_by_method(rows, name)]
     # Where configurations differ from method to method alone, that is what the experiment is about.
     names = names if any(name != "gamma" for name in names) else varied(rows)
-    found = tuple(
-        (
-            group.method,
-            *(_setting(group, name) for name in names),
-            _seeds(group),
-            *_accuracy_texts(group),
-            *_gain_texts(group, study, ("few", "all")),
-        )
-        for group in group_rows(rows)
-    )
     return DataTable(
-        title, ("method", *names, "seeds", *_ACCURACY_NAMES, "few gain", "all gain"), found, words=tuple(range(1 + len(names)))
+        title,
+        ("method", *names, "seeds", *_ACCURACY_NAMES, "few gain", "all gain"),
+        tuple(
+            (
+                group.method,
+                *(_setting(group, name) for name in names),
+                _seeds(group),
+                *_accuracy_texts(group),
+                *_gain_texts(group, study, ("few", "all")),
+            )
+            for group in group_rows(rows)
+        ),
+        words=tuple(range(1 + len(names))),
     )
 
 
 def sharing_table(study: StudyFiles, rows: Iterable[Row]) -> DataTable:
     """What one sub-module for all few classes saves, and what it costs."""
-    found = tuple(
-        (
-            group.method,
-            "one for all" if group.configuration["shared"] else "one each",
-            *(percent(group.mean(f"test_{part}")) for part in ("few", "all")),
-            *(_bytes(group.mean(name)) for name in ("parameter_bytes", "dense_parameter_bytes")),
-            number_text(group.mean("seconds"), ".3g"),
-        )
-        for group in group_rows(rows, by=("shared",))
-    )
     return DataTable(
         "What sharing saves and costs, means over gammas and seeds",
         ("method", "sub-modules", "few, %", "all, %", "trained", "both layers as in the paper", "seconds a training"),
-        found,
+        tuple(
+            (
+                group.method,
+                "one for all" if group.configuration["shared"] else "one each",
+                *(percent(group.mean(f"test_{part}")) for part in ("few", "all")),
+                *(_bytes(group.mean(name)) for name in ("parameter_bytes", "dense_parameter_bytes")),
+                number_text(group.mean("seconds"), ".3g"),
+            )
+            for group in group_rows(rows, by=("shared",))
+        ),
         words=(0, 1),
     )
 
@@ -240,8 +241,14 @@ def error_table(studies: Sequence[StudyFiles]) -> DataTable | None:
                 seeds = ", ".join(str(row["seed"]) for row in group.rows if row["seed"] is not None) or "-"
                 reasons = "; ".join(dict.fromkeys(clean_text(row["error"]) for row in group.rows))
                 rows.append((study.name, experiment, label(group.method, group.configuration), seeds, reasons))
-    header = ("classifier", "experiment", "what", "seeds", "why")
-    return of_studies(len(studies), "Without results", header, rows, (0, 1, 2, 3, 4), closed=len(rows) > _MOST_ERRORS)
+    return of_studies(
+        len(studies),
+        "Without results",
+        ("classifier", "experiment", "what", "seeds", "why"),
+        rows,
+        (0, 1, 2, 3, 4),
+        closed=len(rows) > _MOST_ERRORS,
+    )
 
 
 def settings_table(study: StudyFiles) -> DataTable:

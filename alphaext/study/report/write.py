@@ -178,8 +178,7 @@ def _write(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
             )
         (folder / FIGURES).mkdir(exist_ok=True)
         # First what will be there, then the files: after an interruption they are known as a report's own.
-        both = {name: {*earlier.get(name, ()), digests.get(name, "")} - {""} for name in {*earlier, *files}}
-        _write_record(folder, both)
+        _write_record(folder, {name: {*earlier.get(name, ()), digests.get(name, "")} - {""} for name in {*earlier, *files}})
         for name in own - set(files):
             (folder / name).unlink(missing_ok=True)
         for name, content in files.items():
@@ -189,8 +188,7 @@ def _write(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
 
 
 def _write_record(folder: Path, digests: Mapping[str, Collection[str]]) -> None:
-    files = {name: sorted(digests[name]) for name in sorted(digests)}
-    write_json(folder / WRITTEN, {"format": _FORMAT, "files": files})
+    write_json(folder / WRITTEN, {"format": _FORMAT, "files": {name: sorted(digests[name]) for name in sorted(digests)}})
 
 
 def _written(folder: Path) -> dict[str, list[str]]:
