@@ -23,7 +23,7 @@ from ..training.selection import BaselineResult, Policy, Validation, unfit_to_ch
 from ..utils.checks import check_together
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining
-from ..utils.tensors import TensorLike, check_finite
+from ..utils.tensors import TensorLike, check_finite, check_shape
 from .balanced_sampling import ClassBalancedSampler
 
 # Elements of a block of features that are checked at a time.
@@ -121,7 +121,10 @@ class BalancedTraining(ResumableTraining):
         self.identity |= {"classifier and data": data_digest(self.samples, val, *parts)}
         if path is not None and path.exists():
             state = self.load(path, parameter.device)
-            self.model.parameters[:], self.model.momentum[:] = state["parameters"], state["momentum"]
+            with self.applying(path):
+                for own, kept in zip(self.model.parameters, state["parameters"], strict=True):
+                    check_shape(kept, "parameters", own.shape)
+                self.model.parameters[:], self.model.momentum[:] = state["parameters"], state["momentum"]
         elif self.model.first_candidate == 0:
             self._record({"epoch": 0, "loss": math.nan, "lr": self.options.lr})
         first = len(self.history) + self.model.first_candidate

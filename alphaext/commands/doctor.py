@@ -65,6 +65,7 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         )
         if part is not None and checkpoint is not None:
             try:
+                part.verify()
                 names = report.class_names if part.num_classes == checkpoint.num_classes else None
                 found = alphaext.doctor.check_classifier_order(
                     checkpoint.linear(), part.features, part.labels, class_names=names

@@ -151,8 +151,9 @@ class JointRun(ResumableTraining):
             )
         if state is None:
             return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with self.applying(path):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.resumed_from = len(self.history)
         self.selected = (state["selected"] or state["model"]) if group.is_main else None
 

@@ -11,6 +11,8 @@ from ..head.alphanet import AlphaNet
 from ..head.first_layer import first_layer_scale
 from ..head.outputs import clamped_outputs
 from ..ops import training as ops
+from ..utils.checks import check_integer
+from ..utils.resume import copy_into
 from . import cached_logits
 from .cached_logits import Columns, TrainingLogits, ValidationLogits
 from .engine import TrainingData, TrainingDiverged
@@ -208,10 +210,9 @@ class NativeEngine:
         return {name: tensor.clone() for name, tensor in tensors.items()} | {"steps": self.steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._state.copy_(state["state"])
-        self._b2.copy_(state["b2"])
-        self._b2_momentum.copy_(state["b2_momentum"])
-        self.steps = state["steps"]
+        for name, own in (("state", self._state), ("b2", self._b2), ("b2_momentum", self._b2_momentum)):
+            copy_into(own, state[name], name)
+        self.steps = check_integer(state["steps"], "steps", minimum=0)
         self._call(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
 
 

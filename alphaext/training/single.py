@@ -20,11 +20,11 @@ from ..head.alphanet import AlphaNet
 from ..metrics.accuracy import SplitMetrics
 from ..metrics.evaluation import expected_calibration_error
 from ..metrics.predictions import predict
-from ..utils.checks import check_choice, check_integer, check_kind, format_ids
+from ..utils.checks import check_choice, check_integer, check_kind, check_number, format_ids
 from ..utils.linear import make_linear
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining, check_checkpoint
-from ..utils.tensors import LabelledFeatures, TensorLike
+from ..utils.tensors import LabelledFeatures, TensorLike, check_shape
 from ..utils.text import percent
 from .autograd_engine import AutogradEngine
 from .builder import training_data
@@ -239,10 +239,16 @@ class Run(ResumableTraining):
                 final = replace(final, min_base=least)
                 self.policy = self.policy if options.few_bias else replace(self.policy, min_base=least)
             self.final_policy = final
-        if resumed:
-            self.engine.load_state(state["engine"])
-            self.decay.factor, self.decay.momentum, self.decay.steps = state["decay"]
-            self.start_decay = state["start_decay"]
+        if path is not None and resumed:
+            with self.applying(path):
+                decay, parameters = self.selected
+                for value in (decay, *state["decay"]):
+                    check_number(value, "decay")
+                for own, kept in zip(self.engine.snapshot(), parameters, strict=True):
+                    check_shape(kept, "selected", own.shape)
+                self.engine.load_state(state["engine"])
+                self.decay.factor, self.decay.momentum, self.decay.steps = state["decay"]
+                self.start_decay = state["start_decay"]
         else:
             self._record(0, math.nan, self.engine.learning_rate(options.lr_multiplier(1)))
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .files import open_file, whole_file
+from .tensors import check_shape
 
 
 class ResumableTraining:
@@ -57,6 +60,20 @@ class ResumableTraining:
         with whole_file(path) as file:
             torch.save({**{name: getattr(self, name) for name in names}, **state}, file)
 
+    @contextmanager
+    def applying(self, path: Path) -> Iterator[None]:
+        """A block that takes over what :meth:`load` returned; what does not fit is an error of the file's.
+
+        Raises:
+            ValueError: an entry is missing, or has another type or shape than the training's own.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"checkpoint {path} cannot be read as {self._name}: {type(error).__name__}: {error}") from error
+
     def load(
         self, path: Path, device: torch.device | str = "cpu", *, advice: Callable[[str], str] = lambda _: ""
     ) -> dict[str, Any]:
@@ -81,6 +98,13 @@ class ResumableTraining:
             for name, kind in self._content.items():
                 if not isinstance(state[name], kind):
                     raise TypeError(f"{name} is a {type(state[name]).__name__}")
+            epochs = [entry["epoch"] for entry in state["history"]]
+            if not epochs or epochs != list(range(epochs[0], epochs[0] + len(epochs))) or epochs[0] < 0:
+                raise ValueError(f"its history is of the epochs {epochs[:5]}")
+            if len({tuple((name, type(value)) for name, value in entry.items()) for entry in state["history"]}) > 1:
+                raise ValueError("its history has other entries in one epoch than in another")
+            if state["selected_epoch"] not in (0, *epochs):
+                raise ValueError(f"it has selected epoch {state['selected_epoch']} of {epochs[-1]}")
         except Exception as error:  # what torch makes of foreign bytes knows no limits
             raise ValueError(f"checkpoint {path} cannot be read as {self._name}: {type(error).__name__}: {error}") from error
         saved = state["identity"]
@@ -94,6 +118,12 @@ class ResumableTraining:
         self.history, self.selected = state["history"], state["selected"]
         self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
         return state
+
+
+def copy_into(own: Tensor, kept: Tensor, name: str) -> None:
+    """Copy a tensor of a file into one of the training, whose shape it must have: nothing is repeated to fit."""
+    check_shape(kept, name, own.shape)
+    own.copy_(kept)
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:

@@ -103,7 +103,7 @@ _HOSTILE: list[Callable[[Any], Any]] = [
     _tensors_only(lambda x: torch.empty(0, dtype=x.dtype)),
     _tensors_only(lambda x: x.flatten()[0] if x.numel() else x),
     _tensors_only(lambda x: _every_other(x)),
-    _tensors_only(lambda x: x.flatten().as_strided([2**20] * max(1, x.dim()), [0] * max(1, x.dim())) if x.numel() else x),
+    _tensors_only(lambda x: x.flatten()[:1].expand(2**20).reshape(2**20, *[1] * max(0, x.dim() - 1)) if x.numel() else x),
     _tensors_only(lambda x: torch.full_like(x, 2**31 - 1) if x.dtype != torch.float64 else torch.full_like(x, float("nan"))),
     _tensors_only(lambda x: -x - 1),
     _tensors_only(lambda x: x.to_sparse() if x.dim() and x.is_floating_point() else x),
