@@ -29,7 +29,7 @@ from .utils.tensors import (
 # from 2**15 elements on: waiting for them costs more than such light work, many times more on a busy machine.
 _BLOCK_ELEMENTS = 2**15 - 1
 
-Rows: TypeAlias = npt.NDArray[Any]
+FeatureRows: TypeAlias = npt.NDArray[Any]
 
 _PARTS = ("few", "medium", "many", "empty")
 
@@ -238,7 +238,7 @@ def class_sums(
     features: TensorLike,
     labels: TensorLike,
     num_classes: int | None = None,
-    transform: Callable[[Rows], Rows] | None = None,
+    transform: Callable[[FeatureRows], FeatureRows] | None = None,
     *,
     may_be_empty: bool = False,
 ) -> tuple[npt.NDArray[np.float64], Tensor, Tensor]:
@@ -273,7 +273,7 @@ def class_sums(
         check_finite(block, "features", first_row=start)
         # Row by row: index_add_ would leave the order, and so the last bit, to the device and the number of threads.
         with np.errstate(over="ignore"):  # an infinite sum is found below
-            wide: Rows = block.to(torch.float64).numpy()
+            wide: FeatureRows = block.to(torch.float64).numpy()
             summed = wide if transform is None else transform(wide)
             for label, row in zip(label_list[start : start + rows], summed, strict=True):
                 sum_rows[label] += row

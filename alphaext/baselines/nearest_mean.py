@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..classes import Rows, class_sums
+from ..classes import FeatureRows, class_sums
 from ..utils.checks import check_choice, format_ids
 from ..utils.linear import make_linear
 from ..utils.tensors import TensorLike, as_tensor, check_finite
@@ -86,7 +86,7 @@ def ncm(
     return _layer(weight, -weight @ origin if center else None, like)
 
 
-def _at_length_one(rows: Rows) -> Rows:
+def _at_length_one(rows: FeatureRows) -> FeatureRows:
     """The rows divided by their lengths; a row of zeros stays as it is."""
     # First by the largest number, so that no square overflows or vanishes.
     largest = np.abs(rows).max(axis=1, initial=0.0, keepdims=True)

@@ -19,7 +19,7 @@ from ..metrics.evaluation import split_accuracy
 from ..training.many import fit_many
 from ..utils.files import whole_file
 from ..utils.modules import one_thread
-from .fit import choose
+from .fit import best_run
 
 # Training images of each class, in an order of classes that is drawn anew each time: 3 many, 4 medium and 3 few classes.
 TRAIN_COUNTS = (110, 105, 102, 80, 60, 45, 30, 8, 6, 4)
@@ -91,7 +91,7 @@ def run_draw(images: Tensor, labels: Tensor, seed: int) -> Draw:
     samples = {"val_features": features[val], "val_labels": labels[val]}
     runs = fit_many(classifier, features[train], labels[train], configurations, **samples, progress=False)
     # The best accuracy over all validation images; of equal ones the largest gamma, which changes the least.
-    best = runs[choose(runs, "last", None)]
+    best = runs[best_run(runs, "last", None)]
     assert best.head is not None
     counts = class_counts(labels[train], 10)
     with torch.no_grad():

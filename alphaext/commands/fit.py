@@ -157,7 +157,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
             for run in runs:
                 if run.error and not run.error.startswith("training diverged"):
                     raise ValueError(f"{_named(run.config)}: {run.error}; --overwrite starts anew")
-            run = runs[choose(runs, select, min_all, self.policy, self.max_drop)]
+            run = runs[best_run(runs, select, min_all, self.policy, self.max_drop)]
             head, trained = run.head, run.result
             assert head is not None and trained is not None
             result = {
@@ -238,7 +238,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
         console.print(f"Classifier: {self.output / results.CLASSIFIER}", markup=False, highlight=False, soft_wrap=True)
 
 
-def choose(
+def best_run(
     runs: list[alphaext.training.SweepRun],
     select: str | None,
     min_all: float | None,
