@@ -96,7 +96,7 @@ def image_batches(
         A function that returns an iterator over the batches, in their order.
     """
     loader: DataLoader[ImageBatch] = DataLoader(
-        _Reader(images, transform),
+        Reader(images, transform),
         sampler=batches,
         batch_size=None,
         num_workers=workers,
@@ -122,7 +122,7 @@ def image_batches(
             stop()
 
 
-class _Reader(Dataset[ImageBatch]):
+class Reader(Dataset[ImageBatch]):
     """Reads whole batches. Errors come back as values: as exceptions they would arrive as the text of a worker's traceback."""
 
     def __init__(self, images: LabelledImages, transform: Transform) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import ImageReadError, LabelledImages
-from ..data.loading import Batch, Transform, image_batches, image_seed
+from ..data.loading import Batch, Reader, Transform, image_batches, image_seed
 from ..models.inference import for_cpu
 from ..models.split import SplitModel
 from ..utils.modules import computing_in, cudnn_choice
@@ -83,23 +84,40 @@ class Computing:
 
     def here(self, tasks: Iterable[Task]) -> Generator[Computed, None, None]:
         """Compute the batches in this process, in their order."""
+        with _on_device(self.split_model, self.device):
+            yield from self._computed(tasks, _Network(self.split_model, self.precision, self.device))
+
+    def _computed(self, tasks: Iterable[Task], network: _Network) -> Iterator[Computed]:
         begun: deque[Task] = deque()
 
         def wanted() -> Iterator[list[tuple[int, int]]]:
             for task in tasks:
                 begun.append(task)
-                yield [(index, image_seed(self.seed, task.batch.pass_number, index)) for index in task.batch.images]
+                yield self._items(task)
 
         pin = self.device.type == "cuda"
         reading = image_batches(self.images, self.transform, wanted(), workers=self.workers, pin_memory=pin)
-        with reading as begin, _on_device(self.split_model, self.device):
-            network = _Network(self.split_model, self.precision, self.device)
+        with reading as begin:
             started = time.monotonic()
             for batch in begin():
                 features = None if batch.images is None else network.features(batch.images)
                 seconds, task = time.monotonic() - started, begun.popleft()
                 yield Computed(task, features, batch.indices, batch.unreadable, batch.failure, seconds, network.description)
                 started = time.monotonic()
+
+    def _items(self, task: Task) -> list[tuple[int, int]]:
+        """The images of a batch: for each its index and the seed of its transform."""
+        return [(index, image_seed(self.seed, task.batch.pass_number, index)) for index in task.batch.images]
+
+    def _prepared(self, task: Task) -> _Network:
+        """The network, prepared for images such as those of ``task``; as it is where none of them can be read."""
+        network, reader = _Network(self.split_model, self.precision, self.device), Reader(self.images, self.transform)
+        for item in self._items(task):
+            images = reader[[item]].images
+            if images is not None:
+                network.prepare(images)
+                break
+        return network
 
     def apart(self, tasks: Iterable[Task], processes: int) -> Generator[Computed, None, None]:
         """Compute the batches in processes of their own, each on one thread and with the memory that it frees kept.
@@ -111,12 +129,18 @@ class Computing:
             RuntimeError: a process was killed.
         """
         remaining = iter(tasks)
+        first = next(remaining, None)
+        if first is None:
+            return
+        remaining = chain([first], remaining)
         context = multiprocessing.get_context("fork")
         started: dict[Connection, Any] = {}
+        with _on_device(self.split_model, self.device):
+            network = self._prepared(first)  # before the processes are there, which thus share the memory of its weights
         try:
             for _ in range(processes):
                 ours, theirs = context.Pipe()
-                started[ours] = context.Process(target=_compute_apart, args=(self, theirs, os.getpid()))
+                started[ours] = context.Process(target=_compute_apart, args=(self, network, theirs, os.getpid()))
                 started[ours].start()
                 theirs.close()  # so that its end is seen
             # As many as the workers of a process read ahead, one that it computes, and one to go on with.
@@ -156,7 +180,7 @@ def _received(connection: Connection, process: Any) -> Computed | None:
     return said
 
 
-def _compute_apart(computing: Computing, connection: Connection, parent: int) -> None:
+def _compute_apart(computing: Computing, network: _Network, connection: Connection, parent: int) -> None:
     """A process that computes: batches come through ``connection``, features go back."""
     end_with_parent(parent)
     keep_freed_memory()
@@ -165,7 +189,7 @@ def _compute_apart(computing: Computing, connection: Connection, parent: int) ->
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # orderly, so that its workers end too
     try:
-        for computed in computing.here(iter(connection.recv, None)):
+        for computed in computing._computed(iter(connection.recv, None), network):
             features = None if computed.features is None else computed.features.numpy()
             connection.send(replace(computed, features=features))
         connection.send(None)
@@ -177,25 +201,30 @@ def _compute_apart(computing: Computing, connection: Connection, parent: int) ->
 
 
 class _Network:
-    """A model on its device, prepared when the first images are known.
-
-    Attributes:
-        description: the device, and how it computes.
-    """
+    """A model on its device; on a CPU a copy of it, which is prepared by the first images."""
 
     def __init__(self, split_model: SplitModel, precision: str, device: torch.device) -> None:
         self._split_model, self._precision, self._device = split_model, precision, device
-        self._prepared = device.type != "cpu"
-        self.description = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+        self._folded: int | None = None
+
+    @property
+    def description(self) -> str:
+        """The device, and how it computes."""
+        if self._device.type == "cuda":
+            return torch.cuda.get_device_name(self._device)
+        threads = torch.get_num_threads()
+        folded = f"{self._folded or 0} batch normalisations folded"
+        return f"CPU {platform.machine()}, {threads} thread{'s' * (threads > 1)}, {folded}"
+
+    def prepare(self, images: Tensor) -> None:
+        """Take a copy for inference on a CPU, if that is where the model is."""
+        if self._device.type == "cpu" and self._folded is None:
+            with computing_in("float32", self._device):
+                self._split_model, self._folded = for_cpu(self._split_model, noise(2, *images.shape[1:]))
 
     def features(self, images: Tensor) -> Tensor:
         """The features of a batch, float32, on the device."""
-        if not self._prepared:
-            with computing_in("float32", self._device):
-                self._split_model, folded = for_cpu(self._split_model, noise(2, *images.shape[1:]))
-            self._prepared = True
-            threads = torch.get_num_threads()
-            self.description += f", {threads} thread{'s' * (threads > 1)}, {folded} batch normalisations folded"
+        self.prepare(images)
         try:
             with computing_in(self._precision, self._device):
                 return self._split_model.features(images.to(self._device, non_blocking=True))

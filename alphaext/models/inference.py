@@ -31,19 +31,23 @@ def for_cpu(split_model: SplitModel, example: Tensor) -> tuple[SplitModel, int]:
         >>> for_cpu(split_model(make_model("resnet18", 5)), torch.zeros(2, 3, 64, 64))[1]
         20
     """
-    plain = SplitModel(copy.deepcopy(split_model.model).to(memory_format=torch.channels_last), split_model.classifier_name)
-    pairs = _followed_by_norms(plain, example)
-    folded = SplitModel(copy.deepcopy(plain.model), plain.classifier_name)
+    fast = _copied(split_model)
+    expected = fast.features(example)
+    pairs = _followed_by_norms(fast, example)
     for convolution_name, norm_name in pairs:
-        convolution, norm = folded.model.get_submodule(convolution_name), folded.model.get_submodule(norm_name)
+        convolution, norm = fast.model.get_submodule(convolution_name), fast.model.get_submodule(norm_name)
         assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        folded.model.set_submodule(convolution_name, fuse_conv_bn_eval(convolution.eval(), norm.eval()))
-        folded.model.set_submodule(norm_name, _rest_of(norm))
-    expected = plain.features(example)
-    difference = (folded.features(example) - expected).abs().max()
-    if not pairs or not difference <= PARITY.get(folded.classifier.weight.dtype, 1e-4) * expected.abs().max():
-        return plain, 0
-    return folded, len(pairs)
+        fast.model.set_submodule(convolution_name, fuse_conv_bn_eval(convolution.eval(), norm.eval()))
+        fast.model.set_submodule(norm_name, _rest_of(norm))
+    difference = (fast.features(example) - expected).abs().max()
+    if not difference <= PARITY.get(fast.classifier.weight.dtype, 1e-4) * expected.abs().max():
+        return _copied(split_model), 0
+    return fast, len(pairs)
+
+
+def _copied(split_model: SplitModel) -> SplitModel:
+    model = copy.deepcopy(split_model.model).to(memory_format=torch.channels_last)
+    return SplitModel(model, split_model.classifier_name)
 
 
 def _rest_of(norm: nn.BatchNorm2d) -> nn.Module:
