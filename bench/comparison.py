@@ -36,8 +36,8 @@ MANY_ABOVE = 40
 SPLITS = ("few", "medium", "many", "all")
 GAMMAS = (0.3, 0.5, 0.7, 0.9, 1.0)
 RETRAINING: dict[str, dict[str, Any]] = {
-    "crt": {"epochs": 15, "batch_size": 64},
-    "lws": {"epochs": 15, "batch_size": 64},
+    "crt": {"epochs": 15, "batch_size": 64, "weight_decay": 5e-4},
+    "lws": {"epochs": 15, "batch_size": 64, "weight_decay": 5e-4},
 }
 LRS = (0.05, 0.1, 0.2, 0.4, 0.8)
 NCM_OPTIONS: tuple[dict[str, Any], ...] = ({}, {"metric": "euclidean"}, {"center": True, "normalize": True})
@@ -92,7 +92,7 @@ class Trial:
 
     def alpha(self, linear: nn.Module, **options: Any) -> Candidate:
         problem = self.problem
-        common = {"seed": problem.seed, "epochs": self.epochs, "top_k": self.top_k, **options}
+        common = {"seed": problem.seed, "epochs": self.epochs, "top_k": self.top_k, "keep_original": False, **options}
         runs = fit_many(
             linear,
             problem.features["train"],

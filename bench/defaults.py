@@ -96,7 +96,7 @@ def make_grid(
 def options_of(problem: Problem, config: Config) -> dict[str, Any]:
     """A configuration as :func:`alphaext.fit_many` wants it."""
     options = {name: value for name, value in asdict(config).items() if value is not None}
-    return options | {"top_k": TOP_K, "seed": problem.seed}
+    return options | {"top_k": TOP_K, "seed": problem.seed, "keep_original": False}
 
 
 def train_all(
