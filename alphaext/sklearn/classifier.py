@@ -22,6 +22,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_para
 from ..classes import ClassSplit, split_classes
 from ..head.alphanet import AlphaNet
 from ..head.neighbors import pool_size
+from ..repairing.new_classes import add_classes
 from ..repairing.repair import Repair, repair
 from ..training.options import OPTIONS, HeadOptions, check_known, read_options, takes_options
 from ..training.presets import preset_options
@@ -37,6 +38,8 @@ from .estimators import (
     check_rows,
     class_mean_accuracy,
     classifier_of,
+    dense,
+    features_of,
     held_out_scores,
     is_frozen,
     last_step,
@@ -123,6 +126,9 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     """
 
     accuracies_: dict[str, dict[str, float]]
+    classes_: Array
+    coef_: Array
+    intercept_: Array
     head_: AlphaNet | None
     result_: FitResult | None
 
@@ -242,6 +248,70 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
                 f"the repaired rows are no better on samples not seen: {100 * now:.1f}% over all classes, "
                 f"{100 * before:.1f}% without them"
             )
+        return self
+
+    def add_classes(self, X: Any, y: Any, X_new: Any, y_new: Any) -> AlphaNetClassifier:
+        """Add classes that the fitted classifier has never seen; the rows of its own classes stay as they are, to the bit.
+
+        :func:`alphaext.add_classes` trains the new rows, on the features that a Pipeline's transformers make, reduced to the
+        span of all rows and class means, in which nothing that it reads is lost.
+
+        Args:
+            X: ``[n_samples, n_features]``, training samples of the classes there are, or some of them.
+            y: ``[n_samples]`` their labels.
+            X_new: samples of the new classes, one of each or more.
+            y_new: their labels, none of which the classifier knows; of the same kind.
+
+        Returns:
+            The object itself: ``classes_``, ``coef_``, ``intercept_`` and ``composed_estimator_`` have the new classes last.
+
+        Raises:
+            ValueError, TypeError: labels in ``y`` that the classifier does not know, or in ``y_new`` that it does; samples of
+                another width.
+            FloatingPointError: the training diverged.
+
+        Example:
+            >>> from sklearn.datasets import make_blobs
+            >>> X, y = make_blobs([60, 50, 40, 3], cluster_std=2.0, random_state=0)
+            >>> model = AlphaNetClassifier(random_state=0, few_below=2).fit(X[y < 3], y[y < 3])
+            >>> model.add_classes(X[y < 3], y[y < 3], X[y == 3], y[y == 3]).classes_, model.coef_.shape
+            (array([0, 1, 2, 3]), (4, 2))
+        """
+        fitted, known = self._fitted(), self.classes_.tolist()
+        y, y_new = (np.asarray(column_or_1d(labels)) for labels in (y, y_new))
+        added = np.unique(y_new)
+        for name, labels, must in (("y", y, True), ("y_new", y_new, False)):
+            wrong = [label for label in np.unique(labels).tolist() if (label in known) != must]
+            if wrong:
+                kind = "classes that the classifier knows" if must else "classes that it does not know"
+                raise ValueError(f"{name} must hold {kind}, got {', '.join(map(repr, wrong[:10]))}")
+        if added.dtype.kind != self.classes_.dtype.kind:
+            raise TypeError(f"y_new must hold labels of the kind of {self.classes_[0]!r}, got {added[0]!r}")
+        classes = np.concatenate([self.classes_, added])
+        ids, new_ids = (np.array([classes.tolist().index(label) for label in labels.tolist()]) for labels in (y, y_new))
+        features, new = features_of(fitted, X), features_of(fitted, X_new)
+        rows = Rows.of(fitted, len(known))
+        scale = self.score_scale_
+        if self.head_ is None:  # no scale was looked for
+            scale = best_scale(scores_of(fitted, X), ids, np.ones(len(known), dtype=bool))
+        mean, mean_bias = rows.weight.mean(axis=0), rows.bias.mean()
+        parts = ((features, ids), (new, new_ids))
+        means = [dense(part[own == label].mean(axis=0)).reshape(1, -1) for part, own in parts for label in np.unique(own)]
+        _, sizes, directions = np.linalg.svd(np.concatenate([rows.weight - mean, *means]), full_matrices=False)
+        span = directions[sizes > sizes[0] * np.finfo(np.float64).eps * max(directions.shape)].T
+        layer = make_linear(
+            torch.from_numpy(scale * (rows.weight - mean) @ span), torch.from_numpy(scale * (rows.bias - mean_bias))
+        )
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        made = add_classes(layer, features @ span, ids, new @ span, new_ids, seed=seed, progress=bool(self.verbose))
+        weight, bias = (each.detach().numpy()[len(known) :] / scale for each in made.linear.parameters())
+        dtype = self.coef_.dtype
+        coef = rows.weight.astype(dtype) if len(known) == 2 else self.coef_
+        intercept = rows.bias.astype(dtype) if len(known) == 2 else self.intercept_
+        self.classes_ = classes
+        self.coef_ = np.concatenate([coef, (mean + weight @ span.T).astype(dtype)])
+        self.intercept_ = np.concatenate([intercept, (mean_bias + bias).astype(dtype)])
+        self.composed_estimator_ = with_rows(fitted, self.coef_, self.intercept_, classes)
         return self
 
     def _given(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
-from sklearn.utils import _safe_indexing
+from sklearn.utils import _safe_indexing, check_array
 from sklearn.utils.validation import _num_samples
 
 try:
@@ -156,15 +156,31 @@ def classifier_of(estimator: Any) -> Any:
     return classifier_of(estimator.estimator) if is_frozen(estimator) else estimator
 
 
-def with_rows(estimator: Any, coef: Array, intercept: Array) -> Any:
-    """A copy of ``estimator`` with other rows; all else is shared with it."""
+def features_of(estimator: Any, X: Any) -> Any:
+    """What the classifier inside ``estimator`` sees of ``X``: ``[n, D]``, an array or a sparse matrix of rows."""
     if is_frozen(estimator):
-        return type(estimator)(with_rows(estimator.estimator, coef, intercept))
+        return features_of(estimator.estimator, X)
+    if isinstance(estimator, Pipeline):
+        for _, step in estimator.steps[:-1]:
+            X = step.transform(X) if hasattr(step, "transform") else X  # steps that resample leave samples as they are
+        return features_of(estimator.steps[-1][1], X)
+    return check_array(X, accept_sparse="csr", dtype=[np.float64, np.float32])
+
+
+def with_rows(estimator: Any, coef: Array, intercept: Array, classes: Array | None = None) -> Any:
+    """A copy of ``estimator`` with other rows, and other classes where they are given; all else is shared with it."""
+    if is_frozen(estimator):
+        return type(estimator)(with_rows(estimator.estimator, coef, intercept, classes))
     other = copy.copy(estimator)
     if isinstance(estimator, Pipeline):
         name, last = estimator.steps[-1]
-        other.steps = [*estimator.steps[:-1], (name, with_rows(last, coef, intercept))]
+        other.steps = [*estimator.steps[:-1], (name, with_rows(last, coef, intercept, classes))]
         return other
+    if classes is not None and hasattr(other, "_label_binarizer"):  # RidgeClassifier's classes may be those
+        other._label_binarizer = copy.copy(other._label_binarizer)
+        other._label_binarizer.classes_ = classes
+    if classes is not None and not isinstance(getattr(type(other), "classes_", None), property):
+        other.classes_ = classes
     try:
         other.coef_, other.intercept_ = coef, intercept
     except AttributeError as error:

@@ -562,6 +562,61 @@ def test_rows_are_mixed_relative_to_their_mean():
     assert_allclose(own.bias, rows.bias[:2])
 
 
+@pytest.mark.parametrize("estimator", [LogisticRegression(), LinearSVC(random_state=0), RidgeClassifier(), SGDClassifier()])
+@pytest.mark.filterwarnings("ignore:the repaired rows are no better")
+def test_classes_are_added(estimator):
+    X, y, X_test, y_test = long_tailed_digits()
+    names = np.array([f"digit {label}" for label in range(10)])
+    taken = np.flatnonzero(np.bincount(y) > 100)[:2]
+    old, first = ~np.isin(y, taken), [np.flatnonzero(y == label)[:5] for label in taken]
+    new = np.concatenate(first)
+    model = small(make_pipeline(StandardScaler(), estimator)).fit(X[old], names[y[old]])
+    coef, intercept, plain = model.coef_.copy(), model.intercept_.copy(), model.estimator_.predict(X)
+    added = model.add_classes(sparse.csr_matrix(X[old]).toarray(), names[y[old]], X[new], names[y[new]])
+    assert added is model and model.classes_.tolist()[-2:] == names[taken].tolist()
+    assert_array_equal(model.coef_[:8], coef)
+    assert_array_equal(model.intercept_[:8], intercept)
+    assert_array_equal(model.estimator_.predict(X), plain)
+    predicted = model.predict(X_test)
+    assert (predicted == names[y_test])[np.isin(y_test, taken)].mean() > 0.6
+    assert (predicted == names[y_test])[~np.isin(y_test, taken)].mean() > 0.6
+    features = model.composed_estimator_[0].transform(X_test)
+    assert_allclose(model.decision_function(X_test), features @ model.coef_.T + model.intercept_)
+    if hasattr(model, "predict_proba"):
+        assert_allclose(model.predict_proba(X_test).sum(axis=1), 1)
+
+
+def test_classes_are_added_to_two_and_to_sparse_features():
+    X, y = make_blobs((40, 30, 5))
+    model = small(few_below=2)
+    with pytest.warns(AlphaNetWarning, match="no class is few"):
+        model.fit(sparse.csr_matrix(X[y < 2]), y[y < 2])
+    scores = model.decision_function(X)
+    model.add_classes(sparse.csr_matrix(X[y < 2]), y[y < 2], sparse.csr_matrix(X[y == 2]), y[y == 2])
+    made = model.decision_function(X)
+    assert made.shape == (75, 3)
+    assert_allclose(made[:, 1] - made[:, 0], scores, atol=1e-12)
+    assert (model.predict(X) == y).mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"y_new": [0, 1]}, ValueError, "y_new must hold classes that it does not know, got 0, 1"),
+        ({"y": np.full(190, 7)}, ValueError, "y must hold classes that the classifier knows, got 7"),
+        ({"y_new": ["a", "b"]}, TypeError, "y_new must hold labels of the kind of"),
+        ({"X_new": np.zeros((2, 3))}, ValueError, ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the repaired rows are no better")
+def test_errors_of_added_classes(change, error, message):
+    X, y = make_blobs()
+    model = small().fit(X, y)
+    with pytest.raises(error, match=message):
+        model.add_classes(**({"X": X, "y": y, "X_new": X[:2], "y_new": [8, 9]} | change))
+    assert len(model.classes_) == 6
+
+
 def test_another_fit_leaves_nothing_behind():
     X, y = make_blobs()
     model = small().fit(X, y)
