@@ -164,33 +164,31 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
-    """A row a set, classifier and method: means over the draws that all methods have, and differences."""
+    """A row a set, classifier and method: means over its draws, and differences on the draws that both methods have."""
     found: list[Row] = []
     for name in SETS:
         for classifier in CLASSIFIERS:
-            of = {
-                method: {row["draw"]: row for row in rows if tuple(row[key] for key in ("set", "classifier", "method")) == key}
-                for method in methods()
-                for key in [(name, classifier, method)]
-            }
-            draws = sorted(set.intersection(*(set(own) for own in of.values())), key=int)
-            if not draws:
-                continue
-            numbers = {
-                method: {part: [float(own[draw][part]) for draw in draws] for part in SPLITS} for method, own in of.items()
-            }
-            for method, own in of.items():
-                row: Row = {"set": name, "classifier": classifier, "method": method, "draws": len(draws)}
-                row |= {part: f"{np.mean(numbers[method][part]):.2f}" for part in SPLITS}
-                for part, other in (("few", CONSTANT), ("all", CONSTANT), ("few", FEW), ("all", FEW)):
-                    pairs = zip(numbers[method][part], numbers[other][part], strict=True)
-                    row |= _cells(f"{part} less {other}", [one - two for one, two in pairs])
-                heights = [float(own[draw]["all"]) - float(own[draw]["front"]) for draw in draws if own[draw]["front"]]
-                row |= _cells("above the front", heights) if heights else {}
-                row["beyond the front"] = len(draws) - len(heights)
-                row["seconds"] = f"{np.mean([float(own[draw]['seconds']) for draw in draws]):.2f}"
-                found.append(row)
+            of: dict[str, dict[str, Row]] = {}
+            for row in rows:
+                if (row["set"], row["classifier"]) == (name, classifier):
+                    of.setdefault(row["method"], {})[row["draw"]] = row
+            found += [_summary(name, classifier, method, of) for method in methods() if {method, CONSTANT, FEW} <= set(of)]
     return found
+
+
+def _summary(name: str, classifier: str, method: str, of: dict[str, dict[str, Row]]) -> Row:
+    own = of[method]
+    row: Row = {"set": name, "classifier": classifier, "method": method, "draws": len(own)}
+    row |= {part: f"{np.mean([float(each[part]) for each in own.values()]):.2f}" for part in SPLITS}
+    for other in (CONSTANT, FEW):
+        shared = sorted(set(own) & set(of[other]), key=int)
+        for part in ("few", "all"):
+            differences = [float(own[draw][part]) - float(of[other][draw][part]) for draw in shared]
+            row |= _cells(f"{part} less {other}", differences) if differences else {}
+    heights = [float(each["all"]) - float(each["front"]) for each in own.values() if each["front"]]
+    row |= _cells("above the front", heights) if heights else {}
+    row["beyond the front"] = len(own) - len(heights)
+    return row
 
 
 def _cells(name: str, differences: Sequence[float]) -> Row:
@@ -248,16 +246,20 @@ def markdown(summary: Sequence[Row]) -> str:
 
 def compact(summary: Sequence[Row]) -> list[str]:
     """Few and all accuracy of every method, a column a set and classifier."""
-    places = list(dict.fromkeys((row["set"], row["classifier"]) for row in summary))
+    places = {(row["set"], row["classifier"]): row["draws"] for row in summary if row["method"] == FEW}
     lines = [
         f"| few / all | {' | '.join(f'{name}, {classifier}' for name, classifier in places)} |",
         f"|---|{'---:|' * len(places)}",
     ]
-    of = {
-        (row["method"], row["set"], row["classifier"]): f"{float(row['few']):.1f} / {float(row['all']):.1f}" for row in summary
-    }
+    of = {(row["method"], row["set"], row["classifier"]): row for row in summary}
     for method in methods():
-        lines.append(f"| {method} | {' | '.join(of[(method, *place)] for place in places)} |")
+        cells = []
+        for place, draws in places.items():
+            row = of.get((method, *place))
+            cells.append("" if row is None else f"{float(row['few']):.1f} / {float(row['all']):.1f}")
+            if row is not None and row["draws"] != draws:
+                cells[-1] += f" ({row['draws']} of {draws} draws)"
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
 
 
@@ -270,7 +272,7 @@ def _shown(row: Row, name: str) -> str:
 def tables(draws: Sequence[int]) -> None:
     summary = summarize([row for row in read_rows(ROOT / "rows.csv") if int(row["draw"]) in draws])
     if not summary:
-        print("no table yet: no draw has rows of all methods")
+        print("no table yet: there are no rows of preset few and of the constant")
         return
     columns = list(dict.fromkeys(name for row in summary for name in row))
     write_rows(ROOT / "summary.csv", columns, summary)

@@ -40,11 +40,13 @@ def test_summary_has_means_and_intervals() -> None:
     rows = [row(name, draw, 50, 60) for name in method.methods() if name != method.ALL for draw in (2, 3)]
     rows += [row(method.ALL, 2, 55, 61), row(method.ALL, 3, 57, 63), row(method.ALL, 4, 99, 99)]
     found = next(each for each in method.summarize(rows) if each["method"] == method.ALL)
-    assert (found["draws"], found["few"], found["all"]) == (2, "56.00", "62.00")
+    assert (found["draws"], found["few"], found["all"]) == (3, "70.33", "74.33")
+    # Draw by draw, where both have the draw.
     assert found["all less preset few"] == "2.00" and float(found["all less preset few, low"]) == pytest.approx(
         -10.71, abs=0.01
     )
-    assert found["beyond the front"] == 2
+    assert found["beyond the front"] == 3
+    assert "70.3 / 74.3 (3 of 2 draws)" in method.markdown(method.summarize(rows))
     assert "| digits | joint | no | yes | yes | yes | no |" in method.markdown(method.summarize(rows))
 
 
