@@ -200,12 +200,16 @@ class Run(ResumableTraining):
         """
         options, data, head, resumed = self.options, self.data, self.head, path is not None and path.exists()
         sgd = sgd or Sgd.of_options(options)
+        # What a training before has left in the head is no part of what it is.
+        left, head.few_bias, head.keeps_original = (head.few_bias, head.keeps_original), 0.0, False
+        described = repr(head)
+        head.few_bias, head.keeps_original = left
         self.identity = {
             **options.identity(),
             "select": self.policy.select,
             "engine": "native" if optimizer is None else "autograd",
             "optimizer": repr(optimizer or sgd),
-            "head": repr(head),
+            "head": described,
             "seed of the head": head.seed,
         }
         if path is not None:

@@ -175,3 +175,16 @@ def test_preset_all_tells_them_too():
     some = {name: values[shown] for name, values in val.items()}
     with pytest.warns(AlphaNetWarning, match=r"No validation sample shows what became of the classes 1\."):
         repair(linear, features, labels, **some, preset="all", epochs=4, progress=False)
+
+
+@pytest.mark.parametrize("options", [{"few_bias": True}, {"gamma": 0.3}])
+def test_a_finished_training_is_taken_up_by_its_own_head_again(tmp_path, options):
+    linear, features, labels, val = problem(4, lowered=0.0 if "gamma" in options else 4.0)
+    common = dict(class_counts=class_counts(labels), class_means=class_means(features, labels), top_k=2, seed=0)
+    head = AlphaNet.from_linear(linear, **common, gamma=options.pop("gamma", 1.0))
+    how = dict(epochs=2, checkpoint=tmp_path / "fit.pt", progress=False, **val, **options)
+    first = fit(head, features, labels, **how)
+    assert first.kept_original or first.few_bias
+    again = fit(head, features, labels, **how)
+    assert (again.kept_original, again.few_bias) == (first.kept_original, first.few_bias)
+    assert again.after["all"] == first.after["all"]
