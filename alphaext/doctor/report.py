@@ -129,8 +129,7 @@ class DataReport:
             finding.print(out)
         summary = ", ".join(plural(len(self.of_level(level)), level) for level in LEVELS)
         read = f"{plural(self.images_read, 'image')} read" if self.images_read else "images not read"
-        style = "green" if self.ok else "bold red"
-        out.print(f"[{style}]{summary}[/] ({read}, {self.seconds:.1f} s)", highlight=False)
+        out.print(f"[{'green' if self.ok else 'bold red'}]{summary}[/] ({read}, {self.seconds:.1f} s)", highlight=False)
 
     def _parts_table(self) -> Table:
         table = _table("Images", ("", "images", "classes", "smallest", "largest"), left=("",))

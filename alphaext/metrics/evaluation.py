@@ -147,9 +147,8 @@ def bootstrap_intervals(
         >>> 0.35 < low < 0.45, 0.55 < high < 0.65
         (True, True)
     """
-    parts = check_predictions(predictions, split)
     return bootstrap_percentiles(
-        parts,
+        check_predictions(predictions, split),
         predictions.counts(),
         torch.stack([predictions.hits(1), predictions.hits(5)]),
         None,

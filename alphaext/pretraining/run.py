@@ -231,8 +231,9 @@ class JointRun(ResumableTraining):
             outputs = [output.logits, *(other for other in output if isinstance(other, Tensor) and other is not output.logits)]
         else:
             raise ValueError(f"model must return a tensor of logits in training mode too, got a {type(output).__name__}")
-        smoothing = self.options.label_smoothing
-        loss, *others = [functional.cross_entropy(logits, labels, label_smoothing=smoothing) for logits in outputs]
+        loss, *others = [
+            functional.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing) for logits in outputs
+        ]
         return sum((_AUXILIARY_WEIGHT * other for other in others), loss)
 
     def _look(self, losses: Tensor, epoch: int, first: int, rate: float) -> list[float]:

@@ -222,7 +222,7 @@ def _beyond(group: Group, front: Front | None) -> str:
     )
 
 
-def front_table(studies: Sequence[tuple[StudyFiles, Sequence[Height]]]) -> DataTable | None:
+def front_table(studies: Sequence[tuple[StudyFiles, Sequence[Height]]]) -> list[DataTable]:
     """How far the chosen heads lie above the front."""
     rows = []
     for study, heights in studies:
@@ -276,12 +276,11 @@ def front_blocks(studies: Sequence[StudyFiles]) -> list[TextBlock | FigureBlock]
         pictures += _pictures(study, front, name)
     if not pictures:
         return list(texts)
-    table = front_table(found)
     figure = FigureBlock(
         "Few accuracy against accuracy over all",
         _caption([front for front in fronts if front is not None]),
         tuple(pictures),
-        () if table is None else (table,),
+        front_table(found),
         "; ".join(dict.fromkeys(study.attribution for study in studies if study.attribution)) or None,
         pairs=True,
     )

@@ -45,19 +45,21 @@ def _gain_texts(group: Group, study: StudyFiles, parts: Iterable[str]) -> list[s
 
 def of_studies(
     studies: int, title: str, header: tuple[str, ...], rows: _Rows, words: tuple[int, ...], **others: Any
-) -> DataTable | None:
-    """A table with a column "classifier", which is left out of one study's; None of no rows."""
+) -> list[DataTable]:
+    """A table with a column "classifier", which is left out of one study's; of no rows there is no table."""
     cells = tuple(rows)
     if not cells:
-        return None
+        return []
     columns = [number for number, name in enumerate(header) if name != "classifier" or studies > 1]
-    return DataTable(
-        title,
-        tuple(header[column] for column in columns),
-        tuple(tuple(row[column] for column in columns) for row in cells),
-        words=tuple(place for place, column in enumerate(columns) if column in words),
-        **others,
-    )
+    return [
+        DataTable(
+            title,
+            tuple(header[column] for column in columns),
+            tuple(tuple(row[column] for column in columns) for row in cells),
+            words=tuple(place for place, column in enumerate(columns) if column in words),
+            **others,
+        )
+    ]
 
 
 def _compared(studies: Sequence[StudyFiles]) -> Iterator[tuple[StudyFiles, Group]]:
@@ -67,7 +69,7 @@ def _compared(studies: Sequence[StudyFiles]) -> Iterator[tuple[StudyFiles, Group
             yield study, group
 
 
-def compare_table(studies: Sequence[StudyFiles]) -> DataTable | None:
+def compare_table(studies: Sequence[StudyFiles]) -> list[DataTable]:
     """Tables 1 and 2 of the paper: rivals and Alpha Nets of all classifiers."""
     return of_studies(
         len(studies),
@@ -83,7 +85,7 @@ def compare_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     )
 
 
-def cost_table(studies: Sequence[StudyFiles]) -> DataTable | None:
+def cost_table(studies: Sequence[StudyFiles]) -> list[DataTable]:
     """What each method of "compare" gains and costs over the original classifier, and what of it sits on a clamp."""
     rows = []
     for study, group in _compared(studies):
@@ -102,7 +104,7 @@ def cost_table(studies: Sequence[StudyFiles]) -> DataTable | None:
     )
 
 
-def calibration_table(studies: Sequence[StudyFiles]) -> DataTable | None:
+def calibration_table(studies: Sequence[StudyFiles]) -> list[DataTable]:
     """Expected calibration errors of the methods of "compare", the original first."""
     rows = (
         (group.method, study.name, *(mean_text(group, f"test_{part}_calibration_error") for part in SPLITS_AND_ALL))
@@ -230,7 +232,7 @@ def _pair_rows(pairs: Sequence[ConfusionRow]) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def error_table(studies: Sequence[StudyFiles]) -> DataTable | None:
+def error_table(studies: Sequence[StudyFiles]) -> list[DataTable]:
     """What has no results, and why."""
     rows = []
     for study in studies:

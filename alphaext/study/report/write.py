@@ -104,13 +104,13 @@ def write_report(
 
 
 def _sections(studies: Sequence[StudyFiles]) -> list[Section]:
-    compared = (compare_table(studies), cost_table(studies), calibration_table(studies))
-    about = (error_table(studies), *(settings_table(study) for study in studies))
     sections = [
         Section("front", "The trade-off front", tuple(front_blocks(studies))),
-        Section("compare", "Alpha Net and its rivals", tuple(table for table in compared if table is not None)),
+        Section(
+            "compare", "Alpha Net and its rivals", (*compare_table(studies), *cost_table(studies), *calibration_table(studies))
+        ),
         *(_study_section(study, len(studies) > 1) for study in studies),
-        Section("about", "How it was made", tuple(table for table in about if table is not None)),
+        Section("about", "How it was made", (*error_table(studies), *map(settings_table, studies))),
     ]
     return [section for section in sections if section.key != "compare" or section.blocks]
 
