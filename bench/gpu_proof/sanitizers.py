@@ -124,8 +124,9 @@ def so_far(output: Path, log: Path) -> str:
 def watch(context: Context, sanitizer: Path, tool: str, probe: Path | str, found: dict[str, Any]) -> Watched:
     """The fault that was planted for a tool, which it must find, then the cases."""
     started = time.monotonic()
-    # Each tensor in an allocation of its own: PyTorch's cache would hide what is out of bounds or never written.
-    environment = context.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    # Each tensor in an allocation of its own: PyTorch's cache would hide what is out of bounds or never written. And so few
+    # blocks wait for each other that all fit, whatever registers the tool takes.
+    environment = context.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1", ALPHAEXT_COOPERATIVE_BLOCKS="16")
     output, log = context.work / f"{tool}.json", context.work / f"{tool}.log"
     for path in (output, log):
         path.unlink(missing_ok=True)

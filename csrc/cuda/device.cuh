@@ -184,6 +184,16 @@ __device__ __forceinline__ void store_once(T* data, const Vector<T>& value) {
 #endif
 }
 
+// Asks for the `bytes` from `data`, by all of a block's threads, so that they are in the second-level cache when they are read.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__CUDA_ARCH__)
+  constexpr int64_t kLine = 128;
+  for (int64_t at = threadIdx.x * kLine; at < bytes; at += blockDim.x * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const unsigned char*>(data) + at));
+  }
+#endif
+}
+
 // ---- Ids ---------------------------------------------------------------------------------------------------------------
 
 // Class ids come from the caller's tensor, and checking them on the host would stall the stream: kernels check each one

@@ -11,7 +11,7 @@ namespace alphaext::cuda {
 
 bool fuses_head(ScalarType dtype, int64_t batch, int64_t num_classes, int64_t members, int32_t device) {
   const char* const given = std::getenv("ALPHAEXT_FUSED_SCORES");
-  const int64_t largest = given != nullptr && *given != '\0' ? std::strtoll(given, nullptr, 10) : kLargestFusedHead;
+  const int64_t largest = given != nullptr && *given != '\0' ? std::strtoll(given, nullptr, 10) : largest_fused_head(dtype);
   if (batch * num_classes > largest || large_head_stage_bytes(members, dtype) == 0) return false;
   const DeviceGuard guard(device);
   bool can_wait = false;

@@ -2,7 +2,8 @@
 //
 // A block takes neighbouring rows of grad_w1. For each class among them it makes grad_alpha and the rule's gradient itself, a
 // few hundred numbers from the second-level cache, and so waits for nobody while it streams grad_w1 out. Only sums over
-// classes or over blocks (the classifier's and the input's gradient, shared weights, grad_z) need the grid's one barrier.
+// classes or over blocks (the classifier's and the input's gradient, shared weights, grad_z) need the grid's barrier; where the
+// product of grad_input is cut along its depth, there is a second one.
 #pragma once
 
 #include "head_forward.cuh"
@@ -50,7 +51,7 @@ int64_t head_backward_blocks(const HeadBackwardParams& p) {
   if (asks_for_submodules(p)) at_least(p.grad_w1 != nullptr && !p.shared_first ? p.num_few * p.hidden : p.num_few);
   if (asks_for_logits(p)) at_least(tiles_along(p.num_classes, warps));
   if (p.grad_logits != nullptr) {
-    at_least(tiles_along(p.batch, edge) * tiles_along(p.features, edge));
+    at_least(tiles_along(p.batch, edge) * tiles_along(p.features, edge) * (p.input_partial != nullptr ? p.input_slices : 1));
     at_least(tiles_along(p.num_classes, edge) * tiles_along(p.features, edge));
   }
   if (p.shared_first && p.grad_preactivation != nullptr) {
@@ -258,18 +259,41 @@ __device__ __forceinline__ void differentiate_column(const HeadBackwardParams& p
   if (lane_index() == 0) static_cast<T*>(params.grad_bias)[column] = narrowed<T>(sum);
 }
 
-// A whole product, its tiles shared out among the blocks, by turns from either end.
+// A whole product, its tiles shared out among the blocks, by turns from either end. With `partial`, the parts that slices of the
+// depth add to it.
 template <int kBlockSide, typename T, typename Left, typename Right>
 __device__ __forceinline__ void multiply_into(accumulate_t<T>* shared, void* out, const Operand<Left>& left,
-                                              const Operand<Right>& right, int64_t depth, bool from_the_last) {
+                                              const Operand<Right>& right, int64_t depth, bool from_the_last, int64_t slices,
+                                              void* partial) {
   const int64_t edge = Tile<kBlockSide>::kEdge;
   const int64_t column_tiles = tiles_along(right.count, edge), tiles = tiles_along(left.count, edge) * column_tiles;
-  const int64_t first = from_the_last ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  for (int64_t tile = first; tile < tiles; tile += gridDim.x) {
-    multiply_tile<kBlockSide>(shared, left, right, tile / column_tiles * edge, tile % column_tiles * edge, 0, depth,
+  const int64_t first = from_the_last ? gridDim.x - 1 - blockIdx.x : blockIdx.x, share = slice_depth(depth, slices);
+  for (int64_t job = first; job < tiles * slices; job += gridDim.x) {
+    const int64_t slice = job / tiles, tile = job - slice * tiles;
+    const int64_t begin = slice * share, end = begin + share < depth ? begin + share : depth;
+    multiply_tile<kBlockSide>(shared, left, right, tile / column_tiles * edge, tile % column_tiles * edge, begin, end,
                               [&](int64_t i, int64_t j, accumulate_t<T> sum) {
-                                static_cast<T*>(out)[i * right.count + j] = narrowed<T>(sum);
+                                const int64_t place = i * right.count + j;
+                                if (partial == nullptr) {
+                                  static_cast<T*>(out)[place] = narrowed<T>(sum);
+                                } else {
+                                  static_cast<accumulate_t<T>*>(partial)[slice * left.count * right.count + place] = sum;
+                                }
                               });
+  }
+}
+
+// grad_input from the slices of its product, in their order.
+template <typename T>
+__device__ __forceinline__ void add_input_slices(const HeadBackwardParams& params) {
+  using Acc = accumulate_t<T>;
+  const Acc* const partial = static_cast<const Acc*>(params.input_partial);
+  const int64_t count = params.batch * params.features, threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) {
+    Acc sum = 0;
+    ALPHAEXT_UNROLL(8)
+    for (int64_t slice = 0; slice < params.input_slices; ++slice) sum += partial[slice * count + i];
+    static_cast<T*>(params.grad_input)[i] = narrowed<T>(sum);
   }
 }
 
@@ -284,12 +308,22 @@ __device__ __forceinline__ void differentiate_inputs(const HeadBackwardParams& p
   const T* const w1 = static_cast<const T*>(params.w1) + few * hidden * inputs;
   const Acc* const gradient = static_cast<const Acc*>(params.grad_preactivation) + few * hidden;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+  constexpr int kRows = kAligned ? 8 : 2;  // whose loads are in flight together; those beyond the last are 0 and add nothing
   Acc sums[kSize] = {};
-  ALPHAEXT_UNROLL(4)
-  for (int64_t h = warp; h < hidden; h += warps) {
-    const Vector<T> weights = load_once<kAligned>(w1 + h * inputs, i, inputs);
-    const Acc factor = gradient[h];
-    for (int v = 0; v < kSize; ++v) sums[v] += factor * wide(weights.values[v]);
+  for (int64_t first = warp; first < hidden; first += kRows * warps) {
+    Vector<T> weights[kRows];
+    Acc factors[kRows];
+    ALPHAEXT_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t h = first + r * warps;
+      weights[r] = load_once<kAligned>(w1 + h * inputs, i, h < hidden ? inputs : 0);
+      factors[r] = h < hidden ? gradient[h] : Acc(0);
+    }
+    ALPHAEXT_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      ALPHAEXT_UNROLL(8)
+      for (int v = 0; v < kSize; ++v) sums[v] += factors[r] * wide(weights[r].values[v]);
+    }
   }
   for (int v = 0; v < kSize; ++v) shared[threadIdx.x * kSize + v] = sums[v];
   __syncthreads();
@@ -406,9 +440,13 @@ __global__ void __launch_bounds__(kBlockSide* kBlockSide, blocks_of_head<T>)
         shared, out,
         Operand<Acc>{left, of_columns ? left_columns : left_rows, of_columns ? 1 : left_columns, of_columns ? left_columns : 1},
         Operand<T>{static_cast<const T*>(right), right_columns, 1, right_columns}, of_columns ? left_rows : left_columns,
-        of_columns);
+        of_columns, product == 0 && params.input_partial != nullptr ? params.input_slices : 1,
+        product == 0 ? params.input_partial : nullptr);
   }
   differentiate_all_inputs<T>(params, shared);
+  if (params.input_partial == nullptr) return;
+  grid_barrier();
+  add_input_slices<T>(params);
 }
 
 }  // namespace alphaext::cuda

@@ -2,8 +2,8 @@
 //
 // Before the grid's one barrier: the stream over w1, and the product, cut into tiles and slices of its depth, by the first
 // blocks. An SM has room for two blocks, so while one multiplies the other streams. After it: a block per few class makes its
-// coefficients and its column, and tiles of columns add up the product's slices. Where nothing precedes the barrier there is
-// none.
+// coefficients and its column, and the other blocks add up the product's slices, tile by tile of columns. Where nothing precedes
+// the barrier there is none.
 #pragma once
 
 #include "product.cuh"
@@ -87,7 +87,10 @@ __device__ __forceinline__ void multiply_rows(const T* w1, const T* z, int64_t i
   ALPHAEXT_UNROLL(8)
   for (int r = 0; r < kRows; ++r) sums[r] = 0;
   int64_t i = static_cast<int64_t>(lane_index()) * kSize;
+  // Unrolled no further: the registers are the loads'.
+  ALPHAEXT_UNROLL(1)
   for (; i + (kUnroll - 1) * kStep < inputs; i += kUnroll * kStep) visit(i, std::integral_constant<int, kUnroll>{});
+  ALPHAEXT_UNROLL(1)
   for (; i < inputs; i += kStep) visit(i, std::integral_constant<int, 1>{});
 }
 
@@ -314,19 +317,26 @@ __global__ void __launch_bounds__(kBlockSide* kBlockSide, blocks_of_head<T>)
   } else if (params.w1 != nullptr) {
     stream_first_layer<2, T>(params);
   }
-  if (waits) grid_barrier();
+  if (waits) {
+    const int64_t weights = params.shared_second ? 0 : blockIdx.x, of_class = params.members * params.hidden;
+    if (blockIdx.x < params.num_few) {  // what this block reads behind the barrier, and nobody has read yet
+      prefetch(static_cast<const T*>(params.w2) + weights * of_class, of_class * static_cast<int64_t>(sizeof(T)));
+      prefetch(static_cast<const T*>(params.b2) + weights * params.members, params.members * static_cast<int64_t>(sizeof(T)));
+    }
+    grid_barrier();
+  }
 
   const bool columns_done = params.weight != nullptr && params.slices == 1;
   const int64_t column_tiles = columns_done ? 0 : tiles_along(params.num_classes, Tile<kBlockSide>::kEdge);
   const int64_t rows = column_tiles > 0 ? column_rows(params.batch, column_tiles) : 1;
-  const int64_t jobs = params.num_few + column_tiles * tiles_along(params.batch, rows);
-  for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
-    if (job < params.num_few) {
-      make_class<T>(params, job, shared);
-    } else {
-      const int64_t band = (job - params.num_few) / column_tiles, tile = (job - params.num_few) % column_tiles;
-      make_columns<kBlockSide, T>(params, band * rows, rows, tile * Tile<kBlockSide>::kEdge, reinterpret_cast<int*>(shared));
-    }
+  const int64_t jobs = column_tiles * tiles_along(params.batch, rows);
+  for (int64_t few = blockIdx.x; few < params.num_few; few += gridDim.x) make_class<T>(params, few, shared);
+  // The columns are the last blocks' part, who have no class, or one less than the first ones.
+  const int64_t without_class = gridDim.x > params.num_few ? gridDim.x - params.num_few : gridDim.x;
+  const int64_t first = gridDim.x - 1 - blockIdx.x;
+  for (int64_t job = first; first < without_class && job < jobs; job += without_class) {
+    const int64_t band = job / column_tiles, tile = job % column_tiles;
+    make_columns<kBlockSide, T>(params, band * rows, rows, tile * Tile<kBlockSide>::kEdge, reinterpret_cast<int*>(shared));
   }
 }
 

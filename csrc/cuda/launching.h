@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 
 #include "device.cuh"
 
@@ -94,6 +95,23 @@ cudaError_t blocks_at_once(void (*kernel)(Parameters...), int threads, int64_t s
   return error == cudaSuccess && *blocks == 0 ? cudaErrorCooperativeLaunchTooLarge : error;
 }
 
+// Leaves no more of `blocks` that wait for each other than ALPHAEXT_COOPERATIVE_BLOCKS allows: a sanitizer or other work on the
+// device can take room that the device still counts. A message where its value is none.
+inline const char* limit_cooperative_blocks(const char* kernel, int64_t* blocks) {
+  const char* const given = std::getenv("ALPHAEXT_COOPERATIVE_BLOCKS");
+  if (given == nullptr || *given == '\0') return nullptr;
+  char* end = nullptr;
+  const int64_t most = std::strtoll(given, &end, 10);
+  if (*end != '\0' || most < 1) {
+    static thread_local char text[256];
+    snprintf(text, sizeof(text), "alphaext CUDA kernel %s: ALPHAEXT_COOPERATIVE_BLOCKS must be a whole number from 1 on, got '%.64s'",
+             kernel, given);
+    return text;
+  }
+  *blocks = most < *blocks ? most : *blocks;
+  return nullptr;
+}
+
 // Can blocks of one launch wait for each other on this device?
 inline cudaError_t ask_whether_blocks_can_wait(int32_t device, bool* can) {
   int value = 0;
@@ -125,6 +143,10 @@ const char* launch_together(const char* name, void (*kernel)(Parameters...), int
   int64_t room = 0;
   const cudaError_t error = blocks_at_once(kernel, kThreads, shared_bytes, device, &room);
   if (error != cudaSuccess) return message_for(name, error);
+  if (waits) {
+    const char* const message = limit_cooperative_blocks(name, &room);
+    if (message != nullptr) return message;
+  }
   return launch(name, kernel, {blocks < room ? blocks : room, kThreads, shared_bytes}, waits, stream, arguments...);
 }
 

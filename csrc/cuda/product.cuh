@@ -25,7 +25,6 @@ struct Tile {
   static constexpr int kDepth = 16;
   static constexpr int kRow = kEdge + 4;  // keeps 16-byte alignment and spreads the stores over the banks
   static constexpr int kPanel = kDepth * kRow;
-  static constexpr int kLoads = kEdge * kDepth / kBlock;
 };
 
 ALPHAEXT_HOST_DEVICE int64_t tiles_along(int64_t size, int64_t edge) { return size / edge + (size % edge != 0); }
@@ -37,55 +36,76 @@ struct Operand {
   int64_t count, stride, depth_stride;
 };
 
-// This thread's part of every panel of an operand: kLoads elements, one step apart, of one row or one column of the panel.
-// Neighbouring threads read neighbouring elements, whichever stride is 1.
+template <typename T>
+struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
+  T values[4];
+};
+
+// This thread's part of every panel of an operand: kVectors times four elements that lie side by side, as neighbouring threads'
+// do, whichever stride is 1. They are kept as they were read until they go into the panel: a conversion would wait for them.
 template <int kBlockSide, typename Acc, typename T>
 struct PanelPart {
   using Shape = Tile<kBlockSide>;
-  const T* next;                  // the first element of the next panel
-  int64_t element_step, panel_step;
-  int first, step;                // places in the panel
-  int along;                      // elements that exist, as far as the edge goes
-  int depth, depth_step;          // of the first element, and from one to the next
+  static constexpr int kVectors = Shape::kEdge * Shape::kDepth / (4 * Shape::kBlock);
+  using Held = Four<T>[kVectors];
+  const T* next;  // the first element of the next panel
+  int64_t vector_step, panel_step;
+  int exist;      // how many there are along the edge, from this thread's first one on
+  bool along_depth, aligned;
 
-  __device__ __forceinline__ PanelPart(const Operand<T>& operand, int64_t origin, int64_t begin) {
-    const bool along_depth = operand.depth_stride == 1;
-    const int lane = static_cast<int>(threadIdx.x);
-    const int i = along_depth ? lane / Shape::kDepth : lane % Shape::kEdge;
-    const int d = along_depth ? lane % Shape::kDepth : lane / Shape::kEdge;
-    const int step_i = along_depth ? Shape::kBlock / Shape::kDepth : 0;
-    const int step_d = along_depth ? 0 : Shape::kBlock / Shape::kEdge;
-    next = operand.data + (origin + i) * operand.stride + (begin + d) * operand.depth_stride;
-    element_step = step_i * operand.stride + step_d * operand.depth_stride;
+  // In the panel, of a vector's first element.
+  __device__ __forceinline__ int along_edge(int n) const {
+    const int index = static_cast<int>(threadIdx.x) + n * Shape::kBlock;
+    return along_depth ? index / (Shape::kDepth / 4) : index % (Shape::kEdge / 4) * 4;
+  }
+  __device__ __forceinline__ int in_depth(int n) const {
+    const int index = static_cast<int>(threadIdx.x) + n * Shape::kBlock;
+    return along_depth ? index % (Shape::kDepth / 4) * 4 : index / (Shape::kEdge / 4);
+  }
+
+  __device__ __forceinline__ PanelPart(const Operand<T>& operand, int64_t origin, int64_t begin)
+      : along_depth(operand.depth_stride == 1) {
+    next = operand.data + (origin + along_edge(0)) * operand.stride + (begin + in_depth(0)) * operand.depth_stride;
+    vector_step = (along_edge(1) - along_edge(0)) * operand.stride + (in_depth(1) - in_depth(0)) * operand.depth_stride;
     panel_step = Shape::kDepth * operand.depth_stride;
-    first = d * Shape::kRow + i;
-    step = step_d * Shape::kRow + step_i;
-    const int64_t left = operand.count - origin - i;
-    const int exist = static_cast<int>(left < Shape::kEdge ? (left > 0 ? left : 0) : Shape::kEdge);
-    along = along_depth ? (exist + step_i - 1) / step_i : (exist > 0 ? Shape::kLoads : 0);
-    depth = d;
-    depth_step = step_d;
+    const int64_t left = operand.count - origin;
+    exist = static_cast<int>(left < Shape::kEdge ? left : Shape::kEdge) - along_edge(0);
+    const int64_t row = along_depth ? operand.stride : operand.depth_stride;
+    aligned = reinterpret_cast<uintptr_t>(operand.data) % sizeof(Four<T>) == 0 && row % 4 == 0;
   }
   // `left` of the depth are left; what lies beyond is 0.
-  __device__ __forceinline__ void fetch(Acc (&held)[Shape::kLoads], int64_t left) {
-    const int depth_left = static_cast<int>(left < Shape::kDepth ? left : Shape::kDepth);
-    const T* at = next;
-    ALPHAEXT_UNROLL(16)
-    for (int n = 0; n < Shape::kLoads; ++n) {
-      held[n] = n < along && depth + n * depth_step < depth_left ? wide(*at) : Acc(0);
-      at += element_step;
+  __device__ __forceinline__ void fetch(Held& held, int64_t left) {
+    const int depth = static_cast<int>(left < Shape::kDepth ? left : Shape::kDepth);
+    ALPHAEXT_UNROLL(4)
+    for (int n = 0; n < kVectors; ++n) {
+      const T* const at = next + n * vector_step;
+      const int on_edge = exist - (along_edge(n) - along_edge(0)), deep = depth - in_depth(n);
+      const int room = along_depth ? (on_edge > 0 ? deep : 0) : (deep > 0 ? on_edge : 0);
+      held[n] = Four<T>{};
+      if (aligned && room >= 4) {
+        held[n] = *reinterpret_cast<const Four<T>*>(at);
+      } else {
+        ALPHAEXT_UNROLL(4)
+        for (int v = 0; v < 4; ++v) {
+          if (v < room) held[n].values[v] = at[v];
+        }
+      }
     }
     next += panel_step;
   }
-  __device__ __forceinline__ void keep(Acc* panel, const Acc (&held)[Shape::kLoads]) const {
-    ALPHAEXT_UNROLL(16)
-    for (int n = 0; n < Shape::kLoads; ++n) panel[first + n * step] = held[n];
+  __device__ __forceinline__ void keep(Acc* panel, const Held& held) const {
+    ALPHAEXT_UNROLL(4)
+    for (int n = 0; n < kVectors; ++n) {
+      Acc* const at = panel + in_depth(n) * Shape::kRow + along_edge(n);
+      Four<Acc> values;
+      for (int v = 0; v < 4; ++v) values.values[v] = wide(held[n].values[v]);
+      if (along_depth) {
+        for (int v = 0; v < 4; ++v) at[v * Shape::kRow] = values.values[v];
+      } else {
+        *reinterpret_cast<Four<Acc>*>(at) = values;
+      }
+    }
   }
-};
-
-template <typename Acc>
-struct alignas(16) Four {
-  Acc values[4];
 };
 
 // store(i, j, sum over r in [begin, end) of left(i, r) right(j, r)) for the tile whose corner is (row, column). The whole
@@ -99,20 +119,25 @@ __device__ __forceinline__ void multiply_tile(Acc* shared, const Operand<Left>& 
   const int x = static_cast<int>(threadIdx.x) % kBlockSide * 4;
   const int y = static_cast<int>(threadIdx.x) / kBlockSide * 4;
   Acc sums[4][4] = {};
-  Acc left_held[Shape::kLoads], right_held[Shape::kLoads];
   PanelPart<kBlockSide, Acc, Left> left_part(left, row, begin);
   PanelPart<kBlockSide, Acc, Right> right_part(right, column, begin);
-  left_part.fetch(left_held, end - begin);
-  right_part.fetch(right_held, end - begin);
-  for (int64_t depth_left = end - begin; depth_left > 0; depth_left -= Shape::kDepth) {
+  // Two panels are on their way while one is used: what is beyond the end are zeros nobody uses.
+  typename PanelPart<kBlockSide, Acc, Left>::Held left_even, left_odd;
+  typename PanelPart<kBlockSide, Acc, Right>::Held right_even, right_odd;
+  int64_t depth_left = end - begin;
+  left_part.fetch(left_even, depth_left);
+  right_part.fetch(right_even, depth_left);
+  left_part.fetch(left_odd, depth_left - Shape::kDepth);
+  right_part.fetch(right_odd, depth_left - Shape::kDepth);
+  const auto use_panel = [&](auto& left_held, auto& right_held) {
     __syncthreads();  // everyone is done with the panels before
     left_part.keep(left_panel, left_held);
     right_part.keep(right_panel, right_held);
     __syncthreads();
-    // The next panels are on their way while these are used; beyond the end they are zeros nobody uses.
-    left_part.fetch(left_held, depth_left - Shape::kDepth);
-    right_part.fetch(right_held, depth_left - Shape::kDepth);
-    ALPHAEXT_UNROLL(4)
+    left_part.fetch(left_held, depth_left - 2 * Shape::kDepth);
+    right_part.fetch(right_held, depth_left - 2 * Shape::kDepth);
+    depth_left -= Shape::kDepth;
+    ALPHAEXT_UNROLL(2)
     for (int d = 0; d < Shape::kDepth; ++d) {
       const Four<Acc> a = *reinterpret_cast<const Four<Acc>*>(left_panel + d * Shape::kRow + y);
       const Four<Acc> b = *reinterpret_cast<const Four<Acc>*>(right_panel + d * Shape::kRow + x);
@@ -122,6 +147,10 @@ __device__ __forceinline__ void multiply_tile(Acc* shared, const Operand<Left>& 
         for (int j = 0; j < 4; ++j) sums[i][j] += a.values[i] * b.values[j];
       }
     }
+  };
+  while (depth_left > 0) {
+    use_panel(left_even, right_even);
+    if (depth_left > 0) use_panel(left_odd, right_odd);
   }
   __syncthreads();  // the caller may use the shared memory for something else
   ALPHAEXT_UNROLL(4)
@@ -184,6 +213,13 @@ __device__ __forceinline__ void multiply_fragments(float (&sums)[4], const uint3
 #endif
 }
 
+// Are the next fragments on their way while some are multiplied? Before sm_90 the registers do not suffice for both.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kFragmentsAhead = false;
+#else
+constexpr bool kFragmentsAhead = true;
+#endif
+
 // multiply_tile for two row-major 16-bit operands, left [rows, depth] and right [columns, depth], straight from memory: a
 // warp makes 16 x 32 sums. In which order a product's depth is visited is free as long as both operands agree, so a lane
 // takes the 16 bytes it can read at once, elements 8t to 8t+7 of every 32, as its part of two instructions.
@@ -196,28 +232,53 @@ __device__ __forceinline__ void multiply_tile_16bit(const Operand<T>& left, cons
   const int64_t first_row = row + warp % kBands * 16 + g;
   const int64_t first_column = column + warp / kBands * 32 + g;
   float sums[4][4] = {};
-  ALPHAEXT_UNROLL(1)
-  for (int64_t depth = begin; depth < end; depth += 32) {
-    const int64_t r = depth + 8 * t;
+  struct Fragments {
     uint32_t a[2][4], b[4][4];
+  };
+  const auto load = [&](Fragments& held, int64_t depth) {
+    const int64_t r = depth + 8 * t;
+    ALPHAEXT_UNROLL(2)
     for (int i = 0; i < 2; ++i) {
       const bool exists = first_row + 8 * i < left.count;
       const Vector<T> loaded =
           load_vector<kAligned>(left.data + (exists ? first_row + 8 * i : 0) * left.stride, r, exists ? end : 0);
-      memcpy(a[i], &loaded, sizeof(loaded));
+      memcpy(held.a[i], &loaded, sizeof(loaded));
     }
+    ALPHAEXT_UNROLL(4)
     for (int n = 0; n < 4; ++n) {
       const bool exists = first_column + 8 * n < right.count;
       const Vector<T> loaded =
           load_vector<kAligned>(right.data + (exists ? first_column + 8 * n : 0) * right.stride, r, exists ? end : 0);
-      memcpy(b[n], &loaded, sizeof(loaded));
+      memcpy(held.b[n], &loaded, sizeof(loaded));
     }
+  };
+  const auto use = [&](const Fragments& held) {
+    ALPHAEXT_UNROLL(2)
     for (int step = 0; step < 2; ++step) {
-      const uint32_t rows[4] = {a[0][2 * step], a[1][2 * step], a[0][2 * step + 1], a[1][2 * step + 1]};
+      const uint32_t rows[4] = {held.a[0][2 * step], held.a[1][2 * step], held.a[0][2 * step + 1], held.a[1][2 * step + 1]};
+      ALPHAEXT_UNROLL(4)
       for (int n = 0; n < 4; ++n) {
-        const uint32_t columns[2] = {b[n][2 * step], b[n][2 * step + 1]};
+        const uint32_t columns[2] = {held.b[n][2 * step], held.b[n][2 * step + 1]};
         multiply_fragments<T>(sums[n], rows, columns);
       }
+    }
+  };
+  Fragments even, odd;
+  if constexpr (!kAligned || !kFragmentsAhead) {
+    ALPHAEXT_UNROLL(1)
+    for (int64_t depth = begin; depth < end; depth += 32) {
+      load(even, depth);
+      use(even);
+    }
+  } else {
+    load(even, begin);
+    ALPHAEXT_UNROLL(1)
+    for (int64_t depth = begin; depth < end; depth += 64) {
+      load(odd, depth + 32);
+      use(even);
+      if (depth + 32 >= end) break;  // the same in all lanes
+      load(even, depth + 64);
+      use(odd);
     }
   }
   for (int n = 0; n < 4; ++n) {

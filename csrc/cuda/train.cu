@@ -49,7 +49,10 @@ const char* plan_training(const TrainRunsParams& params, TrainPlan* plan, int32_
     return message_for("train_epoch", error);
   }
   const int threads = params.first.dtype == ScalarType::Float64 ? kTrainThreads<double> : kTrainThreads<float>;
-  *plan = choose_train_plan(params, processors, shared_limit, [&](bool in_shared, int64_t shared_bytes) {
+  int64_t most_blocks = int64_t{1} << 31;
+  const char* const message = limit_cooperative_blocks("train_epoch", &most_blocks);
+  if (message != nullptr) return message;
+  *plan = choose_train_plan(params, processors, shared_limit, most_blocks, [&](bool in_shared, int64_t shared_bytes) {
     int blocks = 0;
     const cudaError_t failed = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, train_kernel_of(params, in_shared),
                                                                              threads, static_cast<size_t>(shared_bytes));

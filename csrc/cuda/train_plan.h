@@ -151,11 +151,16 @@ inline bool indices_fit(const TrainParams& p, const TrainPlan& plan) {
          static_cast<double>(train_width(p)) * kStripes < limit;
 }
 
-// The plan that should take the least time; all of its blocks can run at once. `blocks_on_processor(resident, shared_bytes)`
-// tells how many blocks a multiprocessor has room for. plan.blocks is 0 if there is no plan.
+// The plan that should take the least time; all of its blocks, `most_blocks` of them, can run at once.
+// `blocks_on_processor(resident, shared_bytes)` tells how many blocks a multiprocessor has room for. plan.blocks is 0 if there is
+// no plan.
 template <typename Occupancy>
-TrainPlan choose_train_plan(const TrainRunsParams& params, int64_t processors, int64_t shared_limit,
+TrainPlan choose_train_plan(const TrainRunsParams& params, int64_t processors, int64_t shared_limit, int64_t most_blocks,
                             const Occupancy& blocks_on_processor) {
+  const auto room = [&](bool resident, int64_t shared_bytes) {
+    const int64_t blocks = processors * blocks_on_processor(resident, shared_bytes);
+    return blocks < most_blocks ? blocks : most_blocks;
+  };
   const int64_t parts = train_parts(params.first);
   TrainPlan best{};
   double best_time = 0;
@@ -163,7 +168,7 @@ TrainPlan choose_train_plan(const TrainRunsParams& params, int64_t processors, i
     const int64_t blocks = (parts + each - 1) / each;
     TrainPlan plan = train_plan_with(params, true, blocks, 1);
     if (plan.shared_bytes > shared_limit) break;
-    const int64_t capacity = processors * blocks_on_processor(true, plan.shared_bytes) / blocks;
+    const int64_t capacity = room(true, plan.shared_bytes) / blocks;
     if (capacity == 0) continue;
     plan = train_plan_with(params, true, blocks, params.runs < capacity ? params.runs : capacity);
     // Microseconds a step, by the estimates of docs/gpu.md: the way of an exchange, then what a multiprocessor does one block
@@ -177,7 +182,7 @@ TrainPlan choose_train_plan(const TrainRunsParams& params, int64_t processors, i
     }
   }
   if (best.blocks != 0) return best;
-  const int64_t capacity = processors * blocks_on_processor(false, 0);
+  const int64_t capacity = room(false, 0);
   if (capacity == 0) return best;
   const int64_t blocks = parts < capacity ? parts : capacity;
   const int64_t together = capacity / blocks;

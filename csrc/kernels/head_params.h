@@ -96,10 +96,13 @@ struct MixBackwardParams {
 constexpr int64_t kHeadTile = 64;
 
 // Into how many slices a head's product is cut: for some 128 tiles in all, about one for each multiprocessor of the larger
-// cards, of no less than 128 of the depth each. Depends on the sizes alone, so that results do not depend on the card.
+// cards, of no less than 128 of the depth each. What makes more than half of that goes in two slices, as two blocks fit a
+// multiprocessor. Depends on the sizes alone, so that results do not depend on the card.
 inline int64_t head_slices(int64_t batch, int64_t num_classes, int64_t features) {
   const int64_t tiles = ((batch + kHeadTile - 1) / kHeadTile) * ((num_classes + kHeadTile - 1) / kHeadTile);
-  const int64_t wanted = tiles > 0 ? 128 / tiles : 1, possible = features / 128;
+  const int64_t possible = features / 128;
+  int64_t wanted = 1;
+  if (tiles > 0 && tiles < 128) wanted = tiles > 64 ? 2 : 128 / tiles;
   const int64_t slices = wanted < possible ? wanted : possible;
   return slices > 1 ? slices : 1;
 }
@@ -159,6 +162,9 @@ struct HeadBackwardParams {
   void* grad_logits;           // Acc [batch, N]
   void* grad_raw;              // Acc [F, M]
   void* grad_preactivation;    // Acc [F, H]
+  // grad_input's product in slices of its depth N (head_slices), where there is more than one.
+  int64_t input_slices;
+  void* input_partial;         // Acc [input_slices, batch, D], scratch, or null
 };
 
 // Which scratch arrays a backward needs; with any of them its blocks wait for each other once.

@@ -153,6 +153,8 @@ std::optional<Tensor> gradient_like(const std::optional<Tensor>& argument, bool 
 // Scratch, or what a product of the caller's goes on from.
 struct BackwardRoom {
   std::optional<Tensor> grad_logits, grad_raw, grad_preactivation;
+  int64_t input_slices = 1;
+  std::optional<Tensor> input_partial;
 };
 
 HeadBackwardParams backward_params(const HeadCall& call, const DenseCall& given, const BackwardCall& backward,
@@ -174,6 +176,8 @@ HeadBackwardParams backward_params(const HeadCall& call, const DenseCall& given,
   p.grad_logits = mutable_data_of(room.grad_logits);
   p.grad_raw = mutable_data_of(room.grad_raw);
   p.grad_preactivation = mutable_data_of(room.grad_preactivation);
+  p.input_slices = room.input_slices;
+  p.input_partial = mutable_data_of(room.input_partial);
   return p;
 }
 
@@ -197,6 +201,11 @@ Gradients head_backward_in_one_launch(const HeadCall& call, const BackwardCall& 
   if (needs.grad_logits) room.grad_logits = new_empty(call.input, {s.batch, s.num_classes}, wide);
   if (needs.grad_raw) room.grad_raw = new_empty(call.input, {s.num_few, s.members}, wide);
   if (needs.grad_preactivation) room.grad_preactivation = new_empty(call.input, {s.num_few, s.hidden}, wide);
+  if (call.weight && backward.asks(kInput)) {
+    const int64_t features = call.input.size(1);
+    room.input_slices = head_slices(s.batch, features, s.num_classes);
+    if (room.input_slices > 1) room.input_partial = new_empty(call.input, {room.input_slices, s.batch, features}, wide);
+  }
   run(cuda::head_backward, backward_params(call, given, backward, gradients, room), call.input);
   return gradients;
 }

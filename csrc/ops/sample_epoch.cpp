@@ -18,10 +18,14 @@ Tensor sample_epoch(int64_t num_few, const Tensor& group_offsets, int64_t negati
     STD_TORCH_CHECK(offsets[0] == 0 && offsets[g + 1] > offsets[g], "alphaext: group_offsets must start at 0 and increase");
   }
   const Tensor order = torch::stable::new_empty(group_offsets, {num_few + negatives}, TorchType::Long);
-  std::vector<int64_t> permutation(static_cast<size_t>(negatives > 0 ? offsets[groups] : 0));
-  for (size_t i = 0; i < permutation.size(); ++i) permutation[i] = static_cast<int64_t>(i);
+  // 0, 1, 2, ... of the draw before, which it left as it was: an epoch costs what it draws and not all there is.
+  static thread_local std::vector<int64_t> kept;
+  std::vector<int64_t> permutation = std::move(kept);  // a draw that fails does not leave it half shuffled
+  const auto size = static_cast<size_t>(negatives > 0 ? offsets[groups] : 0);
+  for (size_t i = permutation.size(); i < size; ++i) permutation.push_back(static_cast<int64_t>(i));
   draw_epoch(num_few, offsets, groups, negatives, static_cast<uint64_t>(seed), static_cast<uint64_t>(epoch), permutation.data(),
              static_cast<int64_t*>(order.mutable_data_ptr()));
+  kept = std::move(permutation);
   return order;
 }
 

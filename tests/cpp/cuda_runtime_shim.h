@@ -80,6 +80,7 @@ inline int blocks_each(const void* kernel, int threads, std::size_t dynamic_byte
 
 // How often what was launched, by the kind of launch; for tests.
 inline thread_local int launches = 0, cooperative_launches = 0;
+inline thread_local unsigned last_blocks = 0;  // of the last launch
 
 template <typename... Parameters, std::size_t... kIndices>
 void call(void (*kernel)(Parameters...), const LaunchConfig& config, void** arguments, std::index_sequence<kIndices...>) {
@@ -98,6 +99,7 @@ cudaError_t start(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** a
   if (room == 0) return report(cudaErrorInvalidValue);
   if (cooperative && grid.x > room) return report(cudaErrorCooperativeLaunchTooLarge);
   ++(cooperative ? cooperative_launches : launches);
+  last_blocks = grid.x;
   while (launches + cooperative_launches == setting("SHIM_HANGS", 0)) std::this_thread::sleep_for(std::chrono::seconds(1));
   call(kernel, {.grid = grid.x, .block = block.x, .shared_bytes = shared_bytes, .cooperative = cooperative}, arguments,
        std::index_sequence_for<Parameters...>{});

@@ -234,7 +234,7 @@ struct HeadCase {
             s.shared_second, input.data(), weight.data(), bias.data(), ids.data(), z.data(), w1.data(), w2.data(),
             start.before.data(), start.raw.data(), start.alpha.data(), start.logits.data(), start.grad_scores.data(),
             out.input.data(), out.weight.data(), out.bias.data(), out.z.data(), out.w1.data(), out.b1.data(), out.w2.data(),
-            out.b2.data(), grad_logits, grad_raw, grad_before};
+            out.b2.data(), grad_logits, grad_raw, grad_before, 1, nullptr};
   }
 
   Results run_backward(const Start& start, int asked, int cut, bool expect_waiting) const {
@@ -246,7 +246,11 @@ struct HeadCase {
     const Buffer<Acc> grad_logits(needs.grad_logits ? s.batch * s.num_classes : 0, s.lead);
     const Buffer<Acc> grad_raw(needs.grad_raw ? s.num_few * s.members : 0, s.lead);
     const Buffer<Acc> grad_before(needs.grad_preactivation ? s.num_few * s.hidden : 0, s.lead);
-    const HeadBackwardParams p = backward_params(start, out, grad_logits.data(), grad_raw.data(), grad_before.data());
+    HeadBackwardParams p = backward_params(start, out, grad_logits.data(), grad_raw.data(), grad_before.data());
+    const bool in_slices = from_features && out.input.data() != nullptr && s.slices > 1;
+    const Buffer<Acc> partial(in_slices ? s.slices * s.batch * s.features : 0, s.lead);
+    p.input_slices = s.slices;
+    p.input_partial = partial.data();
     const bool waits = cuda::head_backward_waits(p);
     CHECK(waits == needs.any() && waits == expect_waiting);
     shim::launch(cuda::head_backward_kernel<T, kBlockSide>,
@@ -422,6 +426,9 @@ void test_head_shapes() {
   check::context = "head shapes";
   CHECK(head_slices(64, 1000, 2048) == 8 && cuda::slice_depth(2048, 8) == 256);
   CHECK(head_slices(256, 10'000, 2048) == 1 && head_slices(64, 1000, 100) == 1);
+  // 64, 65, 127 and 128 tiles: half of a card is never idle.
+  CHECK(head_slices(64, 64 * 64, 2048) == 2 && head_slices(64, 65 * 64, 2048) == 2);
+  CHECK(head_slices(64, 127 * 64, 2048) == 2 && head_slices(64, 128 * 64, 2048) == 1);
   CHECK(head_slices(1, 1, 1 << 20) == 128 && cuda::slice_depth(70, 4) == 32 && cuda::slice_depth(0, 1) == 0);
   CHECK(cuda::column_rows(64, 16) == 4 && cuda::column_rows(256, 1000) == 256 && cuda::column_rows(64, 1) == 4);
   HeadParams p{};

@@ -82,7 +82,7 @@ struct Head {
             hidden, members, inputs, false, false, input.data(), weight.data(), bias.data(), ids.data(), z.data(), w1.data(),
             w2.data(), preactivation.data(), raw.data(), alpha.data(), logits.data(), grad_scores.data(), nullptr, nullptr,
             all ? grad_bias.data() : nullptr, all ? grad_z.data() : nullptr, grad_w1.data(), grad_b1.data(), grad_w2.data(),
-            grad_b2.data(), all ? grad_logits.data() : nullptr, nullptr, all ? grad_preactivation.data() : nullptr};
+            grad_b2.data(), all ? grad_logits.data() : nullptr, nullptr, all ? grad_preactivation.data() : nullptr, 1, nullptr};
   }
   LargeHeadBackwardParams large_backward(bool all) const { return {backward(all), entries.data(), offsets.data(), false}; }
 };
@@ -125,12 +125,36 @@ void test_sizes_of_the_device() {
   CHECK(one.scores.same_bits(two.scores) && one.grad_w1.same_bits(two.grad_w1) && one.grad_bias.same_bits(two.grad_bias));
 }
 
+// No more blocks wait for each other than are allowed, with the same bits; launches without waiting are not cut.
+void test_allowed_blocks() {
+  check::context = "allowed blocks";
+  const Setting processors("SHIM_PROCESSORS", "5");
+  const Head free(true), cut(true);
+  CHECK(cuda::head_forward(free.forward(), 0, nullptr) == nullptr && shim::last_blocks == 5);
+  CHECK(cuda::large_head_backward(free.large_backward(true), 0, nullptr) == nullptr && shim::last_blocks == 5);
+  const Setting most("ALPHAEXT_COOPERATIVE_BLOCKS", "2");
+  CHECK(cuda::head_forward(cut.forward(), 0, nullptr) == nullptr && shim::last_blocks == 2);
+  CHECK(cuda::large_head_backward(cut.large_backward(true), 0, nullptr) == nullptr && shim::last_blocks == 2);
+  CHECK(free.scores.same_bits(cut.scores) && free.grad_w1.same_bits(cut.grad_w1) && free.grad_z.same_bits(cut.grad_z));
+  CHECK(cuda::large_head_backward(cut.large_backward(false), 0, nullptr) == nullptr && shim::last_blocks == 5);
+  for (const char* const value : {"0", "-3", "2.5", "many"}) {
+    const Setting wrong("ALPHAEXT_COOPERATIVE_BLOCKS", value);
+    const std::string message = text_of(cuda::head_forward(cut.forward(), 0, nullptr));
+    CHECK(message.find("from 1 on, got '" + std::string(value) + "'") != std::string::npos);
+  }
+}
+
 void test_crossing_point() {
   check::context = "crossing point";
-  const auto fuses = [](int64_t batch, int64_t classes, int64_t members = 6) {
-    return cuda::fuses_head(ScalarType::Float32, batch, classes, members, 0);
+  const auto fuses = [](int64_t batch, int64_t classes, int64_t members = 6, ScalarType dtype = ScalarType::Float32) {
+    return cuda::fuses_head(dtype, batch, classes, members, 0);
   };
-  CHECK(fuses(256, 10'000) && !fuses(257, 10'000) && fuses(4096, 625) && !fuses(4096, 626));
+  for (const ScalarType dtype : {ScalarType::Float32, ScalarType::Float64}) {
+    CHECK(fuses(100, 10'000, 6, dtype) && !fuses(101, 10'000, 6, dtype));
+  }
+  for (const ScalarType dtype : {ScalarType::Float16, ScalarType::BFloat16}) {
+    CHECK(fuses(250, 1'000, 6, dtype) && !fuses(251, 1'000, 6, dtype));
+  }
   CHECK(fuses(1, 8, 6016) && !fuses(1, 8, 6017));
   const Setting never("ALPHAEXT_FUSED_SCORES", "0");
   CHECK(!fuses(1, 1));
@@ -173,6 +197,13 @@ void test_training_plans() {
   // More than 48 KiB had to be asked for, and was; two processors of one block each.
   CHECK(plan.resident && plan.shared_bytes > 48 * 1024 && plan.blocks == 2 && plan.classes == 6);
   {
+    const Setting most("ALPHAEXT_COOPERATIVE_BLOCKS", "1");
+    CHECK(cuda::plan_training(params, &plan, 0) == nullptr && plan.blocks == 1 && plan.runs_at_once == 1);
+    const Setting wrong("ALPHAEXT_COOPERATIVE_BLOCKS", "none");
+    CHECK(text_of(cuda::plan_training(params, &plan, 0)).find("train_epoch: ALPHAEXT_COOPERATIVE_BLOCKS") != std::string::npos);
+  }
+  CHECK(cuda::plan_training(params, &plan, 0) == nullptr);
+  {
     const Setting small("SHIM_SHARED", "65536");
     CHECK(cuda::plan_training(params, &plan, 0) == nullptr);
     CHECK(!plan.resident && plan.shared_bytes <= 65536);
@@ -189,6 +220,7 @@ void test_training_plans() {
 int main() {
   test_launches();
   test_sizes_of_the_device();
+  test_allowed_blocks();
   test_crossing_point();
   test_errors();
   test_training_plans();

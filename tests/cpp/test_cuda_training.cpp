@@ -449,17 +449,21 @@ void test_plans() {
   TrainParams p{};
   p.dtype = ScalarType::Float32;
   p.num_few = 136, p.members = 6, p.tiles = 32, p.columns = 1000, p.batch = 64, p.samples = 3286;
-  const auto plan_for = [&](int64_t runs, int64_t threads = 512) {
+  const auto plan_for = [&](int64_t runs, int64_t threads = 512, int64_t most_blocks = 1000) {
     TrainRunsParams params{};
     params.first = p;
     params.runs = runs;
-    return cuda::choose_train_plan(params, 132, 226 * 1024, [&](bool, int64_t bytes) {
+    return cuda::choose_train_plan(params, 132, 226 * 1024, most_blocks, [&](bool, int64_t bytes) {
       return std::min<int64_t>(512 / threads, bytes > 0 ? 226 * 1024 / bytes : 4);
     });
   };
   const cuda::TrainPlan one = plan_for(1), many = plan_for(90);
   CHECK(one.resident && one.runs_at_once == 1 && one.blocks <= 132 && one.classes * one.blocks >= 136);
   CHECK(many.resident && many.runs_at_once * many.blocks <= 132 && many.runs_at_once >= 4 && many.shared_bytes <= 226 * 1024);
+  // No more blocks than are allowed: more classes each, or fewer runs at once.
+  CHECK(plan_for(1, 512, 30).resident && plan_for(1, 512, 30).blocks <= 30);
+  CHECK(plan_for(90, 512, 50).resident && plan_for(90, 512, 50).blocks * plan_for(90, 512, 50).runs_at_once <= 50);
+  CHECK(!plan_for(1, 512, 5).resident && plan_for(1, 512, 5).blocks == 5);
   p.tiles = 4000;
   const cuda::TrainPlan wide = plan_for(2);
   CHECK(!wide.resident && wide.shared_bytes == 0 && wide.blocks == 132 && wide.runs_at_once == 1);
