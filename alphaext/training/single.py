@@ -178,7 +178,8 @@ class Run(ResumableTraining):
             counts = torch.bincount(val_labels, minlength=head.out_features)
             self.metrics = SplitMetrics(split, counts)
             base_samples = int(counts[split.medium].sum()), int(counts[split.many].sum())
-            self.policy = Policy("last") if self.doubt else replace(self.policy, base_samples=base_samples)
+            policy = Policy("last") if self.doubt else self.policy
+            self.policy = replace(policy, base_samples=base_samples)
         self.before: dict[str, float] | None = None
         self.engine: NativeEngine | AutogradEngine
         self._saved = time.monotonic()
@@ -387,7 +388,7 @@ class Run(ResumableTraining):
             what = f"the loss is {last['loss']:.3g}, {times:.3g} times that before training, or of guessing"
         else:
             return None
-        doubt = f" ({self.doubt}, to choose another epoch by)" if self.doubt else ""
+        doubt = f" (no other epoch was chosen, as {self.doubt})" if self.doubt else ""
         return TrainingDiverged(what + doubt, int(last["epoch"]), last["lr"])
 
     def _losses(self, after: dict[str, float], linear: nn.Linear) -> list[str]:

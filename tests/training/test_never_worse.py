@@ -188,3 +188,12 @@ def test_a_finished_training_is_taken_up_by_its_own_head_again(tmp_path, options
     again = fit(head, features, labels, **how)
     assert (again.kept_original, again.few_bias) == (first.kept_original, first.few_bias)
     assert again.after["all"] == first.after["all"]
+
+
+def test_samples_of_base_classes_alone_still_tell_what_those_lose():
+    linear, features, labels, val = problem(3, per_class=40, lowered=4.0)
+    base = val["val_labels"] < NUM_CLASSES - FEW
+    some = {name: values[base] for name, values in val.items()}
+    with pytest.warns(AlphaNetWarning, match=r"Base classes lose \d+\.\d points"):
+        made = repair(linear, features, labels, **some, epochs=10, progress=False)
+    assert not made.result.verified and accuracy(linear, val, base) - accuracy(made.linear, val, base) > 0.03
