@@ -81,9 +81,9 @@ class ExportReport:
     def __str__(self) -> str:
         lines = [
             f"wrote {self.path} ({self.format}, {self.size:,} bytes), {self.few_classes} rows new",
-            f"scores of {self.samples} {self.batch}, up to {self.largest_score:.3g}: at most {self.largest_difference:.2g} off "
-            f"the composed ones, of base classes {self.largest_base_difference:.2g} off the original ones "
-            f"(allowed: {self.tolerance * self.largest_score:.2g})",
+            f"verified: scores of {self.samples} {self.batch}, up to {self.largest_score:.3g}: at most "
+            f"{self.largest_difference:.2g} off the composed ones, of base classes {self.largest_base_difference:.2g} off the "
+            f"original ones (allowed: {self.tolerance * self.largest_score:.2g})",
         ]
         if self.unchanged_bytes is not None:
             lines.append(f"{self.unchanged_bytes:,} bytes are those of the original")

@@ -73,9 +73,17 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
             except (ValueError, TypeError) as error:
                 found = alphaext.doctor.Finding("error", "checkpoint and features do not fit", str(error))
             report.problems.append(found)
+        if self.backbone is not None and (checkpoint is not None or self.saved_model is not None):
+            report.problems.append(self._accuracy(train, num_classes))
         report.seconds = time.monotonic() - started
         report.print(console)
         return {**report.to_dict(), "exit_code": 0 if report.ok else 2}
+
+    def _accuracy(self, images: alphaext.data.LabelledImages, num_classes: int | None) -> alphaext.doctor.Finding:
+        try:
+            return self.accuracy(self.trained_model(num_classes, self.chosen_device()), images)
+        except (ValueError, TypeError) as error:
+            return alphaext.doctor.Finding("error", "the network does not take its weights or its images", str(error))
 
     def _install(self, console: Console) -> dict[str, Any]:
         import torch

@@ -67,6 +67,10 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
             model = self.trained_model(self.num_classes, group.device)
             parts = self._open(named, model.num_classes, class_names_of(model.model))
             before = self._earlier_results()
+            begun = [part for part in parts if (self.features / part).exists()]
+            with group.together():
+                if group.is_main and not begun:
+                    self._check_accuracy(console, model, next(iter(parts.values())))
             if group.is_main:
                 self.features.mkdir(parents=True, exist_ok=True)
             group.barrier()
@@ -108,6 +112,15 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
                     results.write_results(self.features, self, before | found, started)
                 _print(console, found)
         return found
+
+    def _check_accuracy(
+        self, console: Console, model: alphaext.models.SplitModel, images: alphaext.data.LabelledImages
+    ) -> None:
+        """Before an hour is spent: does the network know its images?"""
+        finding = self.accuracy(model, images)
+        if finding.level == "note":
+            console.print(f"Before all: {finding.detail}", markup=False, highlight=False)
+        self.refuse_chance(finding)
 
     def _open(
         self, parts: list[str], num_classes: int, names: tuple[str, ...] | None

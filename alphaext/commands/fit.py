@@ -115,9 +115,10 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
                 f"{wrong} where there are no validation features to choose by{got}; there is no {str(self.features / 'val')!r}"
             )
         linear, path = self.classifier_or_checkpoint(self.classifier, train.num_classes)
-        results.warn_of_other_features(linear, train if val is None else val, str(path))
+        known = train if val is None else val
+        self.refuse_chance(results.knows_features(linear, known, str(path)))
         linear = linear.to(self.chosen_device())
-        split = self.split(train)
+        split = self.split_to_repair(train)
         if len(split.empty):
             ids = format_ids(split.empty.tolist())
             console.print(f"No training images of class {ids}: its row stays, and is nobody's neighbour.", highlight=False)

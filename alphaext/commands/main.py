@@ -137,6 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
+        if as_json and is_main_process():
+            failed = {"error": _message(error), "kind": type(error).__name__, "exit_code": code}
+            print(json.dumps(failed, indent=2), flush=True)
         errors.print(f"alphaext: {_message(error)}", markup=False, highlight=False)
         return code
     return int(result.get("exit_code", 0)) if isinstance(result, dict) else 0

@@ -20,6 +20,7 @@ import alphaext
 
 from ..utils.environment import RESULT_DEPENDS_ON, versions
 from ..utils.files import folder_lock, open_file, read_json, remove_leftovers, whole_file, write_json
+from ..utils.text import percent
 from .options import Options
 
 if TYPE_CHECKING:
@@ -162,6 +163,16 @@ def save_head(head: alphaext.AlphaNet, folder: Path) -> None:
     alphaext.checkpoints.save_linear(head.fold(), folder / CLASSIFIER, overwrite=True)
     with whole_file(folder / HEAD) as file:
         torch.save({name: value.cpu() for name, value in head.state_dict().items()}, file)
+
+
+def knows_features(linear: nn.Linear, features: alphaext.features.Features, name: str) -> alphaext.doctor.Finding:
+    """Whether a classifier knows more of its features than chance would: an error where it does not."""
+    warn_of_other_features(linear, features, name)
+    predicted = alphaext.metrics.predict(linear, features, progress=False).predicted
+    accuracy, chance, bad = alphaext.doctor.at_chance(predicted, features.labels)
+    said = f"{name} knows {percent(accuracy)}% of {len(features)} samples, where chance would know {percent(chance)}%"
+    causes = "; the features are another network's, or were made with another transform, or the classes are in another order"
+    return alphaext.doctor.Finding("error" if bad else "note", "the classifier is at chance level", said + causes)
 
 
 def warn_of_other_features(linear: nn.Linear, features: alphaext.features.Features, name: str) -> None:

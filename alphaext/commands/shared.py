@@ -86,6 +86,21 @@ class SplitOptions(Options):
         """The classes by the training features' labels."""
         return alphaext.split_classes(features.class_counts(), few_below=self.few_below, many_above=self.many_above)
 
+    def split_to_repair(self, features: alphaext.features.Features) -> alphaext.ClassSplit:
+        """The same, but an error where no class is few, or every one."""
+        split, counts = self.split(features), features.class_counts()
+        if len(split.few) == 0:
+            raise ValueError(
+                f"no class is few: few are those below few_below = {self.few_below} training images, and the smallest has "
+                f"{int(counts[counts > 0].min())}"
+            )
+        if len(split.base) == 0:
+            raise ValueError(
+                f"every class is few: few are those below few_below = {self.few_below} training images, and the largest has "
+                f"{int(counts.max())}; rows are composed of classes that are not few"
+            )
+        return split
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(SplitOptions):
@@ -155,6 +170,7 @@ class CheckpointOptions(Options):
         help="which of a checkpoint's dictionaries is the model, as in state_dict_ema; without, the usual one",
     )
     classifier_layer: str | None = option(None, metavar="NAME", help="the last linear layer's name; without, it is found")
+    allow_chance: bool = option(False, help="go on where the classifier is no better than chance on its own images")
     backbone: str | None = option(
         None,
         metavar="NAME",
@@ -183,6 +199,14 @@ class CheckpointOptions(Options):
             raise ValueError("--checkpoint must be given, or checkpoint in [model] of the configuration: the trained weights")
         layer, state = self.classifier_layer, self.state
         return alphaext.checkpoints.read_checkpoint(self.checkpoint, classifier=layer, num_classes=num_classes, state=state)
+
+    def refuse_chance(self, finding: alphaext.doctor.Finding) -> None:
+        """Raise what is an error, unless told otherwise; warn of what may be wrong."""
+        text = f"{finding.title}: {finding.detail}"
+        if finding.level == "error" and not self.allow_chance:
+            raise ValueError(f"{text}; --allow-chance goes on all the same")
+        if finding.level != "note":
+            warnings.warn(text, stacklevel=2)
 
     def classifier_or_checkpoint(self, classifier: Path | None, num_classes: int | None) -> tuple[nn.Linear, Path]:
         """The classifier that is given, or else the checkpoint's, and where it is."""
@@ -237,6 +261,24 @@ class ModelOptions(CheckpointOptions):
         return alphaext.models.find_preprocessing(
             self.backbone, model, pretrained=self.pretrained and self.checkpoint is None, checkpoint=self.checkpoint
         )
+
+    def accuracy(self, model: alphaext.models.SplitModel, images: alphaext.data.LabelledImages) -> alphaext.doctor.Finding:
+        """Whether the network knows some of its images, as they are transformed; and better in another likely way."""
+        transform, options = self.test_transform(model.model), self._of_images(model.model)
+        size: dict[str, Any] = {"image_size": options["image_size"], "channels": self.channels}
+        resize = round(options["image_size"] * 8 / 7)
+        of_imagenet = alphaext.data.test_transform(resize=resize, **size)
+        others = {
+            "ImageNet's mean and deviation, resized and cropped": of_imagenet,
+            "mean and deviation 0.5, both sides resized alike": alphaext.data.test_transform(
+                resize=options["image_size"], mean=(0.5,) * self.channels, std=(0.5,) * self.channels, squash=True, **size
+            ),
+            "values of 0 to 1": alphaext.data.test_transform(
+                resize=resize, mean=(0.0,) * self.channels, std=(1.0,) * self.channels, **size
+            ),
+        }
+        others = {name: each for name, each in others.items() if each.description != transform.description}
+        return alphaext.doctor.check_accuracy(model, images, transform, others, progress=getattr(self, "progress", None))
 
     def test_transform(self, model: nn.Module) -> alphaext.data.ImageTransform:
         """For the network's features and accuracies."""

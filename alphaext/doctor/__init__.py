@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from .accuracy import at_chance, check_accuracy
 from .check import check_classifier_order, check_data
 from .report import DataReport, Finding
 
 __all__ = [
     "DataReport",
     "Finding",
+    "at_chance",
+    "check_accuracy",
     "check_classifier_order",
     "check_data",
 ]

@@ -64,14 +64,15 @@ class Builder:
             few = torch.zeros(len(counts), dtype=torch.bool, device="cpu")
             few[check_class_ids(few_classes, len(counts), "few_classes").cpu()] = True
             split = ClassSplit.of_masks(few, (counts > many_above) & ~few, counts == 0)
+        below = "" if split is not None else f", few are those below {few_below}"
         if split is None:
             split = split_classes(counts, few_below=few_below, many_above=many_above)
         self.split = check_split(split, len(self.weight))
         if len(self.split.few) == 0:
             smallest = int(counts[counts > 0].min())
             raise ValueError(
-                f"labels has no few class: the smallest has {smallest} samples, few are those below {few_below}; few_classes "
-                "names them whatever they have"
+                f"labels has no few class: the smallest has {smallest} samples{below}; few_classes names them whatever they "
+                "have"
             )
         self._means = means
         self._directions: tuple[Tensor, Tensor] | None = None

@@ -360,11 +360,12 @@ def test_the_papers_backbones_go_the_whole_way(tmp_path, backbone, capsys):
         "image_size": 32,
         "device": "cpu",
         "progress": False,
+        "allow_chance": True,
     }
     data = {"train": tmp_path / "train.txt", "test": tmp_path / "test.txt", "root": tmp_path}
     found = Extract(**common, **data, features=tmp_path / "features").run()
     assert found["train"]["samples"] == 75 and found["train"]["width"] == 2048
-    shared = {"features": tmp_path / "features", "progress": False}
+    shared = {"features": tmp_path / "features", "progress": False, "allow_chance": True}
     fitted = Fit(**shared, classifier=tmp_path / "trained.pth", output=tmp_path / "alpha", top_k=2, epochs=2, lr=1e-3).run()
     assert fitted["few_classes"] == [3] and fitted["chosen_on"] is None
     Evaluate(**shared, classifiers=(tmp_path / "trained.pth", tmp_path / "alpha")).run()
@@ -660,3 +661,39 @@ def test_an_extraction_says_how_far_it_is_and_that_it_goes_on(digits, tmp_path, 
     alone = json.loads((tmp_path / "features" / "val" / "features.json").read_text())
     usual = json.loads((digits / "features" / "val" / "features.json").read_text())
     assert alone["features_sha256"] == usual["features_sha256"] and "1 thread" in alone["device"]
+
+
+def test_a_wrong_transform_is_refused_before_anything_is_extracted(digits, tmp_path, capsys):
+    wrong = ["--mean", "9", "--std", "0.01"]
+    run(digits, "extract", *wrong, "--features", tmp_path / "features", code=2)
+    said = capsys.readouterr().err
+    assert "the network is at chance level" in said and "--allow-chance goes on all the same" in said
+    assert not (tmp_path / "features").exists()
+    run(digits, "doctor", *wrong, code=2)
+    assert "the network is at chance level" in capsys.readouterr().out
+    run(digits, "doctor")
+    assert "of 256 images the network knows" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_classifier_that_does_not_know_the_features_is_refused(digits, tmp_path, capsys):
+    checkpoint = read_checkpoint(digits / "joint" / "model.pth")
+    torch.save({"weight": checkpoint.weight.roll(1, 0), "bias": checkpoint.bias.roll(1, 0)}, tmp_path / "rolled.pth")
+    arguments = ["fit", "--classifier", tmp_path / "rolled.pth", "--epochs", "1", "--output", tmp_path / "alpha"]
+    run(digits, *arguments, code=2)
+    assert "the classifier is at chance level" in capsys.readouterr().err and not (tmp_path / "alpha").exists()
+    run(digits, *arguments, "--allow-chance")
+
+
+def test_a_classifier_that_is_not_named_is_the_checkpoints(digits, tmp_path, capsys):
+    run(digits, "fit", "--epochs", "1", "--output", tmp_path / "alpha")
+    run(digits, "evaluate", tmp_path / "alpha", "--json", "--part", "val")
+    assert list(json.loads(capsys.readouterr().out.split("Classifier: ")[1].split("\n", 1)[1])["metrics"]) == ["model", "alpha"]
+
+
+def test_errors_are_json_under_json(digits, tmp_path, capsys):
+    run(digits, "fit", "--json", "--few-below", "2", "--output", tmp_path / "alpha", code=2)
+    failed = json.loads(capsys.readouterr().out)
+    assert failed["kind"] == "ValueError" and failed["exit_code"] == 2
+    assert "few are those below few_below = 2 training images" in failed["error"]
+    run(digits, "fit", "--few-below", "900", "--many-above", "1000", "--output", tmp_path / "alpha", code=2)
+    assert "every class is few" in capsys.readouterr().err

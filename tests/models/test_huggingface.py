@@ -47,7 +47,7 @@ def test_a_saved_model_is_repaired_into_a_folder(kind, tmp_path, capsys):
     (tmp_path / "mine.toml").write_text(
         'features = "features"\ndevice = "cpu"\nprogress = false\n'
         '[data]\ntrain = "train.txt"\nval = "val.txt"\nroot = "."\nfew_below = 12\nmany_above = 60\n'
-        '[model]\nbackbone = "hf:saved"\n'
+        '[model]\nbackbone = "hf:saved"\nallow_chance = true\n'
     )
     config = ["--config", str(tmp_path / "mine.toml")]
     assert cli.main(["extract", *config]) == 0

@@ -1,0 +1,119 @@
+"""Whether a trained network knows its images as they are transformed: its accuracy on a few hundred, beside chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from ..data.images import ImageReadError, LabelledImages
+from ..data.loading import Transform
+from ..models.split import SplitModel
+from ..utils.checks import check_integer
+from ..utils.progress import task_bar
+from ..utils.seeds import seeded_generator
+from ..utils.tensors import check_labels
+from ..utils.text import percent
+from .report import Finding
+
+_BATCH = 16
+# Chance alone gives one such accuracy in so many.
+_LEVEL = 0.001
+
+
+def at_chance(predicted: Tensor, labels: Tensor) -> tuple[float, float, bool]:
+    """Accuracy, the accuracy that chance would have, and whether the one is no better than the other.
+
+    Chance names as many samples after each class as the network does, in any order.
+
+    Args:
+        predicted: int64 ``[n]``, the class that each sample is taken for.
+        labels: int64 ``[n]``.
+
+    Example:
+        >>> at_chance(torch.tensor([0, 1] * 20), torch.tensor([0, 1] * 20))
+        (1.0, 0.5, False)
+        >>> at_chance(torch.zeros(40, dtype=torch.int64), torch.tensor([0, 1] * 20))
+        (0.5, 0.5, True)
+    """
+    predicted, labels = check_labels(predicted, None, "predicted").cpu(), check_labels(labels, None).cpu()
+    num_classes = 1 + int(torch.cat([predicted, labels]).max())
+    shares = [torch.bincount(ids, minlength=num_classes).double() / len(labels) for ids in (predicted, labels)]
+    chance = float((shares[0] * shares[1]).sum())
+    hits = int((predicted == labels).sum())
+    bad = chance >= 1 - 1e-9 or binomtest(hits, len(labels), chance, alternative="greater").pvalue > _LEVEL
+    return hits / len(labels), chance, bool(bad)
+
+
+def check_accuracy(
+    model: SplitModel,
+    images: LabelledImages,
+    transform: Transform,
+    others: Mapping[str, Transform] | None = None,
+    *,
+    samples: int = 256,
+    progress: bool | None = None,
+) -> Finding:
+    """Run some images through a trained network, and say its accuracy beside chance.
+
+    Args:
+        model: the network with its weights.
+        images: labelled as the network counts.
+        transform: of the images, as it will be used.
+        others: likely ones, by their names, to say where one of them does better.
+        samples: how many images are drawn; always the same ones.
+        progress: show a progress bar; None shows it where standard error is a terminal.
+
+    Returns:
+        A finding: an error where the network is no better than chance, a warning where another transform is better beyond
+        chance, else a note with the accuracy.
+    """
+    samples = check_integer(samples, "samples", minimum=1)
+    chosen = torch.randperm(len(images), generator=seeded_generator(0, len(images)), device="cpu")[:samples].tolist()
+    runs = {"": transform, **(others or {})}
+    loaded, labels = [], []
+    for index in chosen:
+        try:
+            loaded.append(images.load(index))
+        except ImageReadError:  # others say so
+            continue
+        labels.append(int(images.labels[index]))
+    if not loaded:
+        return Finding("warning", "no accuracy", f"none of {len(chosen)} images could be read")
+    targets = torch.tensor(labels, device="cpu")
+    hits: dict[str, Tensor] = {}
+    with task_bar(progress, "images through the network", total=len(runs) * len(loaded)) as report:
+        predicted = {name: _predicted(model, loaded, each, report) for name, each in runs.items()}
+    hits = {name: each == targets for name, each in predicted.items()}
+    accuracy, chance, bad = at_chance(predicted[""], targets)
+    said = f"of {len(loaded)} images the network knows {percent(accuracy)}%, where chance would know {percent(chance)}%"
+    better = {name: _is_better(each, hits[""]) for name, each in hits.items() if name}
+    best = max((name for name in better if better[name]), key=lambda name: int(hits[name].sum()), default=None)
+    more = "" if best is None else f"; with {best} it knows {percent(float(hits[best].double().mean()))}%"
+    if bad:
+        causes = "the transform is another than in training, the classes are in another order, or the paths begin elsewhere"
+        return Finding("error", "the network is at chance level", f"{said}{more}: {causes}")
+    if best is not None:
+        return Finding("warning", "another transform does better", f"{said}{more}: it may be the one of the training")
+    return Finding("note", "the network knows its images", said)
+
+
+def _predicted(model: SplitModel, images: list[Any], transform: Transform, report: Callable[..., None]) -> Tensor:
+    found = []
+    for start in range(0, len(images), _BATCH):
+        batch = torch.stack([transform(image) for image in images[start : start + _BATCH]])
+        features = model.features(batch)
+        layer = model.classifier
+        with torch.no_grad():
+            found.append(layer(features.to(layer.weight.dtype)).argmax(dim=1).cpu())
+        report(len(batch))
+    return torch.cat(found)
+
+
+def _is_better(one: Tensor, other: Tensor) -> bool:
+    """Whether the first has more hits, by more than chance makes of the samples that only one of them hits."""
+    gained, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    return gained > lost and binomtest(gained, gained + lost, alternative="greater").pvalue < _LEVEL
