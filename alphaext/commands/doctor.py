@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -81,7 +81,8 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
 
     def _accuracy(self, images: alphaext.data.LabelledImages, num_classes: int | None) -> alphaext.doctor.Finding:
         try:
-            return self.accuracy(self.trained_model(num_classes, self.chosen_device()), images)
+            found = self.accuracy(self.trained_model(num_classes, self.chosen_device()), images)
+            return replace(found, level="warning") if found.level == "error" and self.allow_chance else found
         except (ValueError, TypeError) as error:
             return alphaext.doctor.Finding("error", "the network does not take its weights or its images", str(error))
 
