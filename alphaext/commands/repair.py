@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from .export import Export
 from .extract import Extract
 from .fit import Fit
 from .options import Options, from_flags, option, read_config
+from .recommend import Recommend
 from .shared import PARTS, CommonOptions, ModelOptions
 
 _STEPS = "steps.json"
@@ -27,7 +28,7 @@ _PAGE = "report.html"
 
 @dataclass(frozen=True, kw_only=True)
 class Repair(Options):
-    """Repair a trained checkpoint by one configuration: check, extract, fit, evaluate, export, and one page.
+    """Repair a trained checkpoint by one configuration: check, extract, repair, evaluate, export, and one page.
 
     Each step's own command is shown as it runs, and can be run alone. Run again, it goes on where it stopped; a step whose
     options have changed, and all that follow it, run anew. Test features, where there are some, measure the result.
@@ -40,6 +41,12 @@ class Repair(Options):
     goes_on: ClassVar[bool] = True
     config: Path = option(metavar="FILE", help="a TOML file with the options of all steps; 'alphaext init' writes one")
     output: Path | None = option(None, metavar="FOLDER", help="where results go; without, 'repaired' beside the configuration")
+    method: str | None = option(
+        None,
+        choices=("recommend", "fit"),
+        help="recommend: the best of all methods on validation features; fit: an Alpha Net, by [fit]; without, recommend where "
+        "there are validation images",
+    )
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Do all steps that are not done yet; returns what came of each."""
@@ -53,23 +60,26 @@ class Repair(Options):
         features = Path(config.get("", {}).get("features", output / "features"))
         data = from_flags(Extract, {"features": features}, config)
         part = next((part for part in reversed(PARTS) if getattr(data, part) is not None), "test")
-        fitted, evaluation = output / "fit", output / "evaluation"
+        method = self.method or ("fit" if data.val is None else "recommend")
+        made, evaluation = output / method, output / "evaluation"
         steps.run(Doctor, {})
         if steps.results["doctor"]["exit_code"]:
             raise ValueError("doctor found errors, which are above: mend them and run the same command again")
         steps.run(Extract, {"features": features}, always=True)
-        steps.run(Fit, {"features": features, "output": fitted}, made=fitted / results.RESULT)
+        by = {"recommend": Recommend, "fit": Fit}[method]
+        steps.run(by, {"features": features, "output": made}, made=made / results.RESULT)
         steps.run(
             Evaluate,
-            {"features": features, "part": part, "classifiers": (fitted,), "output": evaluation},
+            {"features": features, "part": part, "classifiers": (made,), "output": evaluation},
             made=evaluation / results.RESULT,
         )
-        if steps.results["fit"]["kept_original"]:
+        repair = steps.results[method]
+        if repair.get("kept_original") or repair.get("method") == "original":
             console.print("Nothing was better on the validation samples than the checkpoint as it is: no other is written.")
         else:
             repaired = output / _name_of(data)
-            steps.run(Export, {"repaired": fitted, "output": repaired}, made=repaired)
-        page = _page(self.config, steps, evaluation)
+            steps.run(Export, {"repaired": made, "output": repaired}, made=repaired)
+        page = _page(self.config, steps, evaluation, repair.get("notes") or [repair.get("advice", "")])
         with whole_file(output / _PAGE) as file:
             file.write(page.encode("utf-8"))
         console.print(f"Page: {output / _PAGE}", markup=False, highlight=False, soft_wrap=True)
@@ -141,7 +151,7 @@ def _name_of(options: ModelOptions) -> str:
 # ---- The page ----------------------------------------------------------------------------------------------------------
 
 
-def _page(config: Path, steps: _Steps, evaluation: Path) -> str:
+def _page(config: Path, steps: _Steps, evaluation: Path, notes: Sequence[str]) -> str:
     from ..metrics.accuracy import SPLITS_AND_ALL
     from ..metrics.class_table import composition, read_class_table
     from ..study.report.content import Block, DataTable, Section, TextBlock
@@ -157,7 +167,7 @@ def _page(config: Path, steps: _Steps, evaluation: Path) -> str:
             cells.append(f"{percent(metrics[part])} ({percent(low)} to {percent(high)})")
         accuracies.append((name, *cells))
     title = f"Top-1 accuracy on {found['samples']} {found['part']} samples, % ({found['confidence']:.0%} intervals)"
-    blocks: list[Block] = [TextBlock(note, "finding") for note in steps.results["fit"]["notes"]]
+    blocks: list[Block] = [TextBlock(note, "finding") for note in notes if note]
     blocks.append(DataTable(title, ("classifier", *SPLITS_AND_ALL), tuple(accuracies)))
     classes = []
     header = ("class", "split", "trained", "before", "after", "gain", "composed of")

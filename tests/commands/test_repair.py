@@ -48,7 +48,7 @@ def project(tmp_path_factory) -> Path:
 
 
 def test_one_command_repairs_and_goes_on(project, capsys):
-    arguments = ["repair", "--config", str(project / "mine.toml")]
+    arguments = ["repair", "--config", str(project / "mine.toml"), "--method", "fit"]
     assert cli.main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["evaluate"]["part"] == "test" and result["fit"]["chosen_on"] == "val"
@@ -72,13 +72,22 @@ def test_one_command_repairs_and_goes_on(project, capsys):
 def test_a_killed_repair_has_no_result_and_goes_on(project, tmp_path, monkeypatch):
     from alphaext.commands.evaluate import Evaluate
 
-    options = Repair(config=project / "mine.toml", output=tmp_path / "out")
+    options = Repair(config=project / "mine.toml", output=tmp_path / "out", method="fit")
     with monkeypatch.context() as patch:
         patch.setattr(Evaluate, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             options.run()
     assert not (tmp_path / "out" / "report.html").exists()
     assert Path(options.run()["page"]).is_file()
+
+
+def test_the_best_of_all_methods_is_taken(project, tmp_path, capsys):
+    features = str(project / "repaired" / "features")
+    (project / "best.toml").write_text(f'features = "{features}"\n' + CONFIG)
+    assert cli.main(["repair", "--config", str(project / "best.toml"), "--output", str(tmp_path / "out"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["recommend"]["method"] and Path(result["page"]).is_file()
+    assert ("export" in result) == (result["recommend"]["method"] != "original")
 
 
 def test_what_doctor_finds_stops_a_repair(project, tmp_path, capsys):
