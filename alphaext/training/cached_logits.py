@@ -209,13 +209,13 @@ class ValidationLogits:
     def hits(self, alphas: Tensor, member_columns: Tensor) -> Tensor:
         """``[2, N]`` int64: of each class, the samples that it wins, and those that it is among the first five of.
 
-        With a leading dimension of both arguments, ``[R, F, K+1]``, those of R heads: ``[R, 2, N]``.
+        With a leading dimension of both arguments, ``[R, F, K+1]``, those of R heads: ``[R, 2, N]``. The result is where the
+        logits are.
         """
-        result = ops.validate(
+        return ops.validate(
             alphas, member_columns, self._few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
             self.labels, self.few_of_label, self.columns.num_classes,
         )  # fmt: skip
-        return result.cpu()
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

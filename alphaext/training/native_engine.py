@@ -13,6 +13,7 @@ from ..head.outputs import clamped_outputs
 from ..ops import training as ops
 from ..utils.checks import check_integer
 from ..utils.resume import copy_into
+from ..utils.transfers import on_host, to_device
 from . import cached_logits
 from .cached_logits import Columns, TrainingLogits, ValidationLogits
 from .engine import TrainingData, TrainingDiverged
@@ -80,7 +81,9 @@ class NativeEngine:
         self.logits = logits
         self.columns = self.logits.columns.of(head).to(self.device)
         self.steps = 0
-        self.known_hits: Tensor | None = None  # of a group, counted for all of it at once
+        # Of the epoch before, counted with it.
+        self.known_hits: Tensor | None = None
+        self._known_clamped: int | None = None
         num_few, hidden = head.num_few, head.w2.shape[2]
         members = head.top_k + 1 + head.num_directions  # to training, a direction is a member like any other
         dtype = head.weight.dtype
@@ -106,7 +109,7 @@ class NativeEngine:
                 self._few_offset = self.sampler.log_prior[head.few_classes.cpu()].to(device=self.device, dtype=dtype)
             # The dense first layer's change is told by how far its output has moved.
             self._start = start.to(device=self.device, dtype=torch.float64) if head.first_layer == "dense" else None
-        self._call(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
+        self._launch(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
 
     def _launch(self, rows: Tensor, lr: float) -> Tensor:
         """Train on ``rows``: float64 ``[3]``, the sum of their losses, and the step and class that failed, or -1."""
@@ -132,11 +135,6 @@ class NativeEngine:
             first_step=self.steps == 0,
         )
 
-    def _call(self, rows: Tensor, lr: float) -> tuple[float, int, int]:
-        """The same, read: on a GPU this waits for it."""
-        loss, failed_step, failed_class = self._launch(rows, lr).tolist()
-        return loss, int(failed_step), int(failed_class)
-
     def learning_rate(self, multiplier: float) -> float:
         return self.sgd.lr * multiplier
 
@@ -147,7 +145,14 @@ class NativeEngine:
     def train(self, epoch: int, multiplier: float) -> float | TrainingDiverged:
         """Train one epoch at ``multiplier`` times the learning rate; the mean loss, or why there is none."""
         lr = self.learning_rate(multiplier)
-        return self.after_epoch(epoch, lr, *self._call(self.rows_of(epoch), lr))
+        # All that the host asks of an epoch goes to it at once: it waits for a GPU once.
+        wanted = [self._launch(self.rows_of(epoch), lr), self._count_clamped()]
+        if self.logits.validation is not None:
+            wanted.append(self.logits.validation.hits(self._alpha, self.columns))
+        result, clamped, *hits = on_host(wanted)
+        self._known_clamped, self.known_hits = int(clamped), hits[0] if hits else None
+        loss, failed_step, failed_class = result.tolist()
+        return self.after_epoch(epoch, lr, loss, int(failed_step), int(failed_class))
 
     def after_epoch(self, epoch: int, lr: float, loss: float, failed_step: int, failed_class: int) -> float | TrainingDiverged:
         """The mean loss of an epoch that the extension has trained, or why there is none."""
@@ -164,7 +169,7 @@ class NativeEngine:
         if self.known_hits is not None:
             known, self.known_hits = self.known_hits, None
             return known
-        return None if self.logits.validation is None else self.logits.validation.hits(self._alpha, self.columns)
+        return None if self.logits.validation is None else self.logits.validation.hits(self._alpha, self.columns).cpu()
 
     def original_hits(self) -> Tensor | None:
         """The same of the original classifier."""
@@ -172,10 +177,17 @@ class NativeEngine:
             return None
         own = torch.zeros_like(self._alpha)
         own[:, 0] = 1
-        return self.logits.validation.hits(own, self.columns)
+        return self.logits.validation.hits(own, self.columns).cpu()
 
     def clamped(self) -> int:
-        return int(clamped_outputs(self._raw[:, : self.head.top_k + 1], self.head.rule, self.head.gamma).sum())
+        """How many classes are held by the rule's clamp."""
+        if self._known_clamped is not None:
+            known, self._known_clamped = self._known_clamped, None
+            return known
+        return int(self._count_clamped())
+
+    def _count_clamped(self) -> Tensor:
+        return clamped_outputs(self._raw[:, : self.head.top_k + 1], self.head.rule, self.head.gamma).sum()
 
     def snapshot(self) -> list[Tensor]:
         """What is trained, copied."""
@@ -213,7 +225,7 @@ class NativeEngine:
         for name, own in (("state", self._state), ("b2", self._b2), ("b2_momentum", self._b2_momentum)):
             copy_into(own, state[name], name)
         self.steps = check_integer(state["steps"], "steps", minimum=0)
-        self._call(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
+        self._launch(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
 
 
 class SharedLogits:
@@ -264,4 +276,4 @@ class SharedLogits:
             missing = (rows < 0).nonzero().flatten()
             self.training.fill(self.num_kept, self.samples, indices[missing])
             rows[missing] = self.num_kept + torch.arange(len(missing), device="cpu")
-        return rows.to(self.device)
+        return to_device(rows, self.device)

@@ -68,4 +68,4 @@ class EngineGroup:
         validation = self.engines[0].logits.validation
         if validation is None:
             return [None] * len(self.engines)
-        return list(validation.hits(self._stacked["_alpha"], self._columns).unbind(0))
+        return list(validation.hits(self._stacked["_alpha"], self._columns).cpu().unbind(0))
