@@ -33,13 +33,13 @@ SIZE = 224
 
 # The peers, with the batches that each may choose from. Ours has one: it is what extraction takes.
 PEERS: dict[str, tuple[int, ...]] = {
-    "alphaext": (8,),
-    "alphaext bfloat16": (8,),
-    "eager": (1, 8, 32),
-    "eager channels_last": (1, 8, 32),
-    "torch.compile, freezing": (8,),
-    "ONNX Runtime": (1, 8, 32),
-    "OpenVINO": (1, 8, 32),
+    "alphaext": (16,),
+    "alphaext bfloat16": (16,),
+    "eager": (1, 8, 16, 32),
+    "eager channels_last": (1, 8, 16, 32),
+    "torch.compile, freezing": (16,),
+    "ONNX Runtime": (1, 8, 16),
+    "OpenVINO": (1, 8, 16),
 }
 # Compiled code for several threads is left out: to compile it would take as long as everything else.
 TWO_THREADS = ("eager channels_last", "ONNX Runtime", "OpenVINO")

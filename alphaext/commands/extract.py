@@ -37,7 +37,7 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
     dtype: str = option("float16", choices=("float16", "float32"), help="of the features on disk")
     precision: str = option("float32", choices=PRECISIONS, help="what the network computes in; features differ")
     batch_size: int | None = option(
-        None, help="images at a time; without, what the folder says, or else 8 on a CPU and 64 on a GPU"
+        None, help="images at a time; without, what the folder says, or else 16 on a CPU and 64 on a GPU"
     )
     processes: int | None = option(
         None, metavar="N", help="processes that compute on a CPU, one thread each; without, one a core; 0 computes in this one"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from .split import PARITY, SplitModel
 
 
 def for_cpu(split_model: SplitModel, example: Tensor) -> tuple[SplitModel, int]:
-    """A copy of a model for inference on a CPU: channels last, batch normalisations folded into the convolutions before them.
+    """A copy of a model for inference on a CPU: channels last, batch normalisations folded into the convolutions before them,
+    and the activations behind those in place.
 
     The model itself stays as it is. Where folding changes features by more than rounding (another layer takes what comes out of
     such a convolution, say), nothing is folded.
@@ -33,7 +34,9 @@ def for_cpu(split_model: SplitModel, example: Tensor) -> tuple[SplitModel, int]:
     """
     fast = _copied(split_model)
     expected = fast.features(example)
-    pairs = _followed_by_norms(fast, example)
+    pairs, activations = _what_follows_what(fast, example)
+    for name in activations:
+        fast.model.get_submodule(name).inplace = True  # type: ignore[assignment]
     for convolution_name, norm_name in pairs:
         convolution, norm = fast.model.get_submodule(convolution_name), fast.model.get_submodule(norm_name)
         assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
@@ -56,30 +59,33 @@ def _rest_of(norm: nn.BatchNorm2d) -> nn.Module:
     return nn.Sequential(*parts)
 
 
-def _followed_by_norms(split_model: SplitModel, example: Tensor) -> list[tuple[str, str]]:
-    """The names of convolutions and of the batch normalisations that take their output, each used once in a pass."""
+def _what_follows_what(split_model: SplitModel, example: Tensor) -> tuple[list[tuple[str, str]], list[str]]:
+    """The names of convolutions and of the batch normalisations that take their output, each used once in a pass; and of the
+    activations that take nothing but what comes out of such batch normalisations."""
     modules = dict(split_model.model.named_modules())
-    convolutions = {name: module for name, module in modules.items() if _can_be_folded_into(module)}
-    norms = {name: module for name, module in modules.items() if _can_be_folded(module)}
-    outputs: dict[int, tuple[Tensor, str]] = {}
-    uses: Counter[str] = Counter()
-    pairs: list[tuple[str, str]] = []
+    convolutions = [name for name, module in modules.items() if _can_be_folded_into(module)]
+    norms = [name for name, module in modules.items() if _can_be_folded(module)]
+    activations = [name for name, module in modules.items() if getattr(module, "inplace", None) is False]
+    # With its version, which a change in place raises; and kept, so that no other tensor gets its id.
+    outputs: dict[int, tuple[Tensor, int, str]] = {}
+    times: Counter[str] = Counter()
+    sources: dict[str, list[str]] = defaultdict(list)  # of each use, what it takes the output of; "" for anything else
 
     def made(name: str, output: Tensor) -> None:
-        uses[name] += 1
-        outputs[id(output)] = output, name  # kept, so that no other tensor gets its id
+        times[name] += 1
+        outputs[id(output)] = output, output._version, name
 
     def taken(name: str, inputs: Tensor) -> None:
-        uses[name] += 1
-        if id(inputs) in outputs:
-            pairs.append((outputs[id(inputs)][1], name))
+        output, version, source = outputs.get(id(inputs), (None, 0, ""))
+        sources[name].append(source if output is not None and output._version == version else "")
 
     hooks = [
-        convolution.register_forward_hook(lambda module, inputs, output, name=name: made(name, output))
-        for name, convolution in convolutions.items()
+        modules[name].register_forward_hook(lambda module, inputs, output, name=name: made(name, output))
+        for name in [*convolutions, *norms]
     ]
     hooks += [
-        norm.register_forward_pre_hook(lambda module, inputs, name=name: taken(name, inputs[0])) for name, norm in norms.items()
+        modules[name].register_forward_pre_hook(lambda module, inputs, name=name: taken(name, inputs[0]))
+        for name in [*norms, *activations]
     ]
     try:
         with evaluating(split_model.model):
@@ -87,7 +93,10 @@ def _followed_by_norms(split_model: SplitModel, example: Tensor) -> list[tuple[s
     finally:
         for hook in hooks:
             hook.remove()
-    return [pair for pair in pairs if uses[pair[0]] == uses[pair[1]] == 1]
+    pairs = [(sources[norm][0], norm) for norm in norms if len(sources[norm]) == 1]
+    folded = [(source, norm) for source, norm in pairs if source in convolutions and times[source] == 1]
+    norms_folded = {norm for _, norm in folded}
+    return folded, [name for name in activations if sources[name] and norms_folded.issuperset(sources[name])]
 
 
 def _can_be_folded_into(module: nn.Module) -> bool:

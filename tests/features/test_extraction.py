@@ -901,7 +901,7 @@ class Wide(TinyTransform):
 
 
 def test_the_batch_size_is_that_of_the_folder_or_of_the_device(tmp_path):
-    assert run(tmp_path / "default", batch_size=None).metadata["batch_size"] == 8
+    assert run(tmp_path / "default", batch_size=None).metadata["batch_size"] == 16
     assert run(tmp_path / "f", batch_size=4).metadata["batch_size"] == 4
     assert run(tmp_path / "f", batch_size=None).metadata["batch_size"] == 4
     until_joined(tmp_path / "begun", batch_size=5)

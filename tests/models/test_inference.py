@@ -86,6 +86,21 @@ def test_timm_s_normalisations_keep_their_activation() -> None:
     torch.testing.assert_close(fast.features(images(64)), features, rtol=1e-3, atol=1e-4 * float(features.abs().max()))
 
 
+def test_only_activations_behind_folded_normalisations_are_in_place() -> None:
+    class Activated(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.behind, self.elsewhere = nn.ReLU6(), nn.ReLU()
+
+        def between(self, images: Tensor) -> Tensor:
+            return self.behind(self.norm(self.convolution(self.elsewhere(images))))
+
+    model = Activated()
+    fast, _ = for_cpu(SplitModel(model, "fc"), images())
+    assert fast.model.behind.inplace and not fast.model.elsewhere.inplace and not model.behind.inplace
+    torch.testing.assert_close(fast.features(images()), SplitModel(model, "fc").features(images()), rtol=1e-4, atol=1e-5)
+
+
 def test_the_model_stays_as_it_was() -> None:
     model = Network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
