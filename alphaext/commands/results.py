@@ -172,7 +172,8 @@ def knows_features(linear: nn.Linear, features: alphaext.features.Features, name
     accuracy, chance, bad = alphaext.doctor.at_chance(predicted, features.labels)
     said = f"{name} knows {percent(accuracy)}% of {len(features)} samples, where chance would know {percent(chance)}%"
     causes = "; the features are another network's, or were made with another transform, or the classes are in another order"
-    return alphaext.doctor.Finding("error" if bad else "note", "the classifier is at chance level", said + causes)
+    level = alphaext.doctor.chance_level(bad, len(features))
+    return alphaext.doctor.Finding(level, "the classifier is at chance level", said + causes)
 
 
 def warn_of_other_features(linear: nn.Linear, features: alphaext.features.Features, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .accuracy import at_chance, check_accuracy
+from .accuracy import at_chance, chance_level, check_accuracy
 from .check import check_classifier_order, check_data
 from .report import DataReport, Finding
 
@@ -10,6 +10,7 @@ __all__ = [
     "DataReport",
     "Finding",
     "at_chance",
+    "chance_level",
     "check_accuracy",
     "check_classifier_order",
     "check_data",

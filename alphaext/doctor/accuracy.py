@@ -17,12 +17,14 @@ from ..utils.progress import task_bar
 from ..utils.seeds import seeded_generator
 from ..utils.tensors import check_labels
 from ..utils.text import percent
-from .report import Finding
+from .report import Finding, Level
 
 _BATCH = 16
 _SAMPLES_OF_OTHERS = 96  # each costs a pass through the network
 # Chance alone gives one such accuracy in so many.
 _LEVEL = 0.001
+# Of fewer samples a network that knows them well may by chance seem to know none; and small sets are often a first try.
+_ENOUGH = 200
 
 
 def at_chance(predicted: Tensor, labels: Tensor) -> tuple[float, float, bool]:
@@ -49,6 +51,18 @@ def at_chance(predicted: Tensor, labels: Tensor) -> tuple[float, float, bool]:
     return hits / len(labels), chance, bool(bad)
 
 
+def chance_level(bad: bool, samples: int) -> Level:
+    """How much it weighs that a network seems to be at chance: an error where so many samples say it, else a warning.
+
+    Example:
+        >>> chance_level(True, 256), chance_level(True, 20), chance_level(False, 256)
+        ('error', 'warning', 'note')
+    """
+    if not bad:
+        return "note"
+    return "error" if samples >= _ENOUGH else "warning"
+
+
 def check_accuracy(
     model: SplitModel,
     images: LabelledImages,
@@ -69,8 +83,8 @@ def check_accuracy(
         progress: show a progress bar; None shows it where standard error is a terminal.
 
     Returns:
-        A finding: an error where the network is no better than chance, a warning where another transform is better beyond
-        chance, else a note with the accuracy.
+        A finding: an error where the network is no better than chance (a warning where there are few images), a warning where
+        another transform is better beyond chance, else a note with the accuracy.
     """
     samples = check_integer(samples, "samples", minimum=1)
     chosen = torch.randperm(len(images), generator=seeded_generator(0, len(images)), device="cpu")[:samples].tolist()
@@ -98,7 +112,8 @@ def check_accuracy(
     more = "" if best is None else f"; with {best} it knows {percent(float(hits[best].double().mean()))}% of {len(some)}"
     if bad:
         causes = "the transform is another than in training, the classes are in another order, or the paths begin elsewhere"
-        return Finding("error", "the network is at chance level", f"{said}{more}: {causes}")
+        level = chance_level(bad, len(loaded))
+        return Finding(level, "the network is at chance level", f"{said}{more}: {causes}")
     if best is not None:
         return Finding("warning", "another transform does better", f"{said}{more}: it may be the one of the training")
     return Finding("note", "the network knows its images", said)

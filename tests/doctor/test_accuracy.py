@@ -13,9 +13,9 @@ from alphaext.data import ArrayImages, test_transform
 from alphaext.doctor import at_chance, check_accuracy
 from alphaext.models import split_model
 
-LABELS = torch.arange(4).repeat(30)
+LABELS = torch.arange(4).repeat(60)
 # Each class has a brightness of its own.
-PIXELS = (40 + 50 * LABELS.numpy()[:, None, None, None] + np.zeros((120, 8, 8, 3))).astype(np.uint8)
+PIXELS = (40 + 50 * LABELS.numpy()[:, None, None, None] + np.zeros((240, 8, 8, 3))).astype(np.uint8)
 
 
 class Brightness(nn.Module):
@@ -45,7 +45,7 @@ def check(mean: float, std: float, labels: torch.Tensor = LABELS, others=None):
 
 def test_a_network_that_knows_its_images():
     finding = check(0.0, 1.0)
-    assert finding.level == "note" and "of 120 images the network knows 100.0%, where chance would know 25.0%" in finding.detail
+    assert finding.level == "note" and "of 240 images the network knows 100.0%, where chance would know 25.0%" in finding.detail
 
 
 def test_a_wrong_transform_is_at_chance_and_the_right_one_is_named():
