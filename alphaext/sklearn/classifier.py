@@ -40,6 +40,7 @@ from .estimators import (
     classifier_of,
     dense,
     features_of,
+    gain_and_noise,
     held_out_scores,
     is_frozen,
     last_step,
@@ -73,8 +74,9 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     old ones in ``coef_`` and ``intercept_``; all other rows stay as they are. The result is again a linear classifier:
     ``composed_estimator_`` is the estimator itself with the new rows, and needs neither ``alphaext`` nor ``torch``.
 
-    The new rows are kept where they are better on samples not seen, by the mean over classes of their accuracies. Else the
-    result is the plain estimator, as it is where there is no few class or no base class; an :class:`AlphaNetWarning` says so.
+    The new rows are kept where they are better on samples not seen: where the mean over classes of their accuracies gains more
+    than its standard error. Else the result is the plain estimator, as it is where there is no few class or no base class; an
+    :class:`AlphaNetWarning` says so.
 
     Rows are mixed relative to the mean of all rows, which changes no prediction: scores of one class against all others lie
     far from zero, all on one side, and would make the training ill-conditioned.
@@ -241,12 +243,12 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             "before": _accuracies(unseen, unseen_labels, split),
             "after": _accuracies(after, unseen_labels, split),
         }
-        before, now = (self.accuracies_[when]["all"] for when in ("before", "after"))
+        gain, noise = gain_and_noise(unseen, after, unseen_labels)
         self._compose(rows, made, constant)
-        if now <= before:
+        if gain <= noise:
             self._keep_plain(
-                f"the repaired rows are no better on samples not seen: {100 * now:.1f}% over all classes, "
-                f"{100 * before:.1f}% without them"
+                f"the repaired rows are no better on samples not seen: {100 * gain:+.1f} points over all classes, where "
+                f"{100 * noise:.1f} are noise"
             )
         return self
 

@@ -209,6 +209,20 @@ def class_mean_accuracy(scores: Array, labels: Array, among: Array) -> float:
     return float(np.mean(found)) if found else np.nan
 
 
+def gain_and_noise(before: Array, after: Array, labels: Array) -> tuple[float, float]:
+    """What the mean over classes of their accuracies gains from one set of scores to another, and its standard error.
+
+    NaN and 0 where there are no samples.
+    """
+    gains = (after.argmax(axis=1) == labels) * 1.0 - (before.argmax(axis=1) == labels)
+    classes = [gains[labels == label] for label in np.unique(labels)]
+    if not classes:
+        return np.nan, 0.0
+    # The spread of a class's samples is taken from all: four samples say little of theirs.
+    variance = np.var(gains) * sum(1 / len(own) for own in classes) / len(classes) ** 2
+    return float(np.mean([own.mean() for own in classes])), float(np.sqrt(variance))
+
+
 def best_scale(scores: Array, labels: Array, base: Array) -> float:
     """What to multiply scores with for the least cross-entropy over base classes; 1 where they tell nothing of the labels.
 

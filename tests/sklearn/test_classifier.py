@@ -138,7 +138,13 @@ def test_few_classes_get_better_and_the_rest_not_worse(estimator):
     assert np.mean(few_gains) > 0.05 and np.mean(gains) > 0
 
 
-def test_rows_are_composed_as_alphas_and_members_say():
+@pytest.fixture
+def always_kept(monkeypatch):
+    """Repaired rows are kept, whatever they gain."""
+    monkeypatch.setattr(alphaext.sklearn.classifier, "gain_and_noise", lambda *_: (1.0, 0.0))
+
+
+def test_rows_are_composed_as_alphas_and_members_say(always_kept):
     X, y, X_test, _ = long_tailed_digits()
     X, X_test = 3 * X, 3 * X_test
     model = small(LogisticRegression(C=0.01), residual=0, epochs=40).fit(X, y)
@@ -171,7 +177,7 @@ def test_rows_are_composed_as_alphas_and_members_say():
 
 
 @pytest.mark.parametrize("preset", ["few", "paper"])
-def test_the_head_takes_scaled_scores_less_their_mean(preset):
+def test_the_head_takes_scaled_scores_less_their_mean(always_kept, preset):
     X, y, X_test, _ = long_tailed_digits()
     model = small(RidgeClassifier(alpha=10), preset=preset, epochs=20).fit(X, y)
     assert model.repaired_
@@ -548,6 +554,16 @@ def test_scale_is_bounded_and_one_where_scores_say_nothing():
     assert best_scale(np.zeros((200, 4)), labels, base) == 1
     assert best_scale(-np.eye(4)[labels], labels, base) == 1
     assert best_scale(np.eye(4)[labels], labels, np.arange(4) == 0) == 1
+
+
+def test_gain_and_its_noise():
+    labels = np.repeat(np.arange(3), (80, 15, 5))
+    before, after = np.eye(3)[np.where(np.arange(100) % 5 == 0, (labels + 1) % 3, labels)], np.eye(3)[labels]
+    gain, noise = alphaext.sklearn.estimators.gain_and_noise(before, after, labels)
+    assert gain == pytest.approx(0.2) and 0.02 < noise < 0.08
+    assert alphaext.sklearn.estimators.gain_and_noise(before, before, labels) == (0, 0)
+    gain, noise = alphaext.sklearn.estimators.gain_and_noise(before[:0], after[:0], labels[:0])
+    assert np.isnan(gain) and noise == 0
 
 
 def test_rows_are_mixed_relative_to_their_mean():
