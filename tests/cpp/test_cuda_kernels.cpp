@@ -466,18 +466,30 @@ void test_empty_heads() {
 
 }  // namespace
 
+// ThreadSanitizer watches which threads meet. That depends on sizes and on an element's width, not on a rule's arithmetic, and
+// it is many times slower than all other tests: under it a rule and a type of each width will do.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kEveryRuleAndType = false;
+#else
+constexpr bool kEveryRuleAndType = true;
+#endif
+
 int main() {
   test_head_shapes();
-  for (const RuleParams& rule : cases::all_rules()) {
+  std::vector<RuleParams> rules = cases::all_rules();
+  if (!kEveryRuleAndType) rules.resize(1);
+  for (const RuleParams& rule : rules) {
     test_head<float>({3, 11, 0, 3, 5, 4, 0, First::Factored, false, true, 1, 0, rule});
     test_head<double>({2, 9, 6, 2, 35, 6, 5, First::Separate, true, true, 1, 0, rule});
   }
   test_heads<float>();
   test_heads<double>();
-  test_heads<float16>();
   test_heads<bfloat16>();
   test_more_heads<float>();
-  test_more_heads<bfloat16>();
+  if (kEveryRuleAndType) {
+    test_heads<float16>();
+    test_more_heads<bfloat16>();
+  }
   test_empty_heads<float>();
   test_empty_heads<bfloat16>();
   test_head<float>({4, 80, 0, 2, 3, 70, 0, First::Factored, true, false, 1, 0, {Rule::Clamp, 0.7, true}});  // M > threads
