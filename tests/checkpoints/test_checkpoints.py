@@ -1066,7 +1066,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a pointer of Git LFS"),
         (b"\n<!DOCTYPE html><title>Quota exceeded</title>", r"a page of the web \(HTML\)"),
-        (gzip.compress(b"something"), "compressed with gzip"),
+        (gzip.compress(b"something", mtime=0), "compressed with gzip"),
         (b'{"metadata": {"total_size": 9}, "weight_map": {}}', "a JSON document, perhaps the index of a model's shards"),
         (b"\x89HDF\r\n", "an HDF5 file"),
     ],
