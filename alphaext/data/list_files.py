@@ -90,7 +90,7 @@ def _parsed(file: str, number: int, line: str) -> tuple[str, int]:
     path = paths[0].lstrip() if paths else ""
     if not paths:
         problem = "must be 'path label'"
-    elif path.startswith("#") and not os.path.splitext(path)[1]:
+    elif looks_like_comment(path):
         problem = "begins with '#', but lists have no comments"
     elif not (label.isascii() and label.isdecimal()):
         problem = f"label must be an integer from 0 on, got {label!r}"
@@ -103,6 +103,11 @@ def _parsed(file: str, number: int, line: str) -> tuple[str, int]:
     line = line.rstrip("\r")
     shown = repr(line if len(line) <= 200 else f"{line[:200]}...")
     raise ValueError(f"{file}, line {number}: {problem}; the line is {shown}")
+
+
+def looks_like_comment(path: str) -> bool:
+    """Whether a line that begins with this path is taken for a comment, which lists do not have."""
+    return path.startswith("#") and not os.path.splitext(path)[1]
 
 
 def leaves_root(path: str) -> bool:
@@ -153,6 +158,8 @@ def write_list(path: PathLike, names: Sequence[str], labels: TensorLike, *, over
             raise ValueError(f"names must be non-empty, without line ends and without blanks at their ends, got {name!r}")
         if leaves_root(name):
             raise ValueError(f"names must be paths relative to a root and stay in it, got {name!r}")
+        if looks_like_comment(name):
+            raise ValueError(f"names must not look like comments, which begin with '#' and have no ending, got {name!r}")
     for earlier, later in _relabelled(names, label_list):
         raise ValueError(
             f"names must have one label each, got {label_list[earlier]} and {label_list[later]} for {names[later]!r}"

@@ -98,13 +98,6 @@ class ResumableTraining:
             for name, kind in self._content.items():
                 if not isinstance(state[name], kind):
                     raise TypeError(f"{name} is a {type(state[name]).__name__}")
-            epochs = [entry["epoch"] for entry in state["history"]]
-            if not epochs or epochs != list(range(epochs[0], epochs[0] + len(epochs))) or epochs[0] < 0:
-                raise ValueError(f"its history is of the epochs {epochs[:5]}")
-            if len({tuple((name, type(value)) for name, value in entry.items()) for entry in state["history"]}) > 1:
-                raise ValueError("its history has other entries in one epoch than in another")
-            if state["selected_epoch"] not in (0, *epochs):
-                raise ValueError(f"it has selected epoch {state['selected_epoch']} of {epochs[-1]}")
         except Exception as error:  # what torch makes of foreign bytes knows no limits
             raise ValueError(f"checkpoint {path} cannot be read as {self._name}: {type(error).__name__}: {error}") from error
         saved = state["identity"]
@@ -115,6 +108,14 @@ class ResumableTraining:
                 raise ValueError(
                     f"checkpoint {path} belongs to another training: {name} is {here!r} here and {there!r} there{advice(name)}"
                 )
+        with self.applying(path):
+            epochs = [entry["epoch"] for entry in state["history"]]
+            if not epochs or epochs != list(range(epochs[0], epochs[0] + len(epochs))) or epochs[0] < 0:
+                raise ValueError(f"its history is of the epochs {epochs[:5]}")
+            if len({tuple((name, type(value)) for name, value in entry.items()) for entry in state["history"]}) > 1:
+                raise ValueError("its history has other entries in one epoch than in another")
+            if state["selected_epoch"] not in (0, *epochs):
+                raise ValueError(f"it has selected epoch {state['selected_epoch']} of {epochs[-1]}")
         self.history, self.selected = state["history"], state["selected"]
         self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
         return state

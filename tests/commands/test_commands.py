@@ -675,7 +675,8 @@ def test_a_wrong_transform_is_refused_before_anything_is_extracted(digits, tmp_p
     assert "of 256 images the network knows" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_a_classifier_that_does_not_know_the_features_is_refused(digits, tmp_path, capsys):
+def test_a_classifier_that_does_not_know_the_features_is_refused(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("alphaext.doctor.accuracy._ENOUGH", 50)  # there are fewer than 200 samples here
     checkpoint = read_checkpoint(digits / "joint" / "model.pth")
     torch.save({"weight": checkpoint.weight.roll(1, 0), "bias": checkpoint.bias.roll(1, 0)}, tmp_path / "rolled.pth")
     arguments = ["fit", "--classifier", tmp_path / "rolled.pth", "--epochs", "1", "--output", tmp_path / "alpha"]

@@ -206,7 +206,7 @@ def test_list_and_root_must_exist(tmp_path: Path) -> None:
 components = st.text(st.characters(codec="utf-8", exclude_characters="/\n\r\0"), min_size=1, max_size=8).filter(
     lambda text: text == text.strip() and text not in (".", "..")
 )
-relative_paths = st.lists(components, min_size=1, max_size=3).map("/".join)
+relative_paths = st.lists(components, min_size=1, max_size=3).map("/".join).filter(lambda path: not path.startswith("#"))
 
 
 @settings(max_examples=40, deadline=None)
@@ -218,6 +218,14 @@ def test_lists_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathF
     images = read_list(folder / "list.txt", folder)
     assert images.paths == list(entries)
     assert images.labels.tolist() == list(entries.values())
+
+
+def test_names_that_would_be_read_as_comments_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names must not look like comments"):
+        write_list(tmp_path / "list.txt", ["# of images"], [0])
+    assert not (tmp_path / "list.txt").exists()
+    write_list(tmp_path / "list.txt", ["#1.png"], [0])
+    assert read_list(tmp_path / "list.txt", tmp_path).paths == ["#1.png"]
 
 
 @settings(deadline=None)
