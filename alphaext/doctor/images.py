@@ -77,6 +77,9 @@ def read_all(
                 images.decode(index, stored)
             except ImageReadError as error:
                 reading.failures[index] = error.reason or str(error)
+            except BaseException:
+                stop.set()  # so that no thread ends its part first
+                raise
             else:
                 reading.digests[index] = hashlib.sha256(stored).digest()
         return len(indices)
