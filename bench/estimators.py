@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from banking import draw, read_banking
+from intervals import t_interval
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
 from sklearn.pipeline import make_pipeline
@@ -62,10 +62,8 @@ def measure(estimator: Any, texts: Any, seed: int) -> list[Any]:
 
 def interval(values: Sequence[float]) -> str:
     """The mean in points, and half of its 95% t interval."""
-    half = (
-        stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    )
-    return f"{100 * statistics.fmean(values):+.1f} ±{100 * half:.1f}"
+    mean, low, _ = t_interval(values)
+    return f"{100 * mean:+.1f} ±{100 * (mean - low):.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

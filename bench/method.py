@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from intervals import t_interval
 from long_tailed_sets import ATTRIBUTIONS, MANY_ABOVE, problem_of
 from quickdraw import Problem, default_cache
-from scipy import stats
 from torch import nn
 
 from alphaext import ClassSplit, repair, split_classes
@@ -154,15 +154,6 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """A mean and its 95% interval of Student's t."""
-    mean = float(np.mean(differences))
-    if len(differences) < 2:
-        return mean, -np.inf, np.inf
-    half = float(stats.t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / np.sqrt(len(differences)))
-    return mean, mean - half, mean + half
-
-
 def summarize(rows: Sequence[Row]) -> list[Row]:
     """A row a set, classifier and method: means over its draws, and differences on the draws that both methods have."""
     found: list[Row] = []
@@ -192,7 +183,7 @@ def _summary(name: str, classifier: str, method: str, of: dict[str, dict[str, Ro
 
 
 def _cells(name: str, differences: Sequence[float]) -> Row:
-    mean, low, high = interval(differences)
+    mean, low, high = t_interval(differences)
     return {name: f"{mean:.2f}", f"{name}, low": f"{low:.2f}", f"{name}, high": f"{high:.2f}"}
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -30,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from intervals import t_interval
 from machine import describe
 from quickdraw import ATTRIBUTION, Problem, default_cache, digits_problem, load_problem, problem_path
 from rich.console import Console
-from scipy import stats
 from torch import nn
 
 from alphaext import split_classes
@@ -232,11 +231,10 @@ def interval(differences: Sequence[float]) -> str:
     """A mean and its 95% interval."""
     if not differences:
         return "-"
-    mean = statistics.fmean(differences)
+    mean, low, high = t_interval(differences)
     if len(differences) < 2 or not any(differences):
         return f"{mean:+.2f}"
-    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from ..utils.modules import PRECISIONS
 from ..utils.processes import Group, process_group
 from ..utils.progress import task_bar
 from .computing import Computed, Computing, Task
-from .folder import ExtractionFolder, wait_for
+from .extraction_folder import ExtractionFolder, wait_for
 from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable, read_identity
 from .store import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
 

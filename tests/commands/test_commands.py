@@ -28,7 +28,7 @@ from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, 
 from alphaext.commands import main as cli
 from alphaext.commands.options import read_config
 from alphaext.commands.results import read_classifier
-from alphaext.features.folder import ExtractionFolder
+from alphaext.features.extraction_folder import ExtractionFolder
 from alphaext.features.store import read_parts
 from alphaext.study import choose
 from alphaext.training import many as sweep

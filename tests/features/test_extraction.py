@@ -26,10 +26,9 @@ from tiny_images import WIDTH, RandomTransform, TinyImages, TinyModel, TinyTrans
 from alphaext.data import read_list
 from alphaext.data.images import ImageReadError
 from alphaext.data.loading import Reader, image_seed
-from alphaext.features import folder as extraction_folder
-from alphaext.features import shards
+from alphaext.features import extraction_folder, shards
 from alphaext.features.extraction import extract
-from alphaext.features.folder import ExtractionFolder
+from alphaext.features.extraction_folder import ExtractionFolder
 from alphaext.features.store import read_features
 from alphaext.models.inference import for_cpu
 from alphaext.utils import files as _files
