@@ -1,4 +1,4 @@
-"""scikit-learn's linear classifiers of long-tailed bank customers' questions, plain and repaired: the table of docs/sklearn.md.
+"""The table of docs/guides/sklearn.md: linear classifiers of long-tailed bank customers' questions, plain and repaired.
 
     python bench/estimators.py --results NAME [--draws 5]
 

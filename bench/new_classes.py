@@ -1,4 +1,4 @@
-"""Classes taken away from a classifier and added back from few samples: the table of docs/new_classes.md.
+"""Classes taken away from a classifier and added back from few samples: the table of docs/guides/new_classes.md.
 
     python bench/new_classes.py --results NAME [--draws 5]
 

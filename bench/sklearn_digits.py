@@ -1,9 +1,9 @@
-"""The tables of docs/sklearn.md: linear classifiers of long-tailed digits, repaired with and without a scale for their scores.
+"""The tables of docs/guides/sklearn.md: linear classifiers of long-tailed digits, repaired with and without a scale.
 
     python bench/sklearn_digits.py --results NAME [--draws 10]
 
-Ten draws of the digits (the example of docs/sklearn.md with ten seeds), each classifier after ``StandardScaler``: mean accuracy
-on test images over the three few classes and over all. Writes ``bench/results/NAME.md``.
+Ten draws of the digits (the example of docs/guides/sklearn.md with ten seeds), each classifier after ``StandardScaler``: mean
+accuracy on test images over the three few classes and over all. Writes ``bench/results/NAME.md``.
 """
 
 from __future__ import annotations

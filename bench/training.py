@@ -186,7 +186,7 @@ def preparation(problem: Problem, repeats: int) -> dict[str, Any]:
 
 
 class EagerFactored(nn.Module):
-    """Identities (a), (b) and (c) of docs/exactness.md in plain tensor operations: the best that Python alone can do."""
+    """Identities (a), (b) and (c) of docs/reference/exactness.md in plain tensor operations: the best that Python can do."""
 
     def __init__(self, head: AlphaNet) -> None:
         super().__init__()

@@ -104,7 +104,7 @@ def test_whole_head_by_hand():
     top_k=st.integers(1, 5),
 )
 def test_scores_are_mixes_of_original_logits(rule, seed, bias, top_k):
-    """docs/exactness.md (a): the composed classifier's scores are sparse mixes of the original ones."""
+    """docs/reference/exactness.md (a): the composed classifier's scores are sparse mixes of the original ones."""
     torch.manual_seed(seed)
     weight, b = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, dtype=torch.float64) if bias else None
     members = torch.stack([torch.randperm(7)[:top_k] + 2 for _ in range(2)])

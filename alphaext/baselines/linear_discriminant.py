@@ -1,7 +1,7 @@
 """The shrunk linear discriminant: class means and one covariance, no training; means of few samples composed with near ones.
 
 With ``P`` the inverse of the covariance, class ``c`` has the row ``P m_c`` and the bias ``-m_c' P m_c / 2``. Rows are linear in
-means, so to pull a mean toward its neighbours' is to compose its row as an Alpha Net does (docs/discriminant.md).
+means, so to pull a mean toward its neighbours' is to compose its row as an Alpha Net does (docs/reference/discriminant.md).
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def extract(
     image, goes on at the last shard when the same call is made again. Processes started by ``torchrun`` share the shards;
     ``folder`` must then be on a file system that all of them see. The result has the same bits however many processes and
     workers made it and however often it was interrupted, on the same kind of processor or GPU, with the same versions and as
-    many threads in each process that computes; see docs/extraction.md.
+    many threads in each process that computes; see docs/reference/extraction.md.
 
     On a CPU a copy of the model computes, with channels last and batch normalisations folded into convolutions: features are
     those of the model but for rounding. ``processes=os.cpu_count()`` is then fastest. By default nothing is started, and

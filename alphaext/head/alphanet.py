@@ -50,7 +50,7 @@ class AlphaNet(nn.Module):
         direction_bias: ``[R]``, what each direction adds to the bias; with ``bias``, and only then.
         hidden_dim: hidden units ``H`` of a sub-module; default ``P``, as in the paper (500 on ImageNet-LT).
         gamma: ``alpha_0`` is kept in ``(0, gamma]``; in ``(0, 1]``. Default 1, with which the start is the original classifier
-            and which did best in trials (docs/defaults.md); the paper takes 0.7 on ImageNet-LT.
+            and which did best in trials (docs/reference/defaults.md); the paper takes 0.7 on ImageNet-LT.
         rule: ``"clamp"``, ``"softmax"`` or ``"l1"``; see :func:`alphaext.reference.coefficients`.
         init: ``"identity"`` starts at ``alpha_0 = gamma`` with equal neighbours, near the original classifier (under
             ``"softmax"`` at most 0.99; under ``"l1"``, which fixes ``alpha_0 = 1``, with equal neighbours). ``"default"`` is
@@ -278,7 +278,7 @@ class AlphaNet(nn.Module):
         """Make a head whose coefficients the numbers of samples say: ``n / (n + tau)`` its own, equal ones of the neighbours.
 
         Nothing is left to train. It is a head with ``coefficients="direct"``, which :func:`alphaext.fit` can go on from. Where
-        rows are linear in class means it is the composition of means (docs/discriminant.md).
+        rows are linear in class means it is the composition of means (docs/reference/discriminant.md).
 
         Args:
             weight: ``[N, D]``, the trained classifier.
@@ -479,7 +479,8 @@ class AlphaNet(nn.Module):
 
         A factored head holds only what its first layer puts out, but remembers the seed of its start. Under SGD every step
         moves ``w1`` along the fixed input ``z``, so how far the output has moved tells the weights: these are, to rounding, the
-        ones that training a dense head of the same seed would have produced (docs/exactness.md). A dense head returns its own.
+        ones that training a dense head of the same seed would have produced (docs/reference/exactness.md). A dense head
+        returns its own.
 
         Right after :func:`alphaext.fit`, and after SGD of your own without weight decay (with it, multiply
         ``first_layer_decay`` by what it left of the start).

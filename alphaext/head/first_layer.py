@@ -9,9 +9,9 @@ from ..ops import head as ops
 
 
 def first_layer_scale(z: Tensor, networks: int) -> Tensor:
-    """What SGD's step on a first layer's outputs is multiplied by (docs/exactness.md): ``[F]``, or ``[F, F]`` with one network.
+    """What SGD's step on a first layer's outputs is multiplied by: ``[F]``, or ``[F, F]`` with one network.
 
-    SGD moves w1 along z and b1 along 1, so it moves w1 z + b1 along z.z' + 1.
+    As docs/reference/exactness.md shows, SGD moves w1 along z and b1 along 1, so it moves w1 z + b1 along z.z' + 1.
     """
     wide = z.detach().double()
     scale = wide @ wide.t() + 1 if networks == 1 else wide.square().sum(dim=1) + 1

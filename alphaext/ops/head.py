@@ -208,7 +208,7 @@ class AlphaHead(torch.autograd.Function):
     """``alphaext::head`` as an autograd function; :func:`alpha_head` is its friendly face.
 
     ``b1_scale`` (None, ``[F]`` or ``[F, F]``) multiplies the gradient of ``b1``: for the factored first layer, whose update is
-    that of the weights behind it (docs/exactness.md).
+    that of the weights behind it (docs/reference/exactness.md).
     """
 
     @staticmethod

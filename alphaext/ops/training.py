@@ -259,7 +259,7 @@ def train_epoch(
         label_logit: ``[rows]``, read where the label is a base class.
         few_of_label: ``[rows]`` int32, which few class the label is, or -1.
         member_columns: ``[F, M]`` int32, where among the columns the members are.
-        gradient_scale: ``[F]``, or ``[F, F]`` with one network (docs/exactness.md).
+        gradient_scale: ``[F]``, or ``[F, F]`` with one network (docs/reference/exactness.md).
         batch: samples of a step.
         options: the numbers of the steps.
         penalty: ``[2, M]``, strengths and centres: half of strength times the square of (output - centre) is added to a step's

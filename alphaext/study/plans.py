@@ -196,7 +196,7 @@ FORMS: dict[str, dict[str, Any]] = {"plain": {}} | {
 }
 """What the plain form and each preset differ in from the plain form, without gamma, which experiments set.
 
-The plain form is the paper's, but starts at the original classifier (docs/defaults.md).
+The plain form is the paper's, but starts at the original classifier (docs/reference/defaults.md).
 """
 
 

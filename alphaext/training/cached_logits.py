@@ -1,7 +1,8 @@
 """What training needs of each sample, computed once: its logits of the few classes' members, and its base classes' log-sum-exp.
 
-With a frozen classifier these are constants (docs/exactness.md, identities a and b), so neither features nor classifier
-are touched again, and no ``[samples, num_classes]`` matrix is ever held: logits are made and thrown away block by block.
+With a frozen classifier these are constants (docs/reference/exactness.md, identities a and b), so neither features nor
+classifier are touched again, and no ``[samples, num_classes]`` matrix is ever held: logits are made and thrown away block by
+block.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What trains a head, and what it trains on: the native engine in the extension, torch's autograd for everything else.
 
 Both train the same samples in the same order (:class:`alphaext.training.sampling.EpochSampler`) and agree to rounding wherever
-the native one is allowed (docs/exactness.md).
+the native one is allowed (docs/reference/exactness.md).
 """
 
 from __future__ import annotations

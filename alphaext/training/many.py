@@ -73,7 +73,8 @@ def fit_many(
         features: ``[n, D]``, the training features; class counts, class means and samples come from them.
         labels: ``[n]`` integers, where ``features`` is no :class:`alphaext.features.Features`, which has its labels.
         configs: one mapping a head, with any options of :class:`alphaext.training.HeadOptions` and
-            :class:`alphaext.training.TrainingOptions` (docs/options.md). ``seed`` is that of the weights and of the samples.
+            :class:`alphaext.training.TrainingOptions` (docs/reference/options.md). ``seed`` is that of the weights and of the
+            samples.
         val_features: ``[m, D]`` or features likewise, with ``val_labels``.
         val_labels: ``[m]`` integers.
         few_below: a class with fewer training samples is few; 20 in the paper.

@@ -1,7 +1,7 @@
 """The table of options: of a head and its neighbours, and of its training. All else that has an option takes it from here.
 
-Signatures, flags, configuration keys, presets and ``docs/options.md`` follow the fields below. What an option means and which
-values it takes is said here alone.
+Signatures, flags, configuration keys, presets and ``docs/reference/options.md`` follow the fields below. What an option means
+and which values it takes is said here alone.
 """
 
 from __future__ import annotations

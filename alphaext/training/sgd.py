@@ -60,7 +60,7 @@ class DecayOfStart:
     """What weight decay leaves of the parameters a training started with: the factor A in ``w(t) = A w(0) + ...``.
 
     SGD is linear in the parameters and the gradients it has seen, so the start's share shrinks by a factor that depends on the
-    options alone (docs/exactness.md).
+    options alone (docs/reference/exactness.md).
     """
 
     def __init__(self, sgd: Sgd) -> None:

@@ -8,7 +8,7 @@ namespace alphaext::cuda {
 
 // The crossing point: heads of up to so many scores (batch * N) are one launch forward and one backward, products included.
 // Beyond it the products are cuBLAS's and the rest is one launch: cuBLAS multiplies large matrices faster than a few tiles
-// beside a stream of weights do, 16-bit ones by far. Not measured yet (docs/gpu.md); the environment variable
+// beside a stream of weights do, 16-bit ones by far. Not measured yet (docs/maintainers/gpu.md); the environment variable
 // ALPHAEXT_FUSED_SCORES overrides it (0: never with the products).
 constexpr int64_t largest_fused_head(ScalarType dtype) {
   return dtype == ScalarType::Float16 || dtype == ScalarType::BFloat16 ? 250'000 : 1'000'000;

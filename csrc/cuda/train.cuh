@@ -1,5 +1,5 @@
 // One epoch of training, of several runs side by side, in one persistent cooperative launch: equations 1 to 4, their gradients
-// and SGD, step by step. csrc/cpu/train.inc.h does the same on one thread; docs/gpu.md has the arithmetic behind the choices
+// and SGD, step by step. csrc/cpu/train.inc.h does the same on one thread; docs/maintainers/gpu.md has the arithmetic behind the choices
 // here.
 //
 // A run is trained by a group of blocks that nobody else waits for. A block owns some few classes and keeps their networks and

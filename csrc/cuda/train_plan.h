@@ -1,5 +1,5 @@
 // How an epoch's work is cut over a GPU's blocks, and where a block keeps what: plain C++, which host and kernel share.
-// docs/gpu.md has the arithmetic behind the choices here.
+// docs/maintainers/gpu.md has the arithmetic behind the choices here.
 #pragma once
 
 #include "launch_shape.h"
@@ -171,7 +171,7 @@ TrainPlan choose_train_plan(const TrainRunsParams& params, int64_t processors, i
     const int64_t capacity = room(true, plan.shared_bytes) / blocks;
     if (capacity == 0) continue;
     plan = train_plan_with(params, true, blocks, params.runs < capacity ? params.runs : capacity);
-    // Microseconds a step, by the estimates of docs/gpu.md: the way of an exchange, then what a multiprocessor does one block
+    // Microseconds a step, by the estimates of docs/maintainers/gpu.md: the way of an exchange, then what a multiprocessor does one block
     // after another, reading all scores, and one class after another.
     const double waves = static_cast<double>((params.runs + plan.runs_at_once - 1) / plan.runs_at_once);
     const double at_once = static_cast<double>((blocks * plan.runs_at_once + processors - 1) / processors);

@@ -1,7 +1,7 @@
 // What the native training engine reads and writes: raw pointers and sizes, no torch.
 //
 // With a frozen classifier and fixed inputs a training step needs, per sample, the logits of the few classes' members and one
-// number for all base classes together (docs/exactness.md). These are computed once (CacheParams), trained on (TrainParams) and
+// number for all base classes together (docs/reference/exactness.md). These are computed once (CacheParams), trained on (TrainParams) and
 // scored (ValidateParams). `T` below is `dtype`: Float32 or Float64. Sizes use the letters of head_params.h; U is the number of
 // distinct member columns, a class twice where it is wanted with and without its bias (rule l1).
 #pragma once

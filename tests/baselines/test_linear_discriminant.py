@@ -62,7 +62,7 @@ def test_plain_one_is_scikit_learns(seed: int, width: int) -> None:
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**32), st.floats(0.1, 50), st.integers(1, 4))
 def test_rows_are_composed_and_biases_are_not(seed: int, tau: float, top_k: int) -> None:
-    """docs/discriminant.md, in float64."""
+    """docs/reference/discriminant.md, in float64."""
     features, labels = problem(seed)
     plain, made = discriminant(features, labels, tau=0).linear, discriminant(features, labels, tau=tau, top_k=top_k)
     weight, bias = plain.weight.detach(), plain.bias.detach()

@@ -252,7 +252,7 @@ def test_repr_tells_the_configuration():
 
 
 def test_defaults():
-    """Those that docs/defaults.md argues for: with them the start is the original classifier, to the bit."""
+    """Those that docs/reference/defaults.md argues for: with them the start is the original classifier, to the bit."""
     linear = make_linear()
     head = AlphaNet.from_linear(linear, class_counts=COUNTS, class_means=make_means(), top_k=3, seed=0)
     assert (head.rule, head.gamma, head.projected_gradient, head.first_layer) == ("clamp", 1.0, True, "factored")

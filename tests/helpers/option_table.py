@@ -1,4 +1,4 @@
-"""The table of ``docs/options.md``, from the package's table of options; as a program, writes it anew."""
+"""The table of ``docs/reference/options.md``, from the package's table of options; as a program, writes it anew."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alphaext.training.options import OPTIONS, HeadOptions
 
-PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "options.md"
 MARK = "<!-- made by tests/helpers/option_table.py -->\n"
 
 

@@ -175,7 +175,7 @@ TRAININGS = st.builds(
 
 
 def check_against_reference(options: dict, how: dict, first_layer: str) -> None:
-    """docs/exactness.md: the same samples, and to rounding the same training, weights of the first layer included."""
+    """docs/reference/exactness.md: the same samples, and to rounding the same training, weights of the first layer included."""
     sizes = {"num_few": options["num_few"]}
     features, labels = make_data(**sizes)
     expected, losses = train_by_reference(make_head(**options), features, labels, TrainingOptions(**how))

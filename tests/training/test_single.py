@@ -58,7 +58,7 @@ def make_head(dtype=torch.float32, **options) -> AlphaNet:
     ids=lambda options: ",".join(options) or "plain",
 )
 def test_factored_is_dense_over_200_steps(shared, init, options):
-    """docs/exactness.md (c): with the same samples, the collapsed first layer follows the dense one to rounding.
+    """docs/reference/exactness.md (c): with the same samples, the collapsed first layer follows the dense one to rounding.
 
     float64; the recursions are the same numbers in another order, so 200 steps stay within 1e-9.
     """
