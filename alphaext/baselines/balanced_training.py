@@ -86,6 +86,10 @@ class BalancedTraining(ResumableTraining):
             self.before = None if original is None else self.validation.of_layer(*original)
         measured = None if self.validation is None else self.validation.samples.labels
         self.policy = Policy.of(select, min_all, measured, split.few).bounded(self.before)
+        self.doubt = ""
+        if self.validation is not None and self.policy.select != "last":
+            self.doubt = unfit_to_choose(self.validation.samples.labels, self.validation.split)
+            self.policy = Policy("last") if self.doubt else self.policy
         rows = max(1, _BLOCK_ELEMENTS // max(weight.shape[1], 1))
         for start in range(0, len(self.samples.features), rows):
             # A diverging training would not tell what is not finite from a large learning rate.
@@ -103,12 +107,6 @@ class BalancedTraining(ResumableTraining):
             "images_per_class": sampler.images_per_class,
             "seed": options.seed,
         }
-
-    def can_choose(self) -> bool:
-        """Whether validation samples can choose among trainings."""
-        if self.validation is None or self.policy.select == "last":
-            return False
-        return not unfit_to_choose(self.validation.samples.labels, self.validation.split)
 
     def train(self, model: Model, path: Path | None, progress: bool | None, *classifier: Tensor | None) -> None:
         """Train ``model`` for what is left of the epochs; ``classifier`` is what it is frozen on, for the checkpoint."""

@@ -114,11 +114,12 @@ def choose_tau(
         A :class:`alphaext.baselines.BaselineResult`. Its accuracies are those of the layer to the rounding of its scores.
 
     Raises:
-        TypeError, ValueError: as :func:`tau_normalized`; no candidates; features and labels that do not fit or are not finite.
+        TypeError, ValueError: as :func:`tau_normalized`; no candidates; features and labels that do not fit or are not finite;
+            less than ten samples of few or of base classes, or of less than half of them.
 
     Example:
         >>> split = ClassSplit(few=[1], medium=[], many=[0])
-        >>> choose_tau(nn.Linear(4, 2), torch.randn(10, 4), [0, 1] * 5, split, taus=[0.5]).chosen
+        >>> choose_tau(nn.Linear(4, 2), torch.randn(20, 4), [0, 1] * 10, split, taus=[0.5]).chosen
         {'tau': 0.5}
     """
     started = time.monotonic()
@@ -163,7 +164,7 @@ def choose_logit_adjustment(
         TypeError, ValueError: as :func:`logit_adjusted` and :func:`choose_tau`.
 
     Example:
-        >>> choose_logit_adjustment(nn.Linear(4, 2), [150, 5], torch.randn(10, 4), [0, 1] * 5, taus=[1]).chosen
+        >>> choose_logit_adjustment(nn.Linear(4, 2), [150, 5], torch.randn(20, 4), [0, 1] * 10, taus=[1]).chosen
         {'tau': 1.0}
     """
     started = time.monotonic()
@@ -196,6 +197,7 @@ def _chosen_tau(
     own = Rescaling(None, None if bias is None else wide(bias))
     original, *accuracies = validation.accuracies(wide(weight), [own, *changes])
     policy = Policy.of(select, min_all, validation.samples.labels, validation.split.few, CHOOSING).bounded(original)
+    validation.check_fit_to_choose("tau")
     best = policy.choose(accuracies, taus)
     table = [{"tau": tau, **accuracy} for tau, accuracy in zip(taus, accuracies, strict=True)]
     seconds = time.monotonic() - started

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..classes import ClassSplit
 from ..training import cached_logits
 from ..training.options import TrainingOptions
+from ..training.result import AlphaNetWarning
 from ..training.selection import BaselineResult, Rescaling, Validation
 from ..utils.checks import check_integer
 from ..utils.linear import linear_parameters, make_linear, wide
@@ -32,10 +34,14 @@ from .balanced_training import BalancedTraining, Model
 __all__ = ["crt", "lws"]
 
 
-# Kang et al.'s for ImageNet-LT, and what is tried where neither is given.
-PUBLISHED_LR, PUBLISHED_WEIGHT_DECAY = 0.2, 5e-4
+# What is tried where they are not given; first Kang et al.'s for ImageNet-LT.
 LRS = (0.2, 0.02)
 WEIGHT_DECAYS = (5e-4, 5e-3, 5e-2)
+
+# Mean squared length of features, at least, that these are for. Of networks' features it is some hundreds.
+_LENGTH = 100.0
+# Of so many samples it is measured, at most twice as many.
+_MEASURED = 4096
 
 # Steps that a training has at least where the number of epochs is not given: on small data ten epochs are a few dozen.
 _LEAST_STEPS = 250
@@ -90,12 +96,15 @@ def crt(
         batch_size: 512.
         lr: learning rate of the first epoch. Default: 0.02 or 0.2, whichever does better on validation samples in a training of
             about 250 steps; 0.2 where they cannot choose (none, ``select="last"``, less than ten of few or of base classes).
+            Where the features' mean squared length is below 100, as of TF-IDF, 100 divided by it multiplies these.
         momentum: 0.9.
-        weight_decay: L2 penalty, of the bias too. Default: 5e-4, 5e-3 or 5e-2, chosen likewise, together; or 5e-4.
+        weight_decay: L2 penalty, of the bias too. Default: 5e-4, 5e-3 or 5e-2, chosen likewise, together; or 5e-4. For short
+            features it is divided by what multiplies ``lr``.
         images_per_class: see :class:`alphaext.baselines.balanced_sampling.ClassBalancedSampler`.
         select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data, as
             Kang et al. select); ``"best_few"``, the best few accuracy among those whose accuracy over all is not below
-            ``min_all``; ``"last"`` (default without). Of equal epochs the first wins.
+            ``min_all``; ``"last"`` (default without, and, with a warning, where validation samples show too little of few or of
+            base classes). Of equal epochs the first wins.
         min_all: for ``"best_few"``, a fraction of 1; None takes that of ``linear``.
         seed: of the initial weights, U(+-1/sqrt(D)), and of the samples.
         device: where to train; None where the features are.
@@ -119,7 +128,6 @@ def crt(
         {'epoch': 2}
     """
     started = time.monotonic()
-    options = _options(10 if epochs is None else epochs, batch_size, lr, momentum, weight_decay, seed)
     path = None if checkpoint is None else check_checkpoint(checkpoint)
     original = None if linear is None else linear_parameters(linear)
     source = as_tensor(features, "features").detach()
@@ -150,7 +158,8 @@ def crt(
     def train(training: BalancedTraining, path: Path | None) -> None:
         training.train(_Classifier(training, shape, bool(bias), place), path, progress)
 
-    training = _trained(make, train, options, epochs is None, lr, weight_decay, path)
+    options = _options(10 if epochs is None else epochs, batch_size, momentum, seed)
+    training = _trained(make, train, options, epochs is None, lr, weight_decay, path, short_features_factor(source))
     weight, *biases = training.selected
     return training.result(make_linear(weight, biases[0] if biases else None), {"bias": bool(bias)}, started)
 
@@ -216,7 +225,6 @@ def lws(
         ({'epoch': 2}, torch.Size([2]))
     """
     started = time.monotonic()
-    options = _options(5 if epochs is None else epochs, batch_size, lr, momentum, weight_decay, seed)
     path = None if checkpoint is None else check_checkpoint(checkpoint)
     own_weight, own_bias = linear_parameters(linear)
     place = own_weight.device if device is None else check_device(device)
@@ -239,6 +247,7 @@ def lws(
     def train(training: BalancedTraining, path: Path | None) -> None:
         training.train(_Scales(training, weight, bias), path, progress, weight, bias)
 
+    options = _options(5 if epochs is None else epochs, batch_size, momentum, seed)
     training = _trained(make, train, options, epochs is None, lr, weight_decay, path)
     scales = training.selected[0]
     # On the classifier's own device and in its dtype, whatever it was trained on.
@@ -330,15 +339,22 @@ class _Scales(Model):
         return validation.accuracies(self.weight, [Rescaling(scales, None if self.bias is None else scales * self.bias)])[0]
 
 
-def _options(
-    epochs: int, batch_size: int, lr: float | None, momentum: float, weight_decay: float | None, seed: int
-) -> TrainingOptions:
+def short_features_factor(features: Tensor) -> float:
+    """What multiplies a learning rate, and divides a weight decay, for features as short as these; 1 for long ones.
+
+    A classifier of features ``c`` times as long makes the same of rows ``c`` times as short. SGD goes the same way there with a
+    learning rate divided, and a weight decay multiplied, by the square of ``c``.
+    """
+    some = wide(features[:: max(1, len(features) // _MEASURED)].detach())
+    square = float(some.double().square().sum(dim=1).mean()) if len(some) else 0.0
+    return max(1.0, _LENGTH / square) if square > 0 and math.isfinite(square) else 1.0
+
+
+def _options(epochs: int, batch_size: int, momentum: float, seed: int) -> TrainingOptions:
     return TrainingOptions(
         epochs=check_integer(epochs, "epochs", minimum=1),
         batch_size=batch_size,
-        lr=PUBLISHED_LR if lr is None else lr,
         momentum=momentum,
-        weight_decay=PUBLISHED_WEIGHT_DECAY if weight_decay is None else weight_decay,
         lr_schedule="cosine",
         seed=seed,
     )
@@ -352,30 +368,35 @@ def _trained(
     lr: float | None,
     weight_decay: float | None,
     path: Path | None,
+    factor: float = 1.0,
 ) -> BalancedTraining:
     """Train; what is None of learning rate and weight decay, validation samples choose by shorter trainings.
 
     Args:
         make: a training of these options, not begun.
         train: carries it out, with a checkpoint.
-        options: with the published values in place of None.
+        options: all others.
         more_epochs: whether there may be more epochs, for a floor of steps.
         lr: as given.
         weight_decay: as given.
         path: the checkpoint of the training that is kept.
+        factor: what multiplies the learning rates tried, and divides the weight decays.
     """
+    rates = [factor * rate for rate in LRS] if lr is None else [lr]
+    decays = [decay / factor for decay in WEIGHT_DECAYS] if weight_decay is None else [weight_decay]
+    options = replace(options, lr=rates[0], weight_decay=decays[0])
     training = make(options)
+    if training.doubt:
+        warnings.warn(f"no epoch is chosen, and the last one is taken: {training.doubt}", AlphaNetWarning, stacklevel=3)
     enough = -(-_LEAST_STEPS // training.steps)
     if more_epochs:
         options = replace(options, epochs=max(options.epochs, enough))
     candidates = [
         replace(options, epochs=min(options.epochs, enough), lr=rate, weight_decay=decay)
-        for rate, decay in itertools.product(
-            LRS if lr is None else [options.lr], WEIGHT_DECAYS if weight_decay is None else [options.weight_decay]
-        )
+        for rate, decay in itertools.product(rates, decays)
     ]
     tried: list[dict[str, Any]] = []
-    if len(candidates) > 1 and training.can_choose():
+    if len(candidates) > 1 and training.policy.select != "last":
         for candidate in candidates:
             shorter = make(candidate)
             try:

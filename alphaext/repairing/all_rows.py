@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..baselines.averaging import average
 from ..baselines.linear_discriminant import discriminant
-from ..baselines.retraining import crt
+from ..baselines.retraining import crt, short_features_factor
 from ..training.builder import Builder
 from ..training.selection import BaselineResult
 from ..utils.checks import format_ids
@@ -40,6 +40,8 @@ def average_all_rows(
     val_features, val_labels, split = builder.validation.real(), builder.validation.labels, builder.split
     counts: Tensor = torch.bincount(labels, minlength=len(builder.weight))
 
+    factor = short_features_factor(features)
+
     def retrained() -> nn.Linear:
         made = crt(
             features,
@@ -51,8 +53,8 @@ def average_all_rows(
             seed=seed,
             progress=progress,
             epochs=10,
-            lr=0.2,
-            weight_decay=5e-4,
+            lr=0.2 * factor,
+            weight_decay=5e-4 / factor,
         )
         return made.linear
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..baselines.registry import run_baseline
+from ..baselines.retraining import short_features_factor
 from ..classes import ClassSplit, class_counts, split_classes
 from ..metrics.accuracy import SPLITS_AND_ALL
 from ..metrics.evaluation import expected_calibration_error, split_metrics
@@ -240,6 +241,7 @@ def _halves(labels: Tensor, seed: int) -> Tensor:
 
 def makers_of(linear: nn.Linear, data: Mapping[str, Any], seed: int) -> dict[str, Callable[[Tensor, Tensor], nn.Linear]]:
     """What makes each method's classifier by validation features and labels."""
+    factor = short_features_factor(as_tensor(data["features"], "features"))
 
     def baseline(name: str, val_features: Tensor, val_labels: Tensor) -> nn.Linear:
         given: dict[str, Any] = dict(data)
@@ -247,7 +249,7 @@ def makers_of(linear: nn.Linear, data: Mapping[str, Any], seed: int) -> dict[str
             given |= {"val_features": val_features, "val_labels": val_labels}
         if name == "crt":
             # One training: a search for its settings would take longer than all other methods together.
-            given |= {"lr": 0.2, "weight_decay": 5e-3, "seed": seed, "progress": False}
+            given |= {"lr": 0.2 * factor, "weight_decay": 5e-3 / factor, "seed": seed, "progress": False}
         return run_baseline(name, linear=linear, **given).linear
 
     def preset(name: str, val_features: Tensor, val_labels: Tensor) -> nn.Linear:

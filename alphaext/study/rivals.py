@@ -183,7 +183,10 @@ class Comparison:
     def _add_front(self, advance: Callable[[], None]) -> None:
         """Add what few and all come to with each constant on the few logits; where the constants lie, validation says."""
         problem, val = self.problem, self.problem.parts["val"]
-        table = choose_few_bias(problem.linear, val.features, val.labels, problem.split).table
+        try:
+            table = choose_few_bias(problem.linear, val.features, val.labels, problem.split).table
+        except ValueError:  # validation samples that show too little; the rival's own row says so
+            return
         places = np.linspace(0, len(table) - 1, min(len(table), _FRONT_POINTS)).round().astype(int).tolist()
         for place in dict.fromkeys(places):
             offset = table[place]["offset"]

@@ -83,7 +83,7 @@ def choose_few_bias(
 
     Example:
         >>> split = ClassSplit(few=[1], medium=[], many=[0])
-        >>> choose_few_bias(nn.Linear(4, 2), torch.randn(10, 4), [0, 1] * 5, split, offsets=[0.25]).chosen
+        >>> choose_few_bias(nn.Linear(4, 2), torch.randn(20, 4), [0, 1] * 10, split, offsets=[0.25]).chosen
         {'offset': 0.25}
     """
     started = time.monotonic()
@@ -94,13 +94,11 @@ def choose_few_bias(
             raise ValueError(f"split must have a {name} class for a constant on the few logits to matter, got {split!r}")
     given = None if offsets is None else sorted({check_number(offset, "offsets") for offset in check_list(offsets, "offsets")})
     validation = Validation(val_features, val_labels, split, weight)
-    for name, ids in (("few", split.few), ("base", split.base)):
-        if int(validation.counts[ids].sum()) == 0:
-            raise ValueError(f"val_labels has no sample of a {name} class, so it cannot tell which constant is best")
     gaps = _Gaps(validation, wide(weight), None if bias is None else wide(bias))
     original = gaps.accuracies(np.zeros(1))[0]
     if policy is None:
         policy = Policy.of(select, min_all, validation.samples.labels, split.few, CHOOSING).bounded(original)
+    validation.check_fit_to_choose("offset")
     candidates = gaps.offsets(_rounding(weight)) if given is None else np.array(given)
     accuracies = gaps.accuracies(candidates)
     best = policy.choose(accuracies, np.abs(candidates).tolist())

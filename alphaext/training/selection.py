@@ -193,7 +193,7 @@ def unfit_to_choose(labels: Tensor, split: ClassSplit) -> str:
     """Why nothing can be chosen by validation samples of these labels; empty where they will do."""
     for name, classes in (("few", split.few), ("base", split.base)):
         shown = torch.isin(labels, classes.to(labels.device))
-        if int(shown.sum()) < _HANDFUL:
+        if len(classes) and int(shown.sum()) < _HANDFUL:
             return f"the validation samples have {int(shown.sum())} of {name} classes, and less than {_HANDFUL} say nothing"
         if 2 * len(labels[shown].unique()) < len(classes):
             return f"the validation samples show {len(labels[shown].unique())} of {len(classes)} {name} classes"
@@ -226,6 +226,12 @@ class Validation:
         self.samples = check_samples(weight, features, labels, "val_features", "val_labels")
         self.counts = torch.bincount(self.samples.labels, minlength=len(weight))
         self._kept: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
+
+    def check_fit_to_choose(self, number: str) -> None:
+        """Refuse to choose a number by samples that show too little of few or of base classes."""
+        doubt = unfit_to_choose(self.samples.labels, self.split)
+        if doubt:
+            raise ValueError(f"val_labels must be fit to choose {number} by, but {doubt}; give {number} itself")
 
     def accuracy(self, hits: Tensor) -> dict[str, float]:
         """Top-1 accuracy over samples from the samples of each class that are recognised, int64 ``[N]``."""

@@ -166,7 +166,7 @@ def test_logit_adjustment_chosen_is_the_best_of_all_layers():
 def test_of_equally_good_taus_the_smallest_is_taken():
     linear = make_linear(bias=False)
     nn.init.eye_(linear.weight)  # rows equally long: no tau changes anything
-    result = choose_tau(linear, torch.eye(8)[:6], torch.arange(6), SPLIT, taus=[2.0, 0.5, 1.0])
+    result = choose_tau(linear, torch.eye(8)[:6].repeat(5, 1), torch.arange(6).repeat(5), SPLIT, taus=[2.0, 0.5, 1.0])
     assert result.chosen == {"tau": 0.5}
 
 
@@ -187,6 +187,7 @@ def test_few_bias_chosen_is_the_best_of_all_constants(seed: int, grid: bool, few
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alphaext.training.few_bias._TABLE_ROWS", 10**6)
         patch.setattr("alphaext.training.selection._BLOCK_ELEMENTS", block)
+        patch.setattr("alphaext.training.selection.unfit_to_choose", lambda *_: "")
         result = choose_few_bias(linear, logits, labels, split, select=select)
 
     def moved(offset: float) -> dict[str, float]:
@@ -240,7 +241,7 @@ def test_few_bias_from_given_offsets():
 def test_where_no_offset_matters_none_is_taken():
     linear = make_linear(bias=False)
     nn.init.zeros_(linear.weight)
-    result = choose_few_bias(linear, torch.ones(3, 8), [1, 2, 5], SPLIT)
+    result = choose_few_bias(linear, torch.ones(30, 8), [1, 2, 5] * 10, SPLIT)
     assert result.chosen == {"offset": 0.0} and len(result.table) == 1
 
 
@@ -294,6 +295,27 @@ def test_choices_refuse(call, error, message):
     arguments = {"val_features": torch.ones(12, 8), "val_labels": torch.arange(12) % 6, "split": SPLIT, **call}
     with pytest.raises(error, match=message):
         choose_tau(make_linear(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (lambda labels: labels < 4, "0 of few classes"),
+        (lambda labels: labels > 3, "0 of base classes"),
+        (lambda labels: torch.arange(120) < 24, "8 of few classes"),
+        (lambda labels: (labels > 3) | (labels == 1), "show 1 of 4 base classes"),
+    ],
+)
+def test_samples_that_show_too_little_choose_no_number(kept, reason):
+    linear = make_linear()
+    features, labels = make_validation(linear)
+    part = features[kept(labels)], labels[kept(labels)], SPLIT
+    with pytest.raises(ValueError, match=f"fit to choose tau by, but the validation samples .*{reason}.*; give tau itself"):
+        choose_tau(linear, *part)
+    with pytest.raises(ValueError, match=f"fit to choose tau by, but the validation samples .*{reason}"):
+        choose_logit_adjustment(linear, COUNTS, *part[:2])
+    with pytest.raises(ValueError, match=f"fit to choose offset by, but the validation samples .*{reason}"):
+        choose_few_bias(linear, *part)
 
 
 def test_few_bias_refuses_splits_and_offsets():

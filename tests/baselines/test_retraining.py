@@ -20,6 +20,7 @@ from alphaext.baselines.retraining import crt, lws
 from alphaext.classes import ClassSplit, class_means, split_classes
 from alphaext.metrics import split_accuracy
 from alphaext.training import cached_logits
+from alphaext.training.result import AlphaNetWarning
 from alphaext.utils.seeds import seeded_generator
 
 NUM_CLASSES, IN_FEATURES = 8, 12
@@ -402,9 +403,9 @@ def test_small_data_get_a_floor_of_steps_and_settings_of_their_own():
     steps = len(LABELS) // min(512, len(LABELS))
     assert len(found.table) * steps >= 250 and (len(found.table) - 1) * steps < 250
     tried = found.settings["tried"]
-    assert {(each["lr"], each["weight_decay"]) for each in tried} == set(
-        itertools.product(retraining.LRS, retraining.WEIGHT_DECAYS)
-    )
+    factor = retraining.short_features_factor(FEATURES)
+    expected = itertools.product(retraining.LRS, retraining.WEIGHT_DECAYS)
+    assert {(each["lr"], each["weight_decay"]) for each in tried} == {(factor * lr, decay / factor) for lr, decay in expected}
     best = max(tried, key=lambda each: each["score"])
     assert (found.settings["lr"], found.settings["weight_decay"]) == (best["lr"], best["weight_decay"])
     assert found.accuracy["all"] == best["score"]
@@ -415,9 +416,21 @@ def test_small_data_get_a_floor_of_steps_and_settings_of_their_own():
     assert scales.settings["lr"] == 0.1 and len(scales.settings["tried"]) == 3
 
 
+def test_short_features_are_trained_on_as_well_as_long_ones():
+    assert retraining.short_features_factor(10 * FEATURES) == 1
+    long, short = (
+        crt(scale * FEATURES, LABELS, val_features=scale * VALIDATION["val_features"], val_labels=VALIDATION["val_labels"])
+        for scale in (2, 0.02)
+    )
+    assert short.settings["lr"] > 500 and short.accuracy["all"] > long.accuracy["all"] - 0.02
+
+
+@pytest.mark.filterwarnings("ignore:no epoch is chosen")
 def test_what_validation_cannot_choose_is_as_published():
     few = torch.isin(VALIDATION["val_labels"], torch.tensor([6, 7]))
     part = {name: values[~few] for name, values in VALIDATION.items()}
+    with pytest.warns(AlphaNetWarning, match="no epoch is chosen, and the last one is taken: the validation samples have 0 of"):
+        assert crt(FEATURES, LABELS, **part, **FAST, progress=False).chosen == {"epoch": FAST["epochs"]}
     for data in ({}, part, {**VALIDATION, "select": "last"}):
-        found = crt(FEATURES, LABELS, **data, epochs=2, progress=False)
+        found = crt(3 * FEATURES, LABELS, **data, epochs=2, progress=False)
         assert (found.settings["lr"], found.settings["weight_decay"]) == (0.2, 5e-4) and "tried" not in found.settings
