@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .utils.checks import check_integer, check_kind, format_ids
+from .utils.checks import check_integer, check_kind, check_thresholds, format_ids
 from .utils.tensors import (
     LabelledFeatures,
     TensorLike,
@@ -178,18 +178,6 @@ def split_classes(counts: TensorLike, *, few_below: int = 20, many_above: int = 
     if bool(empty.all()):
         raise ValueError("counts must be above 0 for some class, all are 0")
     return ClassSplit.of_masks((samples < few_below) & ~empty, (samples > many_above) & ~empty, empty)
-
-
-def check_thresholds(few_below: int, many_above: int) -> tuple[int, int]:
-    """Return both as ``int`` after checking that no class would be both few and many."""
-    few_below = check_integer(few_below, "few_below", minimum=0)
-    many_above = check_integer(many_above, "many_above", minimum=0)
-    if few_below > many_above + 1:
-        raise ValueError(
-            f"few_below must be at most many_above + 1 = {many_above + 1}, got {few_below}: "
-            f"classes of {many_above + 1} to {few_below - 1} samples would be both few and many"
-        )
-    return few_below, many_above
 
 
 def check_split(split: ClassSplit, num_classes: int) -> ClassSplit:

@@ -12,9 +12,10 @@ from rich.console import Console
 
 import alphaext
 
+from ..utils.checks import PRECISIONS
 from . import results
 from .options import option
-from .shared import PARTS, PRECISIONS, CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
+from .shared import PARTS, CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
 
 
 @dataclass(frozen=True, kw_only=True)

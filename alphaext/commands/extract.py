@@ -13,10 +13,11 @@ from rich.text import Text
 
 import alphaext
 
+from ..utils.checks import PRECISIONS
 from ..utils.files import read_json
 from . import results
 from .options import option
-from .shared import PARTS, PRECISIONS, CommonOptions, DataOptions, FeaturesOptions, ModelOptions
+from .shared import PARTS, CommonOptions, DataOptions, FeaturesOptions, ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)

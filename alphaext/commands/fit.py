@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +23,7 @@ from ..training.presets import PRESETS, preset_options
 from ..utils.checks import check_number, format_ids
 from ..utils.text import percent
 from . import results
-from .options import option
+from .options import from_table, option, type_of
 from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
 
 if TYPE_CHECKING:
@@ -33,29 +33,23 @@ _CHECKPOINTS = ".alphaext-fit"  # nobody else's
 _TRIED = ("gamma", "top_k", "rule")
 _NONE = "none"
 _UNSAID = {"none", "[]"}  # what the help itself says, or needs no word
-_FitType = TypeVar("_FitType")
 
 
-def _with_table(cls: type[_FitType]) -> type[_FitType]:
-    """Give a command every option of the table; its help says what a preset makes of it where it is not given."""
-    hints = {"int": int, "float": float, "bool": bool, "str": str, "Sequence[int]": tuple[int, ...]}
-    for name in PRESETS["paper"]:
-        entry = OPTIONS[name]
-        values: dict[str, list[str]] = {}
-        for preset, options in PRESETS.items():
-            values.setdefault(json.dumps(options[name]).strip('"').replace("null", _NONE), []).append(preset)
-        text = "; ".join(f"{', '.join(presets)}: {value}" for value, presets in values.items())
-        if len(values) == 1:
-            text = f"default: {next(iter(values))}"
-        choices = entry.metadata["choices"]
-        if _may_be_none(entry):
-            choices = choices and (_NONE, *choices)
-            text += "" if choices else "; 0 for none"
-        hint: Any = hints[str(entry.type).removesuffix(" | None")]
-        cls.__annotations__[name] = (tuple[hint, ...] if entry.metadata["several"] else hint) | None
-        help = entry.metadata["help"] + (f" ({text})" if values.keys() - _UNSAID else "")
-        setattr(cls, name, option(None, choices=choices, help=help))
-    return cls
+def _tried_or_given(entry: Field[Any]) -> tuple[Any, Any]:
+    """The flag of an option of the table; its help says what a preset makes of it where it is not given."""
+    values: dict[str, list[str]] = {}
+    for preset, options in PRESETS.items():
+        values.setdefault(json.dumps(options[entry.name]).strip('"').replace("null", _NONE), []).append(preset)
+    text = "; ".join(f"{', '.join(presets)}: {value}" for value, presets in values.items())
+    if len(values) == 1:
+        text = f"default: {next(iter(values))}"
+    choices = entry.metadata["choices"]
+    if _may_be_none(entry):
+        choices = choices and (_NONE, *choices)
+        text += "" if choices else "; 0 for none"
+    help = entry.metadata["help"] + (f" ({text})" if values.keys() - _UNSAID else "")
+    kind: Any = type_of(entry)
+    return (tuple[kind, ...] if entry.metadata["several"] else kind) | None, option(None, choices=choices, help=help)
 
 
 def _may_be_none(entry: Field[Any]) -> bool:
@@ -64,7 +58,7 @@ def _may_be_none(entry: Field[Any]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-@_with_table
+@from_table([OPTIONS[name] for name in PRESETS["paper"]], _tried_or_given)
 class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """Rebuild the few rows of a classifier: train an Alpha Net on cached features and fold it.
 

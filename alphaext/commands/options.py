@@ -16,8 +16,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -26,9 +26,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Options", "add_flags", "from_flags", "option", "read_config"]
+from ..utils.option_table import kind_of
+
+__all__ = ["Options", "add_flags", "from_flags", "from_table", "option", "read_config"]
 
 OptionsType = TypeVar("OptionsType", bound="Options")
+_ClassType = TypeVar("_ClassType")
 
 # In words, and what stands for a value in the help.
 _TYPES: dict[type, tuple[str, str | None]] = {
@@ -79,6 +82,37 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """All options by name, paths as text: what JSON can hold."""
         return {kind.name: _plain(getattr(self, kind.name)) for kind in kinds_of(type(self))}
+
+
+def from_table(
+    entries: Iterable[Field[Any]], made_of: Callable[[Field[Any]], tuple[Any, Any]] | None = None
+) -> Callable[[type[_ClassType]], type[_ClassType]]:
+    """A decorator, below ``@dataclass``: give a command options of an :class:`alphaext.utils.option_table.OptionTable`.
+
+    Args:
+        entries: the table's fields.
+        made_of: what becomes of each, its type and its :func:`option`; without, the same with the same default.
+    """
+
+    def decorate(cls: type[_ClassType]) -> type[_ClassType]:
+        for entry in entries:
+            cls.__annotations__[entry.name], made = (made_of or _the_same)(entry)
+            setattr(cls, entry.name, made)
+        return cls
+
+    return decorate
+
+
+def type_of(entry: Field[Any]) -> Any:
+    """The type of a table's option that has a value."""
+    plain = next(each for each in _TYPES if each.__name__ == kind_of(entry))
+    return tuple[plain, ...] if str(entry.type).startswith("Sequence") else plain  # type: ignore[valid-type]
+
+
+def _the_same(entry: Field[Any]) -> tuple[Any, Any]:
+    given, kind = entry.metadata, type_of(entry)
+    made = option(entry.default, help=given["help"], choices=given["choices"], metavar=given.get("metavar"))
+    return kind | None if str(entry.type).endswith("| None") else kind, made
 
 
 @dataclass(frozen=True)

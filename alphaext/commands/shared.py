@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-# Of alphaext.utils.modules, which needs torch.
-PRECISIONS = ("float32", "bfloat16")
-
 PARTS = ("train", "val", "test")
 
 

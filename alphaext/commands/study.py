@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,21 +13,17 @@ from rich.text import Text
 
 import alphaext
 
-from ..study.plans import EXPERIMENTS, FORMS, POLICIES, StudyOptions
+from ..study.plans import EXPERIMENTS, StudyOptions
 from ..utils.text import percent
 from . import results
-from .options import option
+from .options import from_table, option
 from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
 
-_DEFAULTS = StudyOptions()
-_OF_THE_STUDY = (
-    *("experiments", "seeds", "gammas", "fixed_gammas", "top_ks", "few_samples", "negative_ratios", "forms"),
-    *("sharing_lr", "retraining_epochs", "retraining_lrs"),
-    *("top_k", "epochs", "batch_size", "lr", "pca_dim", "policy", "max_drop"),
-)
+_TABLE = [entry for entry in fields(StudyOptions) if entry.metadata["help"]]
 
 
 @dataclass(frozen=True, kw_only=True)
+@from_table(_TABLE)
 class Study(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """Run the paper's experiments on a classifier, each with several seeds, into one table.
 
@@ -48,47 +44,13 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     )
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="start anew where there are results")
-    experiments: tuple[str, ...] = option(
-        tuple(EXPERIMENTS),
-        choices=tuple(EXPERIMENTS),
-        help="which; " + "; ".join(": ".join(each) for each in EXPERIMENTS.items()),
-    )
-    seeds: int = option(_DEFAULTS.seeds, help="trainings of each configuration, from --seed on")
-    gammas: tuple[float, ...] = option(_DEFAULTS.gammas, help="of gamma, pool, sharing and compare")
-    fixed_gammas: tuple[float, ...] = option(_DEFAULTS.fixed_gammas, help="of experiments that vary something else")
-    top_ks: tuple[int, ...] = option(_DEFAULTS.top_ks, help="neighbours, of top-k")
-    few_samples: tuple[int, ...] = option(_DEFAULTS.few_samples, help="images that few classes keep at most, of data-size")
-    negative_ratios: tuple[float, ...] = option(
-        _DEFAULTS.negative_ratios, help="base samples for each few sample, of negatives"
-    )
-    forms: tuple[str, ...] = option(
-        _DEFAULTS.forms,
-        choices=tuple(FORMS),
-        help="of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size; of the first compare shows the classes",
-    )
-    sharing_lr: float = option(_DEFAULTS.sharing_lr, help="learning rate of a shared sub-module, of sharing")
-    retraining_epochs: int = option(_DEFAULTS.retraining_epochs, help="of cRT and LWS in compare; 0 leaves them out")
-    retraining_lrs: tuple[float, ...] = option(_DEFAULTS.retraining_lrs, help="learning rates of cRT and LWS to choose from")
-    top_k: int = option(_DEFAULTS.top_k, help="neighbours of each few class, of all but top-k")
-    epochs: int = option(_DEFAULTS.epochs, help="of training")
-    batch_size: int = option(_DEFAULTS.batch_size, help="samples a step")
-    lr: float = option(_DEFAULTS.lr, help="learning rate")
-    pca_dim: int | None = option(
-        _DEFAULTS.pca_dim, help="width to which classifiers are reduced for the sub-modules; the paper: 500, Places-LT 300"
-    )
-    policy: str = option(
-        _DEFAULTS.policy,
-        choices=POLICIES,
-        help="what choices on validation features go by: accuracy over all, accuracy of few, or the knee between both",
-    )
-    max_drop: float | None = option(None, metavar="POINTS", help="under best_few: what accuracy over all may lose; without, 0")
     jobs: int | None = option(None, help="trainings at a time; without, one a core")
     attribution: str | None = option(None, help="a text for results.json, such as the data set's licence")
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Run what is not there yet, print, write; returns what results.json holds."""
         console = results.console_or_quiet(console)
-        options = StudyOptions(first_seed=self.seed, **{name: getattr(self, name) for name in _OF_THE_STUDY})
+        options = StudyOptions(first_seed=self.seed, **{entry.name: getattr(self, entry.name) for entry in _TABLE})
         train, val = self.read("train", "val")
         linear, path = self.classifier_or_checkpoint(self.classifier, train.num_classes)
         results.warn_of_other_features(linear, val, str(path))

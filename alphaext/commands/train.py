@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,15 +11,18 @@ from rich.console import Console
 
 import alphaext
 
+from ..pretraining.options import JointOptions
 from . import results
-from .options import kinds_of, option
-from .shared import PRECISIONS, CommonOptions, DataOptions, ModelOptions
+from .options import from_table, option
+from .shared import CommonOptions, DataOptions, ModelOptions
 
+_TABLE = [entry for entry in fields(JointOptions) if entry.metadata["help"]]
 # What train_model writes, and goes on from.
 _OF_THE_TRAINING = ("training.pt", "model.pth", "history.json")
 
 
 @dataclass(frozen=True, kw_only=True)
+@from_table(_TABLE)
 class Train(CommonOptions, DataOptions, ModelOptions):
     """Train a network on images in the plain way: the joint classifier that everything else starts from.
 
@@ -35,28 +38,6 @@ class Train(CommonOptions, DataOptions, ModelOptions):
     goes_on: ClassVar[bool] = True
     output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="start anew and replace what is there; without, an interrupted training goes on")
-    epochs: int = option(90, help="of training")
-    batch_size: int = option(512, help="images a step, over all processes")
-    lr: float = option(0.2, help="learning rate; some 1e-3 for adamw")
-    momentum: float = option(0.9, help="of SGD")
-    nesterov: bool = option(False, help="Nesterov momentum")
-    weight_decay: float = option(5e-4, help="of all parameters")
-    schedule: str = option("cosine", choices=("cosine", "step", "constant"), help="how the learning rate falls")
-    warmup_epochs: int = option(0, help="epochs in which the learning rate rises, before")
-    lr_step: int = option(30, help="epochs between falls, under step")
-    lr_factor: float = option(0.1, help="what a fall multiplies by")
-    optimizer: str = option("sgd", choices=("sgd", "adamw"), help="what takes the steps")
-    sampling: str = option(
-        "instance", choices=("instance", "class_balanced", "square_root"), help="how an epoch's images are drawn"
-    )
-    label_smoothing: float = option(0.0, help="share of the target spread over all classes")
-    precision: str = option(
-        "float32", choices=PRECISIONS, help="what the network computes in; bfloat16 is faster where the processor has it"
-    )
-    sync_batch_norm: bool = option(False, help="batch normalisation over all processes; GPUs only")
-    select: str | None = option(
-        None, choices=("best_all", "last"), help="which epoch; without, best_all where there are validation images"
-    )
     workers: int | None = option(None, metavar="N", help="processes that read images; without, one a processor, at most twelve")
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
@@ -74,10 +55,6 @@ class Train(CommonOptions, DataOptions, ModelOptions):
             self.load(model, self.read_checkpoint())
         if results.is_main_process():
             self.tell_transform(console, self.train_transform(model), model)
-        # Its own options have the names of train_model's.
-        options = {kind.name: getattr(self, kind.name) for kind in kinds_of(Train) if kind.section == "train"}
-        for name in ("output", "overwrite"):
-            del options[name]
         with results.output_folder(self.output, self, overwrite=self.overwrite, started=started, lock=False) as folder:
             if self.overwrite and results.is_main_process():
                 for name in _OF_THE_TRAINING:
@@ -93,8 +70,9 @@ class Train(CommonOptions, DataOptions, ModelOptions):
                 many_above=self.many_above,
                 device=self.device,
                 seed=self.seed,
+                workers=self.workers,
                 progress=self.always_shown(),
-                **options,
+                **{entry.name: getattr(self, entry.name) for entry in _TABLE},
             )
             found = {
                 "model": str(result.model_path),

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..classes import check_thresholds, class_means, split_classes
+from ..classes import class_means, split_classes
 from ..data.images import LabelledImages
-from ..utils.checks import check_class_names, check_integer, check_kind
+from ..utils.checks import check_class_names, check_integer, check_kind, check_thresholds
 from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike, check_labels, finite_tensor
 from .images import content_problems, missing_problems, read_all, reading_problems, repeat_problems, truncation_problems

@@ -69,7 +69,7 @@ class Computing:
         images: decoded one by one.
         transform: of each image.
         seed: of a random transform.
-        precision: that the model computes in, one of :data:`alphaext.utils.modules.PRECISIONS`.
+        precision: that the model computes in, one of :data:`alphaext.utils.checks.PRECISIONS`.
         workers: processes that read, beside each process that computes.
         device: where the model computes.
     """

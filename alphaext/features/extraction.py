@@ -18,9 +18,8 @@ from torch import Tensor
 from ..data.images import ImageReadError, LabelledImages
 from ..data.loading import Transform
 from ..models.split import SplitModel
-from ..utils.checks import check_choice, check_integer, check_kind
+from ..utils.checks import PRECISIONS, check_choice, check_integer, check_kind
 from ..utils.files import PathLike, read_json
-from ..utils.modules import PRECISIONS
 from ..utils.processes import Group, process_group
 from ..utils.progress import task_bar
 from .computing import Computed, Computing, Task

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..utils.checks import check_choice, check_integer, check_kind
-from ..utils.modules import PRECISIONS, computing_in, evaluating
+from ..utils.checks import PRECISIONS, check_choice, check_integer, check_kind
+from ..utils.modules import computing_in, evaluating
 from ..utils.progress import task_bar
 from ..utils.tensors import (
     LabelledFeatures,

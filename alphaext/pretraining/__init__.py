@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from .train import TrainResult, train_model
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import load_at_first_use
+
+if TYPE_CHECKING:
+    from .train import TrainResult, train_model
+else:
+    __getattr__, __dir__ = load_at_first_use(__name__)
 
 __all__ = [
     "TrainResult",

@@ -19,8 +19,6 @@ from ..data.transforms import ImageTransform
 from ..utils.processes import Group, processors_per_process
 from ..utils.seeds import derived_seed
 
-SAMPLINGS = ("instance", "class_balanced", "square_root")
-
 # Kang et al. (ICLR 2020) load with as many.
 _MOST_WORKERS = 12
 

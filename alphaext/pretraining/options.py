@@ -3,81 +3,50 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-import torch
-from torch import nn
+from ..utils.checks import PRECISIONS, check_flag, check_thresholds
+from ..utils.option_table import OptionTable, table_option
 
-from ..classes import check_thresholds
-from ..utils.checks import check_choice, check_flag, check_integer, check_number
-from ..utils.modules import PRECISIONS
-from .epochs import SAMPLINGS
-
-_INTEGERS = {
-    "epochs": (1, 2**31),
-    "batch_size": (1, 2**31),
-    "warmup_epochs": (0, 2**31),
-    "lr_step": (1, 2**31),
-    "few_below": (0, 2**40),
-    "many_above": (0, 2**40),
-    "seed": (0, 2**63 - 1),
-}
-_NUMBERS: dict[str, dict[str, float]] = {
-    "lr": {"above": 0},
-    "lr_factor": {"above": 0},
-    "momentum": {"minimum": 0},
-    "weight_decay": {"minimum": 0},
-    "label_smoothing": {"minimum": 0, "below": 1},
-}
-_FLAGS = ("nesterov", "drop_last", "sync_batch_norm", "channels_last", "deterministic")
-_CHOICES = {
-    "schedule": ("cosine", "step", "constant"),
-    "optimizer": ("sgd", "adamw"),
-    "sampling": SAMPLINGS,
-    "precision": PRECISIONS,
-}
-_SELECTIONS = ("best_all", "last")
+SAMPLINGS = ("instance", "class_balanced", "square_root")
 
 
 @dataclass(frozen=True)
-class JointOptions:
+class JointOptions(OptionTable):
     """How to train; :func:`alphaext.pretraining.train_model` says what each option means."""
 
-    epochs: int = 90
-    batch_size: int = 512
-    lr: float = 0.2
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    warmup_epochs: int = 0
-    lr_step: int = 30
-    lr_factor: float = 0.1
-    optimizer: str = "sgd"
-    sampling: str = "instance"
-    label_smoothing: float = 0.0
-    precision: str = "float32"
-    drop_last: bool = True
-    sync_batch_norm: bool = False
-    channels_last: bool = True
-    deterministic: bool = True
-    select: str | None = None
-    few_below: int = 20
-    many_above: int = 100
-    seed: int = 0
+    epochs: int = table_option(90, "of training", minimum=1, maximum=2**31)
+    batch_size: int = table_option(512, "images a step, over all processes", minimum=1, maximum=2**31)
+    lr: float = table_option(0.2, "learning rate; some 1e-3 for adamw", above=0)
+    momentum: float = table_option(0.9, "of SGD", minimum=0)
+    nesterov: bool = table_option(False, "Nesterov momentum")
+    weight_decay: float = table_option(5e-4, "of all parameters", minimum=0)
+    schedule: str = table_option("cosine", "how the learning rate falls", choices=("cosine", "step", "constant"))
+    warmup_epochs: int = table_option(0, "epochs in which the learning rate rises, before", minimum=0, maximum=2**31)
+    lr_step: int = table_option(30, "epochs between falls, under step", minimum=1, maximum=2**31)
+    lr_factor: float = table_option(0.1, "what a fall multiplies by", above=0)
+    optimizer: str = table_option("sgd", "what takes the steps", choices=("sgd", "adamw"))
+    sampling: str = table_option("instance", "how an epoch's images are drawn", choices=SAMPLINGS)
+    label_smoothing: float = table_option(0.0, "share of the target spread over all classes", minimum=0, below=1)
+    precision: str = table_option(
+        "float32", "what the network computes in; bfloat16 is faster where the processor has it", choices=PRECISIONS
+    )
+    drop_last: bool = table_option(True)
+    sync_batch_norm: bool = table_option(False, "batch normalisation over all processes; GPUs only")
+    channels_last: bool = table_option(True)
+    deterministic: bool = table_option(True)
+    select: str | None = table_option(
+        None, "which epoch; without, best_all where there are validation images", choices=("best_all", "last")
+    )
+    few_below: int = table_option(20, minimum=0, maximum=2**40)
+    many_above: int = table_option(100, minimum=0, maximum=2**40)
+    seed: int = table_option(0, minimum=0, maximum=2**63 - 1)
 
     def __post_init__(self) -> None:
-        # Kept as Python's own numbers: checkpoints hold them, and NumPy's would make those unreadable without unpickling.
-        for name, (minimum, maximum) in _INTEGERS.items():
-            object.__setattr__(self, name, check_integer(getattr(self, name), name, minimum=minimum, maximum=maximum))
-        for name, bounds in _NUMBERS.items():
-            object.__setattr__(self, name, check_number(getattr(self, name), name, **bounds))
-        for name in _FLAGS:
-            check_flag(getattr(self, name), name)
-        for name, choices in _CHOICES.items():
-            check_choice(getattr(self, name), name, choices)
-        if self.select is not None:
-            check_choice(self.select, "select", _SELECTIONS)
+        for entry in fields(self):
+            if entry.type == "bool":
+                check_flag(getattr(self, entry.name), entry.name)
+        super().__post_init__()
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be less than epochs={self.epochs}, got {self.warmup_epochs}")
         if self.nesterov and (self.momentum == 0 or self.optimizer != "sgd"):
@@ -96,16 +65,3 @@ class JointOptions:
         if self.schedule == "step":
             return self.lr * float(self.lr_factor ** (done // self.lr_step))
         return self.lr
-
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser of these parameters, all in one group."""
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
-        return torch.optim.SGD(
-            parameters,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-            fused=True,
-        )

@@ -78,7 +78,7 @@ class JointRun(ResumableTraining):
         model.to(device=group.device, memory_format=self.layout)  # type: ignore[call-overload]
         self.num_outputs = self._count_outputs()
         self.identity = self._identify()
-        self.optimizer = options.make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
+        self.optimizer = _make_optimizer(options, [parameter for parameter in model.parameters() if parameter.requires_grad])
         self.batches = EpochBatches(
             self.images.labels, options.sampling, options.batch_size, options.seed, group, options.drop_last
         )
@@ -328,6 +328,19 @@ class JointRun(ResumableTraining):
                     torch.save(content, file)
                 self._write_history()
         return path
+
+
+def _make_optimizer(options: JointOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov,
+        fused=True,
+    )
 
 
 def _advice(name: str) -> str:

@@ -7,14 +7,14 @@ the rest as :class:`StudyOptions` says.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from ..training.options import OPTIONS, HeadOptions, TrainingOptions, read_options
 from ..training.presets import PRESETS
-from ..utils.checks import check_choice, check_integer, check_number
+from ..utils.checks import check_choice, check_number
+from ..utils.option_table import OptionTable, table_option
 
 EXPERIMENTS = {
     "gamma": "the own coefficient's bound (figures 5 and 9 to 12)",
@@ -52,107 +52,8 @@ CANDIDATES = "candidates"
 """Under this name stand the results of which "compare" shows the chosen ones."""
 
 _NEGATIVES_GAMMA = 0.5
+_GAMMAS: dict[str, Any] = {"above": 0, "maximum": 1}
 _OF_IDENTITY = ("first_seed", "gammas", "top_k", "epochs", "batch_size", "lr", "pca_dim", "policy", "max_drop")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """What to study; checked when made.
-
-    Attributes:
-        experiments: names out of :data:`EXPERIMENTS`; all by default.
-        seeds: trainings of each configuration: of weights, samples, random neighbours, and cuts of the data.
-        first_seed: the seeds are this one and those that follow.
-        gammas: tried by gamma, pool, sharing, and compare, which chooses among them (preset few has 1). The paper's 0.1 to
-            0.9, and 1.
-        fixed_gammas: those with which the experiments train that do not vary gamma: 0.7, which the paper chose, and 1, the
-            plain form's. (negatives has 0.5, the paper's.)
-        top_ks: of top-k; 2, 5 and 10 in the paper.
-        few_samples: of data-size: training samples that each few class keeps at most.
-        negative_ratios: of negatives; 0 and 1 in the paper.
-        forms: out of :data:`FORMS`: the forms of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size; default
-            preset few. The other experiments have their own. Preset few has its own top_k, epochs, batch_size and lr. It has
-            neither sub-modules nor negative samples: sharing and negatives train the plain form in its place. The classes and
-            confusions that compare shows are those of the first form.
-        sharing_lr: learning rate of the one sub-module that all classes share, which each class's gradient moves: many more
-            than one of its own has, so that it diverges at theirs.
-        retraining_epochs: of cRT and LWS, rivals in compare; 0 leaves them out.
-        retraining_lrs: learning rates of cRT and LWS, among which compare chooses.
-        top_k: neighbours; 5 in the paper.
-        epochs: 80 in the paper.
-        batch_size: 64 in the paper.
-        lr: learning rate; 0.1 in the paper.
-        pca_dim: of the sub-modules' inputs; 500 in the paper for ImageNet-LT, 300 for Places-LT; None for full rows.
-        policy: what every choice on validation samples goes by, also that of the epoch (under "knee", which compares, by
-            "best_all"); see :func:`choose`.
-        max_drop: under "best_few": points of accuracy over all that may be lost; None for 0.
-
-    Raises:
-        TypeError, ValueError: a value out of range; the message names it.
-
-    Example:
-        >>> StudyOptions(experiments=["gamma"], gammas=[0.5, 1]).gammas
-        (0.5, 1.0)
-    """
-
-    experiments: Sequence[str] = tuple(EXPERIMENTS)
-    seeds: int = 3
-    first_seed: int = 0
-    gammas: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    fixed_gammas: Sequence[float] = (0.7, 1.0)
-    top_ks: Sequence[int] = (2, 5, 10)
-    few_samples: Sequence[int] = (1, 2, 5, 10)
-    negative_ratios: Sequence[float] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    forms: Sequence[str] = ("few",)
-    sharing_lr: float = 0.01
-    retraining_epochs: int = 10
-    retraining_lrs: Sequence[float] = (0.1, 0.4)
-    top_k: int = 5
-    epochs: int = 80
-    batch_size: int = 64
-    lr: float = 0.1
-    pca_dim: int | None = 500
-    policy: str = "best_all"
-    max_drop: float | None = None
-
-    def __post_init__(self) -> None:
-        checks: dict[str, Callable[[Any], Any]] = {
-            "experiments": partial(check_choice, name="experiments", choices=tuple(EXPERIMENTS)),
-            "forms": partial(check_choice, name="forms", choices=tuple(FORMS)),
-            "gammas": partial(check_number, name="gammas", above=0, maximum=1),
-            "fixed_gammas": partial(check_number, name="fixed_gammas", above=0, maximum=1),
-            "top_ks": partial(check_integer, name="top_ks", minimum=1),
-            "few_samples": partial(check_integer, name="few_samples", minimum=1),
-            "negative_ratios": partial(check_number, name="negative_ratios", minimum=0),
-            "retraining_lrs": partial(check_number, name="retraining_lrs", above=0),
-        }
-        checked: dict[str, Any] = {}
-        for name, check in checks.items():
-            values = getattr(self, name)
-            if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-                raise TypeError(f"{name} must be a list, got {values!r}")
-            checked[name] = tuple(dict.fromkeys(check(value) for value in values))
-            if not checked[name]:
-                raise ValueError(f"{name} must be given at least one value, got none")
-        # In one order, whatever order they are asked for in.
-        checked["experiments"] = tuple(name for name in EXPERIMENTS if name in checked["experiments"])
-        for name, minimum in (("seeds", 1), ("first_seed", 0), ("retraining_epochs", 0)):
-            checked[name] = check_integer(getattr(self, name), name, minimum=minimum)
-        names = ("top_k", "pca_dim", "epochs", "batch_size", "lr")
-        head, training = read_options({name: getattr(self, name) for name in names})
-        checked |= {name: getattr(head if hasattr(head, name) else training, name) for name in names}
-        checked["sharing_lr"] = check_number(self.sharing_lr, "sharing_lr", above=0)
-        checked["max_drop"] = check_policy(self.policy, self.max_drop)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    def identity(self) -> dict[str, Any]:
-        """The options that must be equal for results to stand in one table; the others only say which results there are."""
-        return {name: getattr(self, name) for name in _OF_IDENTITY}
-
-    def seed_values(self) -> list[int]:
-        """The seeds."""
-        return list(range(self.first_seed, self.first_seed + self.seeds))
 
 
 CONFIGURATION = (
@@ -198,6 +99,108 @@ FORMS: dict[str, dict[str, Any]] = {"plain": {}} | {
 
 The plain form is the paper's, but starts at the original classifier (docs/reference/defaults.md).
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(OptionTable):
+    """What to study; checked when made.
+
+    Attributes:
+        experiments: names out of :data:`EXPERIMENTS`; all by default.
+        seeds: trainings of each configuration: of weights, samples, random neighbours, and cuts of the data.
+        first_seed: the seeds are this one and those that follow.
+        gammas: tried by gamma, pool, sharing, and compare, which chooses among them (preset few has 1). The paper's 0.1 to
+            0.9, and 1.
+        fixed_gammas: those with which the experiments train that do not vary gamma: 0.7, which the paper chose, and 1, the
+            plain form's. (negatives has 0.5, the paper's.)
+        top_ks: of top-k; 2, 5 and 10 in the paper.
+        few_samples: of data-size: training samples that each few class keeps at most.
+        negative_ratios: of negatives; 0 and 1 in the paper.
+        forms: out of :data:`FORMS`: the forms of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size; default
+            preset few. The other experiments have their own. Preset few has its own top_k, epochs, batch_size and lr. It has
+            neither sub-modules nor negative samples: sharing and negatives train the plain form in its place. The classes and
+            confusions that compare shows are those of the first form.
+        sharing_lr: learning rate of the one sub-module that all classes share, which each class's gradient moves: many more
+            than one of its own has, so that it diverges at theirs.
+        retraining_epochs: of cRT and LWS, rivals in compare; 0 leaves them out.
+        retraining_lrs: learning rates of cRT and LWS, among which compare chooses.
+        top_k: neighbours; 5 in the paper.
+        epochs: 80 in the paper.
+        batch_size: 64 in the paper.
+        lr: learning rate; 0.1 in the paper.
+        pca_dim: of the sub-modules' inputs; 500 in the paper for ImageNet-LT, 300 for Places-LT; None for full rows.
+        policy: what every choice on validation samples goes by, also that of the epoch (under "knee", which compares, by
+            "best_all"); see :func:`choose`.
+        max_drop: under "best_few": points of accuracy over all that may be lost; None for 0.
+
+    Raises:
+        TypeError, ValueError: a value out of range; the message names it.
+
+    Example:
+        >>> StudyOptions(experiments=["gamma"], gammas=[0.5, 1]).gammas
+        (0.5, 1.0)
+    """
+
+    experiments: Sequence[str] = table_option(
+        tuple(EXPERIMENTS),
+        "which; " + "; ".join(": ".join(each) for each in EXPERIMENTS.items()),
+        choices=tuple(EXPERIMENTS),
+        distinct=True,
+    )
+    seeds: int = table_option(3, "trainings of each configuration, from --seed on", minimum=1)
+    first_seed: int = table_option(0, minimum=0)
+    gammas: Sequence[float] = table_option(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "of gamma, pool, sharing and compare", distinct=True, **_GAMMAS
+    )
+    fixed_gammas: Sequence[float] = table_option(
+        (0.7, 1.0), "of experiments that vary something else", distinct=True, **_GAMMAS
+    )
+    top_ks: Sequence[int] = table_option((2, 5, 10), "neighbours, of top-k", distinct=True, minimum=1)
+    few_samples: Sequence[int] = table_option(
+        (1, 2, 5, 10), "images that few classes keep at most, of data-size", distinct=True, minimum=1
+    )
+    negative_ratios: Sequence[float] = table_option(
+        (0.0, 0.5, 1.0, 2.0, 4.0), "base samples for each few sample, of negatives", distinct=True, minimum=0
+    )
+    forms: Sequence[str] = table_option(
+        ("few",),
+        "of Alpha Net in gamma, top-k, pool, sharing, negatives and data-size; of the first compare shows the classes",
+        choices=tuple(FORMS),
+        distinct=True,
+    )
+    sharing_lr: float = table_option(0.01, "learning rate of a shared sub-module, of sharing", above=0)
+    retraining_epochs: int = table_option(10, "of cRT and LWS in compare; 0 leaves them out", minimum=0)
+    retraining_lrs: Sequence[float] = table_option(
+        (0.1, 0.4), "learning rates of cRT and LWS to choose from", distinct=True, above=0
+    )
+    top_k: int = table_option(5, "neighbours of each few class, of all but top-k")
+    epochs: int = table_option(80, "of training")
+    batch_size: int = table_option(64, "samples a step")
+    lr: float = table_option(0.1, "learning rate")
+    pca_dim: int | None = table_option(500, OPTIONS["pca_dim"].metadata["help"])
+    policy: str = table_option(
+        "best_all",
+        "what choices on validation features go by: accuracy over all, accuracy of few, or the knee between both",
+        choices=POLICIES,
+    )
+    max_drop: float | None = table_option(
+        None, "under best_few: what accuracy over all may lose; without, 0", metavar="POINTS", minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # In one order, whatever order they are asked for in.
+        object.__setattr__(self, "experiments", tuple(name for name in EXPERIMENTS if name in self.experiments))
+        read_options({name: getattr(self, name) for name in ("top_k", "pca_dim", "epochs", "batch_size", "lr")})
+        check_policy(self.policy, self.max_drop)
+
+    def identity(self) -> dict[str, Any]:
+        """The options that must be equal for results to stand in one table; the others only say which results there are."""
+        return {name: getattr(self, name) for name in _OF_IDENTITY}
+
+    def seed_values(self) -> list[int]:
+        """The seeds."""
+        return list(range(self.first_seed, self.first_seed + self.seeds))
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS, RULES
-from ..utils.checks import check_choice, check_integer, check_number
+from ..utils.checks import check_integer
+from ..utils.option_table import OptionTable, table_option
 
 __all__ = ["HeadOptions", "TrainingOptions", "read_options", "selection_score", "takes_options"]
 
 _SAME: Any = object()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_TableType = TypeVar("_TableType", bound="_Table")
 
 
 def _option(
@@ -29,52 +29,15 @@ def _option(
     *,
     few: Any = _SAME,
     paper: Any = _SAME,
-    choices: Sequence[str] | None = None,
     several: bool = False,
-    **bounds: float,
+    **more: Any,
 ) -> Any:
     """An option: its value in the plain form and in the presets, what it is, and which values are allowed.
 
-    ``bounds`` are those of :func:`check_integer` and :func:`check_number`. ``several``: ``alphaext fit`` tries several values.
+    ``several``: ``alphaext fit`` tries several values. ``more``: as of :func:`table_option`.
     """
     presets = {"few": default if few is _SAME else few, "paper": default if paper is _SAME else paper}
-    return field(default=default, metadata={"help": help, "presets": presets, "choices": choices, "several": several, **bounds})
-
-
-class _Table:
-    """Options, each checked by what its field says of it."""
-
-    def __post_init__(self) -> None:
-        # Kept as Python's own numbers: checkpoints hold them, and NumPy's would make those unreadable without unpickling.
-        for entry in fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
-
-    @classmethod
-    def of(cls: type[_TableType], options: Mapping[str, Any]) -> _TableType:
-        """The options by name; of those that are not given, the plain form's.
-
-        Raises:
-            TypeError: an option that there is not.
-        """
-        known = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
-        check_known(options, known)
-        return cls(**options)
-
-
-def _checked(entry: Field[Any], value: Any) -> Any:
-    name, kind, given = entry.name, str(entry.type).removesuffix(" | None"), entry.metadata
-    bounds = {bound: given[bound] for bound in ("minimum", "maximum", "above") if bound in given}
-    if value is None and kind != entry.type:
-        return None
-    if given["choices"] is not None:
-        check_choice(value, name, given["choices"])
-        return value
-    checks: dict[str, Callable[[], Any]] = {
-        "bool": lambda: bool(value),
-        "int": lambda: check_integer(value, name, **bounds),
-        "float": lambda: check_number(value, name, **bounds),
-    }
-    return checks[kind]() if kind in checks else value
+    return table_option(default, help, presets=presets, several=several, **more)
 
 
 def check_known(options: Mapping[str, Any], known: Collection[str]) -> None:
@@ -85,7 +48,7 @@ def check_known(options: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 @dataclass(frozen=True)
-class HeadOptions(_Table):
+class HeadOptions(OptionTable):
     """What a head is and which neighbours its classes have; :meth:`alphaext.AlphaNet.from_linear` says what each option means.
 
     The defaults are the plain form's: the paper's, but from the original classifier on, and with a gradient that lets a clamped
@@ -131,7 +94,7 @@ SELECTIONS = (*CHOOSING, "last")
 
 
 @dataclass(frozen=True)
-class TrainingOptions(_Table):
+class TrainingOptions(OptionTable):
     """How to train. The defaults are the paper's.
 
     Attributes:

@@ -32,7 +32,7 @@ from .cached_logits import data_digest
 from .engine import ENGINES, TrainingData, TrainingDiverged, hits_of
 from .few_bias import choose_few_bias
 from .native_engine import NativeEngine, SharedLogits, why_not_native
-from .options import TrainingOptions, takes_options
+from .options import TrainingOptions, check_known, takes_options
 from .result import AlphaNetWarning, FitResult
 from .selection import Policy, unfit_to_choose
 from .sgd import DecayOfStart, Sgd
@@ -50,8 +50,10 @@ _MOST_CALIBRATED = 4096
 # What base classes may lose without a word, in points of accuracy.
 _FEW_POINTS = 3
 
+_OPTIONS = [entry.name for entry in fields(TrainingOptions)]
 
-@takes_options([entry.name for entry in fields(TrainingOptions)])
+
+@takes_options(_OPTIONS)
 def fit(
     head: AlphaNet,
     features: TensorLike | LabelledFeatures,
@@ -109,7 +111,8 @@ def fit(
     """
     check_kind(head, AlphaNet, "head")
     check_choice(engine, "engine", ENGINES)
-    settings = TrainingOptions.of(options)
+    check_known(options, _OPTIONS)
+    settings = TrainingOptions(**options)
     path = None if checkpoint is None else check_checkpoint(checkpoint)
     data = training_data(head, features, labels, val_features, val_labels, settings)
     trained, sgd = [p for p in head.parameters() if p.requires_grad], Sgd.of_options(settings)

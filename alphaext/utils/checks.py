@@ -12,6 +12,9 @@ import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+PRECISIONS = ("float32", "bfloat16")
+"""What a network computes in. ``"bfloat16"`` is that of products and convolutions; weights stay as they are."""
+
 
 def format_ids(ids: Iterable[object], limit: int = 10) -> str:
     """Write the first ``limit`` ids, and how many there are in all if there are more."""
@@ -92,6 +95,18 @@ def check_number(
     if not math.isfinite(number) or not all(holds(number, bound) for _, bound, holds in given):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return number
+
+
+def check_thresholds(few_below: int, many_above: int) -> tuple[int, int]:
+    """Return both as ``int`` after checking that no class would be both few and many."""
+    few_below = check_integer(few_below, "few_below", minimum=0)
+    many_above = check_integer(many_above, "many_above", minimum=0)
+    if few_below > many_above + 1:
+        raise ValueError(
+            f"few_below must be at most many_above + 1 = {many_above + 1}, got {few_below}: "
+            f"classes of {many_above + 1} to {few_below - 1} samples would be both few and many"
+        )
+    return few_below, many_above
 
 
 def check_class_names(names: Sequence[str], num_classes: int | None, *, distinct: bool = True) -> tuple[str, ...]:

@@ -23,10 +23,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-PRECISIONS = ("float32", "bfloat16")
-"""What a network computes in. ``"bfloat16"`` is that of products and convolutions; weights stay as they are."""
-
-
 def computing_in(precision: str, device: torch.device) -> torch.autocast:
     """A block in which networks on ``device`` compute in one of :data:`PRECISIONS`, whatever the caller's autocast."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -24,8 +24,8 @@ from alphaext.data.images import ArrayImages, ImageReadError
 from alphaext.data.transforms import small_test_transform, small_train_transform
 from alphaext.models.zoo import SmallConvNet, make_model
 from alphaext.pretraining import run as joint_run
-from alphaext.pretraining.epochs import SAMPLINGS, EpochBatches, default_workers, epoch_order
-from alphaext.pretraining.options import JointOptions
+from alphaext.pretraining.epochs import EpochBatches, default_workers, epoch_order
+from alphaext.pretraining.options import SAMPLINGS, JointOptions
 from alphaext.pretraining.train import train_model
 from alphaext.utils.processes import Group
 from alphaext.utils.seeds import derived_seed

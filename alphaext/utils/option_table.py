@@ -1,0 +1,60 @@
+"""Tables of options: dataclasses whose fields say what each option is and which values it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, field, fields
+from typing import Any
+
+from .checks import check_choice, check_integer, check_number
+
+_CHECKS: dict[str, Any] = {"bool": lambda value, name: bool(value), "int": check_integer, "float": check_number}
+_BOUNDS = ("minimum", "maximum", "above", "below")
+
+
+def table_option(default: Any, help: str = "", *, choices: Sequence[str] | None = None, **more: Any) -> Any:
+    """A field of an :class:`OptionTable`.
+
+    Args:
+        default: its value where it is not given.
+        help: a line that says what it is, in lower case; without, no command has a flag for it.
+        choices: the words allowed.
+        more: bounds, those of :func:`check_integer` and :func:`check_number`; ``distinct=True``, a list of such values, each
+            kept once; ``metavar``, what stands for the value in a command's help; and what else readers of a table look for.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, **more})
+
+
+def kind_of(entry: Field[Any]) -> str:
+    """The type of an option that has a value: of a list, that of its entries."""
+    return str(entry.type).removesuffix(" | None").removeprefix("Sequence[").removesuffix("]")
+
+
+class OptionTable:
+    """Options, each checked by what its field says of it."""
+
+    def __post_init__(self) -> None:
+        # Kept as Python's own numbers: checkpoints hold them, and NumPy's would make those unreadable without unpickling.
+        for entry in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
+
+
+def _checked(entry: Field[Any], value: Any) -> Any:
+    if value is None and str(entry.type).endswith("| None"):
+        return None
+    if not entry.metadata.get("distinct"):
+        return value if str(entry.type).startswith("Sequence") else _checked_one(entry, value)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{entry.name} must be a list, got {value!r}")
+    values = tuple(dict.fromkeys(_checked_one(entry, each) for each in value))
+    if not values:
+        raise ValueError(f"{entry.name} must be given at least one value, got none")
+    return values
+
+
+def _checked_one(entry: Field[Any], value: Any) -> Any:
+    given = entry.metadata
+    if given["choices"] is not None:
+        return check_choice(value, entry.name, given["choices"])
+    check = _CHECKS.get(kind_of(entry))
+    return value if check is None else check(value, entry.name, **{each: given[each] for each in _BOUNDS if each in given})
