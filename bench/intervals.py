@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from scipy import stats
+from alphaext.study.rows import half_width
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -15,8 +15,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     >>> [round(value, 2) for value in t_interval([1.0, 2.0, 3.0])]
     [2.0, -0.48, 4.48]
     """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
+    mean, half = statistics.fmean(values), half_width(values)
+    if half is None:
         return mean, -math.inf, math.inf
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half

@@ -79,7 +79,8 @@ class Repair(Options):
         else:
             repaired = output / _name_of(data)
             steps.run(Export, {"repaired": made, "output": repaired}, made=repaired)
-        page = _page(self.config, steps, evaluation, repair.get("notes") or [repair.get("advice", "")])
+        fitted = [f"Preset {repair.get('preset')} was asked for, and no other method compared.", *repair.get("notes", ())]
+        page = _page(self.config, steps, evaluation, [repair["advice"]] if "advice" in repair else fitted)
         with whole_file(output / _PAGE) as file:
             file.write(page.encode("utf-8"))
         console.print(f"Page: {output / _PAGE}", markup=False, highlight=False, soft_wrap=True)
@@ -154,11 +155,28 @@ def _name_of(options: ModelOptions) -> str:
 def _page(config: Path, steps: _Steps, evaluation: Path, notes: Sequence[str]) -> str:
     from ..metrics.accuracy import SPLITS_AND_ALL
     from ..metrics.class_table import composition, read_class_table
+    from ..study.report.advice import Gain, gains_text
     from ..study.report.content import Block, DataTable, Section, TextBlock
     from ..study.report.page import page
     from ..utils.text import percent
 
     found = steps.results["evaluate"]
+    measured = f"{found['samples']:,} {found['part']} samples"
+    blocks: list[Block] = [TextBlock(note, "finding") for note in notes if note]
+    for name, compared in found["comparisons"].items():
+        gains: dict[str, Gain] = {
+            part: (compared["differences"][part], *compared["intervals"][part])
+            for part in SPLITS_AND_ALL
+            if compared["parts"][part]["samples"]
+        }
+        blocks.append(TextBlock(f"On {measured}: {gains_text(gains)}", "finding"))
+        counts = tuple(
+            (part, *(str(compared["parts"][part][what]) for what in ("samples", "gained", "lost", "lost_to_few", "verdict")))
+            for part in gains
+        )
+        columns = ("part", "samples", "now right", "now wrong", "of these taken for few", "shown")
+        note = "Shown: better or worse where the exact McNemar test and the paired interval agree."
+        blocks.append(DataTable(f"{name}: samples that changed", columns, counts, words=(0, 5), note=note))
     accuracies = []
     for name, metrics in found["metrics"].items():
         cells = []
@@ -166,8 +184,7 @@ def _page(config: Path, steps: _Steps, evaluation: Path, notes: Sequence[str]) -
             low, high = found["intervals"][name][part]
             cells.append(f"{percent(metrics[part])} ({percent(low)} to {percent(high)})")
         accuracies.append((name, *cells))
-    title = f"Top-1 accuracy on {found['samples']} {found['part']} samples, % ({found['confidence']:.0%} intervals)"
-    blocks: list[Block] = [TextBlock(note, "finding") for note in notes if note]
+    title = f"Top-1 accuracy on {measured}, % ({found['confidence']:.0%} intervals)"
     blocks.append(DataTable(title, ("classifier", *SPLITS_AND_ALL), tuple(accuracies)))
     classes = []
     header = ("class", "split", "trained", "before", "after", "gain", "composed of")
@@ -185,8 +202,9 @@ def _page(config: Path, steps: _Steps, evaluation: Path, notes: Sequence[str]) -
             classes.append(DataTable(heading, header, tuple(shown), words=(0, 1, 6), note=f"{len(shown)} of {len(chosen)}"))
     done = DataTable("Commands", ("step", "command"), tuple(steps.commands.items()), words=(0, 1))
     sections = [
-        Section("gain", "What was gained", tuple(blocks)),
+        Section("gain", "What to take, and what it costs", tuple(blocks)),
         Section("classes", "Who gained, and who paid", tuple(classes)),
         Section("steps", "How it was done", (done,)),
     ]
-    return page(f"Repair by {config.name}", [], sections, [])
+    foot = [f"Intervals are of {found['confidence']:.0%}, by the bootstrap over these samples; those of gains are paired."]
+    return page(f"Repair by {config.name}", [], sections, foot)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scipy.special import stdtrit
 
 from ..metrics.accuracy import SPLITS_AND_ALL
 from ..training.options import OPTIONS
@@ -152,6 +155,18 @@ class ResultsFile:
         self.rows = kept
 
 
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95% interval of a mean (Student's t); None of fewer than two values.
+
+    Example:
+        >>> round(half_width([0.1, 0.2, 0.3]), 3), half_width([0.1])
+        (0.248, None)
+    """
+    if len(values) < 2:
+        return None
+    return float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 @dataclass(frozen=True)
 class Group:
     """The rows of a method and configuration, one a seed.
@@ -179,6 +194,10 @@ class Group:
         """The standard deviation over seeds (of the sample); None of one seed."""
         values = self.values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
+
+    def half_width(self, metric: str) -> float | None:
+        """Half of the mean's 95% interval over seeds; None of one seed."""
+        return half_width(self.values(metric))
 
     def gain(self, metric: str, original: Mapping[str, Any] | None) -> float | None:
         """By how much the mean lies above the original classifier."""

@@ -14,6 +14,7 @@ from digit_images import write_digits
 
 from alphaext.commands import Init, Repair, Train
 from alphaext.commands import main as cli
+from alphaext.utils.text import percent
 
 CONFIG = """
 device = "cpu"
@@ -53,7 +54,11 @@ def test_one_command_repairs_and_goes_on(project, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["evaluate"]["part"] == "test" and result["fit"]["chosen_on"] == "val"
     repaired = project / "repaired"
-    assert (repaired / "report.html").read_text().startswith("<!DOCTYPE html>") and result["page"].endswith("report.html")
+    text = (repaired / "report.html").read_text()
+    assert text.startswith("<!DOCTYPE html>") and result["page"].endswith("report.html")
+    gain, (low, high) = (result["evaluate"]["comparisons"]["fit"][what]["few"] for what in ("differences", "intervals"))
+    few = f"few {percent(gain, sign=True)} points ({percent(low, sign=True)} to {percent(high, sign=True)})"
+    assert text.rindex("What to take, and what it costs") < text.index(few) < text.rindex("Who gained, and who paid")
     before, after = (
         torch.load(path, weights_only=True) for path in (project / "trained.pth", repaired / "trained-repaired.pth")
     )

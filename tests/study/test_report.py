@@ -24,9 +24,10 @@ from alphaext import AlphaNet, ClassSplit, fit
 from alphaext.features import write_features
 from alphaext.metrics.class_table import read_class_table, write_class_table
 from alphaext.study.plans import EXPERIMENTS, StudyOptions
-from alphaext.study.report.data import read_studies, read_study
+from alphaext.study.report.advice import advice_blocks
+from alphaext.study.report.data import StudyFiles, read_studies, read_study
 from alphaext.study.report.figures import rank_correlation
-from alphaext.study.report.front import Front, Height, better_rivals, chosen_heights, read_front, verdict
+from alphaext.study.report.front import Front, Height, apart, better_rivals, chosen_heights, crowd, read_front, verdict
 from alphaext.study.report.page import markdown_text
 from alphaext.study.report.write import write_report
 from alphaext.study.rows import COLUMNS, group_rows, make_row, read_rows, write_rows
@@ -232,6 +233,7 @@ def test_every_experiment_has_its_section_figures_and_numbers(report):
     for name in (*wanted, "controls", "data-size-top-1"):
         assert any(stem.startswith(name) for stem in stems), name
     assert next(path.stem for path in report.figures).startswith("trade-off-front")
+    assert headings.index("What to take for these data") < headings.index("The trade-off front")
     plots = [attributes for tag, attributes in page.elements if tag == "svg"]
     assert len(plots) == len(stems) and all(len(plot["aria-label"]) > 10 and plot["role"] == "img" for plot in plots)
     assert sum(tag == "details" for tag, _ in page.elements) >= sum(tag == "figure" for tag, _ in page.elements)
@@ -248,7 +250,8 @@ def test_the_figures_are_whole_files(report):
 
 def mean_and_spread(rows, name: str) -> str:
     values = [row[name] for row in rows if row[name] is not None]
-    spread = f" ±{percent(statistics.stdev(values))}" if len(values) > 1 else ""
+    factor = {1: 0.0, 2: 12.7062047364}[len(values)] / len(values) ** 0.5  # Student's t
+    spread = f" ±{percent(factor * statistics.stdev(values))}" if len(values) > 1 else ""
     return percent(statistics.fmean(values)) + spread if values else "-"
 
 
@@ -290,7 +293,7 @@ def test_the_tables_of_experiments_have_the_numbers_of_the_rows(report, study, e
         assert lines[0]["few top-1"] == mean_and_spread(own, "test_few")
         assert lines[0]["all top-5"] == mean_and_spread(own, "test_all_top5")
         gain = statistics.fmean(row["test_few"] for row in own) - original["test_few"]
-        assert lines[0]["few gain"] == percent(gain, sign=True)
+        assert lines[0]["few gain"].split(" ")[0] == percent(gain, sign=True)
 
 
 def test_classes_have_their_alphas_and_neighbours(report, study):
@@ -328,7 +331,7 @@ def test_heights_above_the_front_are_what_the_rows_say(report, study):
         assert line["each seed"] == ", ".join(percent(height, sign=True) for height in heights)
         assert line["above the front, points"].split(" ")[0] == percent(statistics.fmean(heights), sign=True)
     heads = {row["method"] for row in rows if row["experiment"] == "compare" and row["top_k"] is not None}
-    assert {line["method"] for line in table} == heads and len(report.findings) == len(heads) >= 2
+    assert {line["method"] for line in table} == heads and len(report.findings) == 1 + len(heads) >= 3
 
 
 def test_what_lies_beyond_the_front_is_told_by_its_end():
@@ -349,11 +352,15 @@ def test_the_front_is_interpolated_between_its_constants_and_not_beyond():
 @pytest.mark.parametrize(
     ("heights", "words"),
     [
-        ((-0.02, -0.03), "lies below the front: one constant on the few logits does better, by 2.5 ±0.7 points"),
-        ((0.02, 0.03), "lies above the front: 2.5 ±0.7 points more"),
-        ((-0.02, 0.03), "lies on the front: +0.5 ±3.5 points"),
-        ((0.0001,), "lies on the front: 0.0 points"),
-        ((-0.01,), "by 1.0 points over all at equal few accuracy (one seed, 5 of 500 test samples)"),
+        ((-0.02, -0.021), "lies below the front: one constant on the few logits does better, by 2.1 points"),
+        ((-0.02, -0.021), "(95% interval 1.4 to 2.7, 2 seeds, 10 of 500 test samples)"),
+        ((0.02, 0.021), "lies above the front: 2.1 points more"),
+        (
+            (0.02, 0.03),
+            "is not told from the front: +2.5 points over all at equal few accuracy (95% interval -3.9 to +8.9, 2 seeds)",
+        ),
+        ((0.0001,), "is not told from the front: 0.0 points over all at equal few accuracy (one seed, no interval)"),
+        ((-0.01,), "by 1.0 points over all at equal few accuracy (one seed, no interval, 5 of 500 test samples)"),
         ((None,), "cannot be compared with the front"),
         ((-0.01, None), "1 of 2 seeds lie beyond the front's ends"),
     ],
@@ -372,6 +379,58 @@ def test_a_verdict_says_when_nothing_changed_and_who_is_better():
     (sentence,) = better_rivals(group, others)
     assert "B (few 60.0%, all 60.0%)" in sentence and "C" not in sentence
     assert better_rivals(group, others[1:]) == []
+
+
+def studied(*rows, samples: int = 1000) -> StudyFiles:
+    """A study of one classifier with these results of "compare", the first one's the original's."""
+    made = [make_row(experiment="compare", **row) for row in rows]
+    info = {"samples": {"val": samples, "test": samples}}
+    return StudyFiles(Path(), "joint", "study", (dict(made[0], experiment="original"), *made), info)
+
+
+BEFORE = {"method": "original", "val_all": 0.5, "test_few": 0.1, "test_many": 0.8, "test_all": 0.5}
+
+
+def test_the_advice_is_what_validation_samples_say_and_tells_what_it_costs():
+    rows = [
+        {"method": "Alpha Net, preset few", "seed": seed, "val_all": 0.56, "test_few": few, "test_many": 0.79, "test_all": 0.6}
+        for seed, few in enumerate((0.4, 0.41, 0.42))
+    ]
+    best = {"method": "crt", "val_all": 0.6, "test_few": 0.2, "test_many": 0.81, "test_all": 0.6}
+    control = {"method": "free rows", "val_all": 0.9, "test_few": 0.9, "test_many": 0.9, "test_all": 0.9}
+    advice, note = advice_blocks([studied(BEFORE, *rows, best, control)])
+    assert advice.text.startswith(
+        "Take crt (alphaext baseline crt). Of 3 methods it has the most: 60.0% over all on validation"
+    )
+    assert "On test samples: few +10.0 points, many +1.0, all +10.0. No loss of base classes is seen." in advice.text
+    few = "take Alpha Net, preset few (alphaext fit --preset few). On test samples: few +31.0 points (+28.5 to +33.5), all"
+    assert few in advice.text and "Base classes pay: many -1.0 (-1.0 to -1.0)." in advice.text
+    assert "Another 1,000 test samples would move an accuracy over all by up to 3.1 points" in note.text
+
+
+def test_of_methods_that_are_alike_the_advice_is_the_one_that_changes_less():
+    constant = {"method": "few-bias", "val_all": 0.55, "test_few": 0.3, "test_many": 0.75, "test_all": 0.55}
+    best = {"method": "crt", "val_all": 0.555, "test_few": 0.3, "test_many": 0.8, "test_all": 0.55}
+    (advice, _) = advice_blocks([studied(BEFORE, best, constant)])
+    assert advice.text.startswith("Take few-bias (") and "crt has 0.5 points more, which is within the noise" in advice.text
+    (advice, _) = advice_blocks([studied(BEFORE, {**best, "val_all": 0.505})])
+    assert advice.text.startswith("Take original (nothing is to be done). It has 50.0%")
+    assert advice_blocks([studied(BEFORE, samples=0)]) == []
+
+
+def test_a_crowd_is_boxed_and_nobody_else():
+    apart = np.array([[0.0, 0.0], [10.0, 10.0], [20.0, 5.0]])
+    assert crowd(apart, 0) is None
+    (left, right), (low, high) = crowd(np.vstack([apart, [[10.2, 10.1], [10.1, 10.3]]]), 0)
+    assert 9 < left < 10 and 10.2 < right < 11 and 9 < low < 10 and 10.3 < high < 11
+    assert crowd(np.vstack([apart, apart[:1], apart[:1], apart]), 5) is None  # small points count for nothing
+
+
+def test_names_that_crowd_are_moved_apart_and_stay_in_order():
+    wanted = np.sort(np.random.default_rng(0).random(8) / 20 + 0.95)
+    at = apart(wanted, 0.1)
+    assert np.diff(at).min() > 0.0999 and at.min() >= 0 and at.max() <= 1
+    assert np.diff(apart(wanted.repeat(4), 0.1)).min() == pytest.approx(1 / 32)  # so many have no room
 
 
 def test_the_same_study_makes_the_same_bytes_and_leaves_matplotlib_as_it_was(study, tmp_path, monkeypatch):
@@ -402,6 +461,7 @@ def test_several_studies_stand_side_by_side(study, tmp_path):
     assert set(names) == {"<i>joint</i> (other)", "<i>joint</i> (third)"} == {line["classifier"] for line in compared}
     assert len([path for path in files.figures if path.stem.startswith("trade-off-front")]) == 4
     assert len(files.findings) % 2 == 0 and "(third)" in files.findings[-1]
+    assert files.findings[1].startswith("<i>joint</i> (third): take ")
     with pytest.raises(ValueError, match="study must name each folder once"):
         write_report([other, f"{other}/"], tmp_path / "again")
 
@@ -604,7 +664,7 @@ def test_the_command_writes_and_tells(study, tmp_path):
     console = Console(record=True, width=200)
     result = Report(study=small, output=tmp_path / "report", title="<b>Mine").run(console)
     assert Path(result["report"]).is_file() and Path(result["tables"]).is_file() and len(result["findings"]) >= 2
-    assert result["findings"][0][:20] in console.export_text()
+    assert result["findings"][0].startswith("Take ") and result["findings"][0][:20] in console.export_text()
     assert "<title>&lt;b&gt;Mine</title>" in Path(result["report"]).read_text(encoding="utf-8")
 
 

@@ -19,15 +19,19 @@ _MOST_CONFUSIONS, _MOST_ERRORS = 15, 10
 
 
 def mean_text(group: Group, metric: str) -> str:
-    """The mean over seeds in percent, with the standard deviation where there are several.
+    """The mean over seeds in percent, with half of its 95% interval where there are several.
 
     Example:
         >>> from alphaext.study.rows import make_row
-        >>> mean_text(Group("Alpha Net", {}, (make_row(test_few=0.1), make_row(test_few=0.2))), "test_few")
-        '15.0 ±7.1'
+        >>> mean_text(Group("Alpha Net", {}, tuple(make_row(test_few=few) for few in (0.1, 0.11, 0.12))), "test_few")
+        '11.0 ±2.5'
     """
-    spread = group.spread(metric)
-    return percent(group.mean(metric)) + (f" ±{percent(spread)}" if spread is not None else "")
+    return percent(group.mean(metric)) + half_width_text(group.half_width(metric))
+
+
+def half_width_text(half: float | None) -> str:
+    """What stands behind a mean that has an interval."""
+    return "" if half is None else f" ±{percent(half)}"
 
 
 _Rows = Iterable[tuple[str, ...]]
@@ -40,7 +44,8 @@ def _accuracy_texts(group: Group) -> list[str]:
 
 
 def _gain_texts(group: Group, study: StudyFiles, parts: Iterable[str]) -> list[str]:
-    return [percent(group.gain(f"test_{part}", study.original), sign=True) for part in parts]
+    gains = [(group.gain(f"test_{part}", study.original), group.half_width(f"test_{part}")) for part in parts]
+    return [percent(gain, sign=True) + ("" if gain is None else half_width_text(half)) for gain, half in gains]
 
 
 def of_studies(
@@ -80,7 +85,7 @@ def compare_table(studies: Sequence[StudyFiles]) -> list[DataTable]:
             for study, group in _compared(studies)
         ),
         (0, 1, 2),
-        note="± is the standard deviation over seeds. What a method leaves open was chosen on validation samples, out of "
+        note="± is half of the 95% interval over seeds. What a method leaves open was chosen on validation samples, out of "
         "so many candidates.",
     )
 
@@ -100,7 +105,8 @@ def cost_table(studies: Sequence[StudyFiles]) -> list[DataTable]:
         ("method", "classifier", *(f"{part}, points" for part in SPLITS_AND_ALL), "classes on their clamp", "epoch", "seconds"),
         (row for row in rows if row[0] != ORIGINAL),
         (0, 1),
-        note="Means over seeds. A class is on its clamp where its own coefficient sits on an end of what gamma allows it.",
+        note="± is half of the 95% interval over seeds. A class is on its clamp where its own coefficient sits on an end of "
+        "what gamma allows it.",
     )
 
 

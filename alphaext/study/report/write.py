@@ -13,6 +13,7 @@ from ...utils.figures import clean_text, require_matplotlib
 from ...utils.files import PathLike, file_digest, folder_lock, read_json, whole_file, write_json
 from ...utils.packages import require
 from ..plans import EXPERIMENTS
+from .advice import advice_blocks
 from .content import Block, Section, TextBlock, pictures_of
 from .data import StudyFiles, read_studies
 from .figures import class_blocks, experiment_blocks
@@ -31,7 +32,7 @@ class ReportFiles:
         html: the report, complete in itself.
         tables: its tables as Markdown.
         figures: its figures, each as PNG and as SVG.
-        findings: what the report says of the trade-off front, a sentence each.
+        findings: what the report advises, and what it says of the trade-off front.
     """
 
     html: Path
@@ -57,7 +58,7 @@ def write_report(
         title: of the page.
 
     Returns:
-        Where the files are, and what the report says of the front.
+        Where the files are, and what the report advises and says of the front.
 
     Raises:
         FileNotFoundError: a folder without a study.
@@ -97,7 +98,12 @@ def write_report(
     for picture in pictures_of(sections):
         files |= {f"{FIGURES}/{picture.name}.png": picture.png, f"{FIGURES}/{picture.name}.svg": picture.svg}
     _write(target, files, overwrite)
-    findings = (block.text for block in sections[0].blocks if isinstance(block, TextBlock) and block.kind == "finding")
+    findings = (
+        block.text
+        for section in sections
+        for block in section.blocks
+        if isinstance(block, TextBlock) and block.kind == "finding"
+    )
     return ReportFiles(
         target / HTML, target / TABLES, tuple(target / name for name in files if name.startswith(FIGURES)), tuple(findings)
     )
@@ -105,6 +111,7 @@ def write_report(
 
 def _sections(studies: Sequence[StudyFiles]) -> list[Section]:
     sections = [
+        Section("advice", "What to take for these data", tuple(advice_blocks(studies))),
         Section("front", "The trade-off front", tuple(front_blocks(studies))),
         Section(
             "compare", "Alpha Net and its rivals", (*compare_table(studies), *cost_table(studies), *calibration_table(studies))
@@ -112,7 +119,7 @@ def _sections(studies: Sequence[StudyFiles]) -> list[Section]:
         *(_study_section(study, len(studies) > 1) for study in studies),
         Section("about", "How it was made", (*error_table(studies), *map(settings_table, studies))),
     ]
-    return [section for section in sections if section.key != "compare" or section.blocks]
+    return [section for section in sections if section.key not in ("advice", "compare") or section.blocks]
 
 
 def _study_section(study: StudyFiles, several: bool) -> Section:
