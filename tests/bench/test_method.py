@@ -32,7 +32,7 @@ def test_front_is_what_constants_come_to() -> None:
 
 def test_summary_has_means_and_intervals() -> None:
     def row(method_name: str, draw: int, few: float, overall: float) -> dict[str, str]:
-        cells = {"few": few, "medium": 0, "many": 0, "all": overall, "front": "", "seconds": 1}
+        cells = {"few": few, "medium": 0, "many": 0, "base": 0, "all": overall, "front": "", "seconds": 1}
         return {"set": "digits", "draw": str(draw), "classifier": "joint", "method": method_name} | {
             name: str(value) for name, value in cells.items()
         }
