@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,17 +44,18 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         return self._install(console) if self.topic == "install" else self._data(console, started)
 
     def _data(self, console: Console, started: float) -> dict[str, Any]:
-        checkpoint = None if self.checkpoint is None else self.read_checkpoint()
+        checkpoint = None if self.checkpoint is None and self.saved_model is None else self.read_checkpoint()
         if self.features is not None and checkpoint is None:
             raise ValueError("--checkpoint must be given with --features: whose class order is checked")
         part = None if self.features is None else alphaext.features.store.read_parts(self.features, "train")["train"]
         # The lists are opened for what they say themselves: labels beyond the classifier are a finding, not an error here.
-        train = self.need("train")
+        order = None if checkpoint is None else self.class_order(checkpoint.class_names)
+        train = self.need("train", class_names=order)
         num_classes = self.num_classes if checkpoint is None else checkpoint.num_classes
         report = alphaext.doctor.check_data(
             train,
-            self.images("val"),
-            self.images("test"),
+            self._opened("val", order),
+            self._opened("test", order),
             num_classes=num_classes,
             class_names=None if checkpoint is None else checkpoint.class_names,
             few_below=self.few_below,
@@ -73,16 +75,28 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
             except (ValueError, TypeError) as error:
                 found = alphaext.doctor.Finding("error", "checkpoint and features do not fit", str(error))
             report.problems.append(found)
-        if self.backbone is not None and (checkpoint is not None or self.saved_model is not None):
-            report.problems.append(self._accuracy(train, num_classes))
+        if self.backbone is not None and checkpoint is not None:
+            report.problems.append(self._accuracy(train, checkpoint.num_classes))
         report.seconds = time.monotonic() - started
         report.print(console)
         return {**report.to_dict(), "exit_code": 0 if report.ok else 2}
 
-    def _accuracy(self, images: alphaext.data.LabelledImages, num_classes: int | None) -> alphaext.doctor.Finding:
+    def _opened(self, part: str, order: Sequence[str] | None) -> alphaext.data.LabelledImages | None:
+        try:
+            return self.images(part, class_names=order)
+        except ValueError:  # classes that the training data do not have: a finding
+            return self.images(part)
+
+    def _accuracy(self, images: alphaext.data.LabelledImages, num_classes: int) -> alphaext.doctor.Finding:
         try:
             found = self.accuracy(self.trained_model(num_classes, self.chosen_device()), images)
-            return replace(found, level="warning") if found.level == "error" and self.allow_chance else found
+            if found.level != "error":
+                return found
+            if self.allow_chance:
+                return replace(found, level="warning")
+            return replace(
+                found, detail=f"{found.detail}; --allow-chance, or allow_chance = true in [model], goes on all the same"
+            )
         except (ValueError, TypeError) as error:
             return alphaext.doctor.Finding("error", "the network does not take its weights or its images", str(error))
 

@@ -64,7 +64,7 @@ class Export(CommonOptions, ModelOptions):
         if len(changed) == checkpoint.num_classes:
             warnings.warn(
                 f"every row of the classifier changes: make sure that {str(self.repaired)!r} is for the network in "
-                f"{str(self.checkpoint)!r}",
+                f"{str(checkpoint.path)!r}",
                 stacklevel=2,
             )
         if self.saved_model is not None and self.checkpoint is None and self.format == "same":
@@ -100,7 +100,7 @@ class Export(CommonOptions, ModelOptions):
 
         model = copy_folder(self.saved_model, self.output, write, overwrite=self.overwrite)
         split = alphaext.models.split_model(model, example=self.example(model))
-        difference = float((split.classifier.weight - linear.weight).abs().max())
+        difference = float((split.classifier.weight - linear.weight).detach().abs().max())
         console.print(f"wrote {self.output}, {len(changed)} rows new", markup=False, highlight=False, soft_wrap=True)
         console.print(f"verified: from_pretrained loads it, with rows at most {difference:.2g} off", highlight=False)
         report = {**reports[0].to_dict(), "path": str(self.output)}

@@ -51,7 +51,6 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Extract all parts that are given; returns, for each, how many images, how wide, what was skipped."""
-        from ..models.huggingface import class_names_of
         from ..utils.processes import keep_freed_memory, process_group, processors_per_process
 
         console, started = results.console_or_quiet(console), time.monotonic()
@@ -66,7 +65,7 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
             if on_cpu and not processes:
                 keep_freed_memory()
             model = self.trained_model(self.num_classes, group.device)
-            parts = self._open(named, model.num_classes, class_names_of(model.model))
+            parts = self._open(named, model.num_classes, self.class_names(model.model))
             before = self._earlier_results()
             begun = [part for part in parts if (self.features / part).exists()]
             with group.together():
@@ -126,14 +125,9 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
     def _open(
         self, parts: list[str], num_classes: int, names: tuple[str, ...] | None
     ) -> dict[str, alphaext.data.LabelledImages]:
-        """The images of all parts, before any of them is extracted.
-
-        Folders of classes are in the order of the model's ``names``, where these are theirs, or else of the training folder.
-        """
-        if self.train is not None and self.train.is_dir():
-            own = self.need("train", num_classes=num_classes).class_names
-            names = names if names is not None and own is not None and set(names) == set(own) else own
-        return {part: self.need(part, num_classes=num_classes, class_names=names) for part in parts}
+        """The images of all parts, before any of them is extracted."""
+        order = self.class_order(names, num_classes)
+        return {part: self.need(part, num_classes=num_classes, class_names=order) for part in parts}
 
     def _earlier_results(self) -> dict[str, Any]:
         """What an earlier extraction into this folder found, of other parts too."""

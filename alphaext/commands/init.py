@@ -12,12 +12,16 @@ from rich.console import Console
 
 import alphaext
 
+from ..data.texts import TEXT_SUFFIXES, read_rows
 from ..utils.files import check_output_file, whole_file
 from . import results
 from .options import Options, option
 from .shared import PARTS
 
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
+_CLASSES = ("classes.txt", "class_names.txt", "labels.txt", "names.txt")
+_TEXT_COLUMNS = ("text", "sentence", "question", "query", "utterance", "content", "review", "title")
+_LABEL_COLUMNS = ("label", "labels", "category", "class", "intent", "target", "y")
 _PART_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 # What a checkpoint's tensors are compared with, the most common first.
 _KNOWN = (
@@ -55,6 +59,14 @@ class Init(Options):
             file.write(_configuration(found, output.absolute().parent).encode("utf-8"))
         for name, value in found.items():
             console.print(f"{name}: {'not found' if value is None else value}", markup=False, highlight=False)
+        if found["backbone"] is None:
+            known = "" if found["checkpoint"] is None else ": the checkpoint's tensors are those of no common torchvision model"
+            console.print(
+                f"backbone must be written in{known}; timm:NAME for timm's, module:function for your own",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         console.print(f"Configuration: {output}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"Look through it, then: alphaext repair --config {output}", markup=False, highlight=False)
         return {"configuration": str(output), **found}
@@ -62,6 +74,8 @@ class Init(Options):
     def _look(self) -> dict[str, Any]:
         entries = sorted(self.folder.iterdir())
         parts = {part: _named(entries, names) for part, names in _PART_NAMES.items()}
+        columns = next((_columns(path) for path in parts.values() if path is not None and path.suffix in TEXT_SUFFIXES), {})
+        classes = next((self.folder / name for name in _CLASSES if (self.folder / name).is_file()), None)
         root = next((_root(path, self.folder) for path in parts.values() if path is not None and path.is_file()), None)
         saved = next((path for path in [self.folder, *entries] if (path / "config.json").is_file()), None)
         weights = [path for path in entries if path.is_file() and path.suffix in _WEIGHTS]
@@ -71,12 +85,12 @@ class Init(Options):
         backbone = None if saved is None else f"hf:{saved}"
         if checkpoint is not None:
             backbone = recognised(alphaext.checkpoints.read_checkpoint(checkpoint))
-        return {**parts, "root": root, "checkpoint": checkpoint, "backbone": backbone}
+        return {**parts, "root": root, "classes": classes, **columns, "checkpoint": checkpoint, "backbone": backbone}
 
 
 def _named(entries: Iterable[Path], names: Sequence[str]) -> Path | None:
     """The folder, list or array file of one of these names; or a list in whose name one stands."""
-    lists = [path for path in entries if path.is_file() and path.suffix in (".txt", ".csv", ".npz")]
+    lists = [path for path in entries if path.is_file() and path.suffix in (".txt", ".npz", *TEXT_SUFFIXES)]
     # A list comes before a folder, which may be what the list is of.
     exact = [path for path in [*lists, *filter(Path.is_dir, entries)] if path.stem.lower() in names]
     within = [path for path in lists if set(path.stem.lower().replace("-", "_").split("_")) & set(names)]
@@ -85,12 +99,20 @@ def _named(entries: Iterable[Path], names: Sequence[str]) -> Path | None:
 
 def _root(path: Path, folder: Path) -> Path | None:
     """Where the paths of a list file begin: the folder below which the first of them is there."""
-    if path.suffix == ".npz":
+    if path.suffix != ".txt":
         return None
     with path.open(encoding="utf-8", errors="replace") as file:
         name = file.readline().rpartition(" ")[0]
     places = [folder, path.parent, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir())]
     return next((place for place in places if name and (place / name).is_file()), None)
+
+
+def _columns(path: Path) -> dict[str, str]:
+    """Which columns of a table hold texts and labels, where they are called otherwise than the options suppose."""
+    names = list(read_rows(path)[0])
+    likely = {"text_column": _TEXT_COLUMNS, "label_column": _LABEL_COLUMNS}
+    found = {option: next((name for name in names if name.lower() in known), None) for option, known in likely.items()}
+    return {option: name for option, name in found.items() if name is not None and name != likely[option][0]}
 
 
 def recognised(checkpoint: alphaext.checkpoints.Checkpoint) -> str | None:
@@ -123,11 +145,12 @@ _TEMPLATE = """\
 features = "features"            # the folder of cached features
 
 [data]
-{train}  # a list file ('relative/path label' a line), a folder of class folders, or an .npz of x and y
+{train}  # a list file ('relative/path label' a line), a folder of class folders, an .npz of x and y, or a table of texts
 {val}  # every choice is made on these
 {test}  # and none on these
 {root}  # where the paths of list files begin
-few_below = 20                   # a class with fewer training images is few, and is repaired
+{classes}  # the classes' names, one a line, in the order of the labels
+{text_column}{label_column}few_below = 20                   # a class with fewer training images is few, and is repaired
 many_above = 100                 # a class with more is many
 
 [model]
@@ -139,7 +162,9 @@ many_above = 100                 # a class with more is many
 
 def _configuration(found: dict[str, Any], folder: Path) -> str:
     lines = {"file": "mine.toml"}
-    for name in (*PARTS, "root", "backbone", "checkpoint"):
+    for name in ("text_column", "label_column"):
+        lines[name] = f"{name} = {json.dumps(found[name])}\n" if name in found else ""
+    for name in (*PARTS, "root", "classes", "backbone", "checkpoint"):
         value = found[name]
         lines[name] = f'# {name} = ""' if value is None else f"{name} = {json.dumps(_relative(str(value), folder))}"
     return _TEMPLATE.format(**lines)

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from ..utils.environment import __version__
 from ..utils.files import without_nan
+from ..utils.text import did_you_mean
 from . import COMMANDS, CONFIGURABLE, Extract, Train
-from .options import Options, add_flags, did_you_mean, from_flags, kinds_of, read_config
+from .options import Options, add_flags, from_flags, kinds_of, read_config
 from .results import is_main_process, started_by_torchrun
 
 _DESCRIPTION = """\

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import os
 import re
@@ -27,6 +26,7 @@ else:
     import tomli as tomllib
 
 from ..utils.option_table import kind_of
+from ..utils.text import did_you_mean
 
 __all__ = ["Options", "add_flags", "from_flags", "from_table", "option", "read_config"]
 
@@ -303,13 +303,6 @@ def read_config(path: str | os.PathLike[str], commands: Iterable[type[Options]])
             checked = known[section][name].check(entry, f"config {str(file)!r}: {place}", folder)
             result.setdefault(section, {})[name] = checked
     return result
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """How an error message goes on after an unknown ``word``: with the nearest of the known ones, or with all of them."""
-    names = [name for name in known if name]
-    close = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(names)) or 'none'}"
 
 
 def _plain(value: Any) -> Any:

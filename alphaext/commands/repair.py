@@ -59,6 +59,10 @@ class Repair(Options):
         steps = _Steps(self.config, config, output, console)
         features = Path(config.get("", {}).get("features", output / "features"))
         data = from_flags(Extract, {"features": features}, config)
+        if data.backbone is None:
+            raise ValueError(
+                f"backbone must be given in [model] of {self.config}: torchvision's name, timm:NAME, or module:function"
+            )
         part = next((part for part in reversed(PARTS) if getattr(data, part) is not None), "test")
         method = self.method or ("fit" if data.val is None else "recommend")
         made, evaluation = output / method, output / "evaluation"

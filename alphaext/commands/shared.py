@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import alphaext
 
 from ..utils.checks import check_class_names, check_integer
+from ..utils.text import did_you_mean
 from .options import Options, option
 from .results import plain_linear, read_classifier
 
@@ -108,13 +109,15 @@ class DataOptions(SplitOptions):
         None,
         metavar="SOURCE",
         help="training images: a list file ('relative/path label' a line), a folder of class folders, an .npz of x and y, "
-        "or cifar10:train, cifar100:train",
+        "cifar10:train or cifar100:train; for hf: models of texts a .csv, .json or .jsonl table",
     )
     val: Path | None = option(None, metavar="SOURCE", help="validation images, for every choice that is made")
     test: Path | None = option(None, metavar="SOURCE", help="test images; nothing is ever chosen on them")
     root: Path | None = option(None, metavar="FOLDER", help="where the paths of list files begin, or CIFAR lies")
     num_classes: int | None = option(None, help="classes there are, where the lists do not show all")
     classes: Path | None = option(None, metavar="FILE", help="the classes' names, one a line, in the order of the labels")
+    text_column: str = option("text", metavar="NAME", help="the column of the texts, in tables of texts")
+    label_column: str = option("label", metavar="NAME", help="the column of their labels: numbers from 0, or names of classes")
     imbalance_factor: float | None = option(
         None, help="cut the training images to a long tail: the largest class has X times the images of the smallest"
     )
@@ -130,14 +133,15 @@ class DataOptions(SplitOptions):
             class_names = self.classes.read_text(encoding="utf-8").split("\n")
             class_names = check_class_names([name.strip() for name in class_names if name.strip()], self.num_classes)
             num_classes = len(class_names)
+        classes: dict[str, Any] = {"num_classes": num_classes if self.num_classes is None else self.num_classes}
+        classes["class_names"] = class_names if source.is_dir() or _is_table(source) else None
         try:
-            images = alphaext.data.open_images(
-                os.fspath(source),
-                root=None if source.is_dir() or source.suffix == ".npz" else self.root,
-                num_classes=num_classes if self.num_classes is None else self.num_classes,
-                class_names=class_names if source.is_dir() else None,
-                part=part,
-            )
+            if _is_table(source):
+                columns = {"text_column": self.text_column, "label_column": self.label_column}
+                images: alphaext.data.LabelledImages = alphaext.data.read_texts(source, **columns, **classes)
+            else:
+                root = None if source.is_dir() or source.suffix == ".npz" else self.root
+                images = alphaext.data.open_images(os.fspath(source), root=root, part=part, **classes)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{part}: {error}") from error
         if images.class_names is None and class_names is not None and len(class_names) == images.num_classes:
@@ -154,6 +158,25 @@ class DataOptions(SplitOptions):
         if images is None:
             raise ValueError(f"--{part} must be given, or {part} in [data] of the configuration: the {part} images")
         return images
+
+    def class_order(self, names: Sequence[str] | None, num_classes: int | None = None) -> Sequence[str] | None:
+        """The order of classes that data know by their names (class folders, a column of names): the model's ``names``, where
+        these are among them, or else that of the training data."""
+        if self.train is None or not (self.train.is_dir() or _is_table(self.train)):
+            return names
+        own = self.need("train", num_classes=num_classes).class_names
+        unknown = [name for name in own or () if name not in (names or ())]
+        if names and unknown and own and len(unknown) < len(own):
+            warnings.warn(
+                f"the training data have a class {unknown[0]!r} that the model does not name"
+                f"{did_you_mean(unknown[0], names)}; its classes are taken in the order of the data",
+                stacklevel=2,
+            )
+        return names if own is None or (names and not unknown) else own
+
+
+def _is_table(source: Path) -> bool:
+    return source.suffix.lower() in alphaext.data.TEXT_SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +263,9 @@ class ModelOptions(CheckpointOptions):
     model_options: tuple[str, ...] = option(
         (), metavar="NAME=VALUE", help="what the library's function for the model takes besides, as in img_size=64"
     )
+    max_length: int | None = option(
+        None, metavar="TOKENS", help="where a text is cut, for hf: models of texts; without, as the model says, at most 512"
+    )
     pretrained: bool = option(False, help="start from weights that torchvision or timm publishes")
 
     def model(self, num_classes: int, seed: int = 0) -> nn.Module:
@@ -261,7 +287,10 @@ class ModelOptions(CheckpointOptions):
 
     def accuracy(self, model: alphaext.models.SplitModel, images: alphaext.data.LabelledImages) -> alphaext.doctor.Finding:
         """Whether the network knows some of its images, as they are transformed; and better in another likely way."""
-        transform, options = self.test_transform(model.model), self._of_images(model.model)
+        transform, progress = self.test_transform(model.model), getattr(self, "progress", None)
+        if self._tokens(model.model) is not None:
+            return alphaext.doctor.check_accuracy(model, images, transform, progress=progress)
+        options = self._of_images(model.model)
         size: dict[str, Any] = {"image_size": options["image_size"], "channels": self.channels}
         resize = round(options["image_size"] * 8 / 7)
         of_imagenet = alphaext.data.test_transform(resize=resize, **size)
@@ -275,10 +304,13 @@ class ModelOptions(CheckpointOptions):
             ),
         }
         others = {name: each for name, each in others.items() if each.description != transform.description}
-        return alphaext.doctor.check_accuracy(model, images, transform, others, progress=getattr(self, "progress", None))
+        return alphaext.doctor.check_accuracy(model, images, transform, others, progress=progress)
 
-    def test_transform(self, model: nn.Module) -> alphaext.data.ImageTransform:
+    def test_transform(self, model: nn.Module) -> alphaext.data.Transform:
         """For the network's features and accuracies."""
+        tokens = self._tokens(model)
+        if tokens is not None:
+            return tokens
         options = self._of_images(model)
         if self.transform == "small":
             return alphaext.data.small_test_transform(**options)
@@ -290,15 +322,28 @@ class ModelOptions(CheckpointOptions):
 
     def train_transform(self, model: nn.Module) -> alphaext.data.ImageTransform:
         """For the network's training."""
+        if self._tokens(model) is not None:
+            raise ValueError("texts are not augmented: passes must be 1, and models of texts are trained elsewhere")
         make = alphaext.data.small_train_transform if self.transform == "small" else alphaext.data.train_transform
         return make(**self._of_images(model))
 
-    def tell_transform(self, console: Console, transform: alphaext.data.ImageTransform, model: nn.Module) -> None:
+    def tell_transform(self, console: Console, transform: alphaext.data.Transform, model: nn.Module) -> None:
         """Say once how images are transformed, and who says so."""
         known = self.preprocessing(model)
+        if self._tokens(model) is not None:
+            length = transform.description["max_length"]
+            text = f"Texts are cut at {length} tokens, by the tokenizer in {self.saved_model}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
         source = "as the options say" if known is None else known.source
         description = ", ".join(f"{name} {value}" for name, value in transform.description.items() if name != "name")
         console.print(f"Images are transformed ({source}): {description}", markup=False, highlight=False, soft_wrap=True)
+
+    def _tokens(self, model: nn.Module) -> alphaext.data.Transform | None:
+        """How a model of texts wants them; None of a model of images."""
+        from ..models.huggingface import HuggingFaceTexts, Tokens
+
+        return Tokens(self.saved_model, self.max_length) if self.saved_model and isinstance(model, HuggingFaceTexts) else None
 
     def _of_images(self, model: nn.Module) -> dict[str, Any]:
         known = self.preprocessing(model)
@@ -336,10 +381,18 @@ class ModelOptions(CheckpointOptions):
         example = self.example(model).to(device)
         return alphaext.models.split_model(model.to(device).eval(), self.classifier_layer, example)
 
+    def class_names(self, model: nn.Module) -> Sequence[str] | None:
+        """The classes' names in the order of the network's scores, where its configuration or its checkpoint has them."""
+        from ..models.huggingface import class_names_of
+
+        return class_names_of(model) or (None if self.checkpoint is None else self.read_checkpoint().class_names)
+
     def example(self, model: nn.Module) -> torch.Tensor:
-        """A batch of two images of noise."""
+        """A batch of two images, or texts, of noise."""
         from ..utils.seeds import noise
 
+        if self._tokens(model) is not None:
+            return noise(2, 2, 8)
         size = check_integer(self._of_images(model)["image_size"], "image_size", minimum=1)
         return noise(2, check_integer(self.channels, "channels", minimum=1), size, size)
 

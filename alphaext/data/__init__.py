@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .images import ArrayImages, DatasetImages, FileImages, ImageReadError, LabelledImages, decode_image
 from .list_files import read_list, write_list
-from .loading import ImageBatch, image_batches
+from .loading import ImageBatch, Transform, image_batches
 from .long_tailed import long_tailed_counts, make_long_tailed
 from .sources import from_torchvision, open_images, read_arrays, read_cifar, read_image_folder
+from .texts import TEXT_SUFFIXES, Texts, read_texts
 from .transforms import (
     ImageTransform,
     make_transform,
@@ -17,6 +18,7 @@ from .transforms import (
 )
 
 __all__ = [
+    "TEXT_SUFFIXES",
     "ArrayImages",
     "DatasetImages",
     "FileImages",
@@ -24,6 +26,8 @@ __all__ = [
     "ImageReadError",
     "ImageTransform",
     "LabelledImages",
+    "Texts",
+    "Transform",
     "decode_image",
     "from_torchvision",
     "image_batches",
@@ -35,6 +39,7 @@ __all__ = [
     "read_cifar",
     "read_image_folder",
     "read_list",
+    "read_texts",
     "small_test_transform",
     "small_train_transform",
     "test_transform",

@@ -139,9 +139,9 @@ class LabelledImages(Dataset["tuple[Image, int]"], ABC):
         """
         digest = hashlib.sha256()
         names = "\0".join(self.name(index) for index in range(len(self)))
-        _update(digest, self.kind.encode())
-        _update(digest, names.encode("utf-8", "surrogateescape"))
-        _update(digest, self._label_bytes())
+        update_digest(digest, self.kind.encode())
+        update_digest(digest, names.encode("utf-8", "surrogateescape"))
+        update_digest(digest, self._label_bytes())
         return digest.hexdigest()
 
     def _label_bytes(self) -> bytes:
@@ -208,7 +208,7 @@ class FileImages(LabelledImages):
         return FileImages(self.root, paths, self.labels.index_select(0, chosen), self.num_classes, self.class_names)
 
 
-class _RowImages(LabelledImages):
+class RowImages(LabelledImages):
     """Images that are rows of one whole.
 
     Attributes:
@@ -244,7 +244,7 @@ class _RowImages(LabelledImages):
         return type(self)(self._whole, labels, self.source, self.num_classes, self.class_names, rows)
 
 
-class ArrayImages(_RowImages):
+class ArrayImages(RowImages):
     """Images in one array in memory; :func:`alphaext.data.read_arrays` makes them. A subset shares the array.
 
     Attributes:
@@ -278,16 +278,16 @@ class ArrayImages(_RowImages):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        _update(digest, self.kind.encode())
-        _update(digest, repr((len(self), *self.pixels.shape[1:])).encode())
+        update_digest(digest, self.kind.encode())
+        update_digest(digest, repr((len(self), *self.pixels.shape[1:])).encode())
         rows = self.rows.numpy()
         for start in range(0, len(rows), 1024):
-            _update(digest, self.pixels[rows[start : start + 1024]].tobytes())
-        _update(digest, self._label_bytes())
+            update_digest(digest, self.pixels[rows[start : start + 1024]].tobytes())
+        update_digest(digest, self._label_bytes())
         return digest.hexdigest()
 
 
-class DatasetImages(_RowImages):
+class DatasetImages(RowImages):
     """The images of a data set in torchvision's manner, whose items are ``(PIL image, label)``.
 
     :func:`alphaext.data.from_torchvision` makes them.
@@ -396,7 +396,7 @@ def _pillow() -> Any:
     return Image
 
 
-def _update(digest: Any, part: bytes) -> None:
+def update_digest(digest: Any, part: bytes) -> None:
     """Add ``part`` with its length, so that what ends one part cannot begin the next."""
     digest.update(struct.pack("<q", len(part)))
     digest.update(part)

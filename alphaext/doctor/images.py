@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
-from ..data.images import ArrayImages, DatasetImages, FileImages, ImageReadError, LabelledImages
+from ..data.images import DatasetImages, FileImages, ImageReadError, LabelledImages, RowImages
+from ..data.texts import Texts
 from ..utils.progress import task_bar
 from .report import Finding, Level, plural
 
@@ -292,9 +293,10 @@ def _overlap(parts: Parts, one: str, two: str, shared: Sequence[tuple[int, int]]
 
     counted = f"{len(shared):,} of {plural(len(parts[two]), 'image')} of {two}"
     if by_content:
-        few = len(shared) <= _HARMLESS_SHARE * len(parts[two])
+        # Two people write the same short text.
+        few = len(shared) <= _HARMLESS_SHARE * len(parts[two]) or isinstance(parts[two], Texts)
         detail = f"{counted} with the very bytes of one of {one}"
-        detail += ": too few to matter much" if few else f": accuracies on {two} come out too high"
+        detail += ": they weigh little" if few else f": accuracies on {two} come out too high"
         level: Level = "warning" if few else "error"
         return Finding(level, f"{one} and {two} overlap by content", detail, tuple(item(*pair) for pair in shared))
     detail = f"{counted} in both lists: accuracies on {two} come out too high"
@@ -306,10 +308,8 @@ def _identities(images: LabelledImages) -> list[Hashable]:
     if isinstance(images, FileImages):
         root = os.path.realpath(images.root)
         return [f"{root}/{os.path.normpath(path) if '//' in path or './' in path else path}" for path in images.paths]
-    if isinstance(images, ArrayImages):
-        return [(id(images.pixels), row) for row in images.rows.tolist()]
-    if isinstance(images, DatasetImages):
-        return [(id(images.dataset), row) for row in images.rows.tolist()]
+    if isinstance(images, RowImages):
+        return [(id(images._whole), row) for row in images.rows.tolist()]
     return [images.name(index) for index in range(len(images))]
 
 

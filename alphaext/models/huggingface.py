@@ -1,28 +1,34 @@
-"""Image classifiers of Hugging Face's transformers, from a folder on this machine: as models from images to logits."""
+"""Classifiers of Hugging Face's transformers, from a folder on this machine: of images or texts, as models from one tensor to
+logits."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..utils.checks import check_integer
 from ..utils.files import PathLike, read_json
 from ..utils.packages import require
 
 PREFIX = "hf:"
+_TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "special_tokens", "added_tokens")
+_MAX_LENGTH = 512
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-class HuggingFaceImages(nn.Module):
-    """An image classifier of transformers as a model from images to logits.
+class HuggingFaceModel(nn.Module):
+    """A classifier of transformers as a model from one tensor to logits.
 
     Attributes:
-        model: the model itself.
+        model: the classifier itself.
         config: its configuration.
     """
 
@@ -31,32 +37,109 @@ class HuggingFaceImages(nn.Module):
         self.model = model
         self.config: Any = model.config
 
+
+class HuggingFaceImages(HuggingFaceModel):
+    """An image classifier: of images ``[n, C, H, W]``."""
+
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(pixel_values=images).logits
         return logits
 
 
-def load_folder(folder: PathLike) -> HuggingFaceImages:
-    """An image classifier that ``save_pretrained`` wrote, with its weights, in float32; nothing is fetched, no code in it runs.
+class HuggingFaceTexts(HuggingFaceModel):
+    """A text classifier: of tokens ``[n, 2, T]`` as :class:`Tokens` makes them."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # By noise models are tried out: no number in it may be none of a token.
+        ids, mask = tokens[:, 0].long().clamp(min=0), tokens[:, 1] > 0
+        used = mask.any(dim=0).nonzero().flatten().tolist() or [0]
+        columns = slice(used[0], used[-1] + 1)  # what is padding in all texts takes time and changes nothing
+        logits: Tensor = self.model(input_ids=ids[:, columns], attention_mask=mask[:, columns].long()).logits
+        return logits
+
+
+class Tokens:
+    """Turns a text into float32 ``[2, max_length]``: the numbers of its tokens, and 1 where there is one, 0 for padding.
+
+    Floating point, exact for as many tokens as any tokenizer has, is what the rest of the package takes for images too.
+
+    Attributes:
+        description: the tokenizer, by a digest of its files, and the longest text; JSON can hold it.
+    """
+
+    random = False
+
+    def __init__(self, folder: PathLike, max_length: int | None = None) -> None:
+        path = _checked(folder)
+        transformers = require("transformers", "models named 'hf:FOLDER' need", "'alphaext[hf]'")
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(os.fspath(path), local_files_only=True)
+        except Exception as error:  # what a library makes of foreign bytes knows no limits
+            raise ValueError(
+                f"there is no tokenizer in {str(path)!r}, where save_pretrained of a tokenizer writes it: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if self._tokenizer.pad_token is None:
+            raise ValueError(f"the tokenizer in {str(path)!r} must have a pad_token, it has none")
+        positions = getattr(
+            transformers.AutoConfig.from_pretrained(path, local_files_only=True), "max_position_embeddings", None
+        )
+        own = min(self._tokenizer.model_max_length, positions or _MAX_LENGTH, _MAX_LENGTH)
+        digest = hashlib.sha256()
+        for file in sorted(path.iterdir()):
+            if file.name.startswith(_TOKENIZER) and file.is_file():
+                digest.update(file.name.encode() + file.read_bytes())
+        length = own if max_length is None else check_integer(max_length, "max_length", minimum=1)
+        self.description = {"name": "tokens", "tokenizer": digest.hexdigest(), "max_length": length}
+
+    def __call__(self, text: str) -> Tensor:
+        length = self.description["max_length"]
+        made = self._tokenizer(text, truncation=True, max_length=length, padding="max_length")
+        return torch.tensor([made["input_ids"], made["attention_mask"]], dtype=torch.float32, device="cpu")
+
+
+_KINDS: dict[str, type[HuggingFaceModel]] = {
+    "ForImageClassification": HuggingFaceImages,
+    "ForSequenceClassification": HuggingFaceTexts,
+}
+
+
+def load_folder(folder: PathLike) -> HuggingFaceModel:
+    """A classifier that ``save_pretrained`` wrote, with its weights, in float32; nothing is fetched, no code in it runs.
 
     Raises:
         ImportError: transformers is not installed.
         FileNotFoundError: there is no such folder, or no configuration in it.
-        ValueError: it is no image classifier, or cannot be loaded.
+        ValueError: it is no classifier of images or texts, or cannot be loaded.
     """
     path = _checked(folder)
     kinds = read_json(path / "config.json", "a model's configuration").get("architectures") or []
-    if not any(str(kind).endswith("ForImageClassification") for kind in kinds):
+    kind = next((ending for ending in _KINDS if any(str(kind).endswith(ending) for kind in kinds)), None)
+    if kind is None:
         raise ValueError(
-            f"backbone {PREFIX}{path} must be an image classifier, got {', '.join(map(str, kinds)) or 'no architecture'}; for "
-            "other models there is alphaext.repair_model(model, loader) in Python"
+            f"backbone {PREFIX}{path} must be a classifier of images or texts, got "
+            f"{', '.join(map(str, kinds)) or 'no architecture'}; for other models there is "
+            "alphaext.repair_model(model, loader) in Python"
         )
     transformers = require("transformers", "models named 'hf:FOLDER' need", "'alphaext[hf]'")
-    load = transformers.AutoModelForImageClassification.from_pretrained
+    load = getattr(transformers, f"AutoModel{kind}").from_pretrained
     try:
-        return HuggingFaceImages(load(os.fspath(path), local_files_only=True, dtype=torch.float32))
+        with _without_bars(transformers.utils.logging):
+            return _KINDS[kind](load(os.fspath(path), local_files_only=True, dtype=torch.float32))
     except Exception as error:  # what a library makes of foreign bytes knows no limits
         raise ValueError(f"backbone {PREFIX}{path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _without_bars(logging: Any) -> Iterator[None]:
+    """A block in which transformers shows no progress bar: to load a file takes a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def class_names_of(model: nn.Module) -> tuple[str, ...] | None:

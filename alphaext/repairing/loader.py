@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..doctor.accuracy import at_chance, chance_level
 from ..features.store import Features
+from ..metrics.predictions import predict
 from ..models.huggingface import class_names_of
 from ..models.split import check_used_once, compare_scores, find_classifier, linear_layers, plain_scores, unwrapped
+from ..training.result import AlphaNetWarning
 from ..utils.checks import check_class_names, check_integer, check_kind
 from ..utils.linear import make_linear, wide
 from ..utils.modules import evaluating
@@ -180,7 +184,8 @@ def repair_model(
         options: of :func:`alphaext.repair`: ``preset``, ``few_below``, ``many_above``, and so on.
 
     Returns:
-        A :class:`RepairedModel`; printed, it says what was gained.
+        A :class:`RepairedModel`; printed, it says what was gained. A model that knows no more of its training data than chance
+        would is warned of: it sees them otherwise than in its training, and a gain on that is none.
 
     Raises:
         TypeError, ValueError: as :func:`extract_features` and :func:`alphaext.repair`.
@@ -205,9 +210,22 @@ def repair_model(
         parts.append(data)
     name = find_classifier(model) if classifier is None else classifier
     layer = _named_layer(model, name)
+    _warn_of_chance(layer, parts[0])
     wide_layer = make_linear(wide(layer.weight), None if layer.bias is None else wide(layer.bias))
     made = repair(wide_layer, parts[0], val_features=parts[1], progress=progress, **options)
     return RepairedModel(made.apply(copy.deepcopy(model), name), name, made, parts[0], parts[1])
+
+
+def _warn_of_chance(layer: nn.Linear, features: Features) -> None:
+    accuracy, chance, bad = at_chance(predict(layer, features, progress=False).predicted, features.labels)
+    if chance_level(bad, len(features)) == "error":
+        warnings.warn(
+            f"of {len(features)} training samples the model knows {percent(accuracy)}%, where chance would know "
+            f"{percent(chance)}%: the transform (size, mean and deviation) is another than in its training, or the labels "
+            "count the classes in another order",
+            AlphaNetWarning,
+            stacklevel=3,
+        )
 
 
 # ---- Data and batches --------------------------------------------------------------------------------------------------

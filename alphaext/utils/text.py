@@ -1,8 +1,10 @@
-"""Numbers as text."""
+"""Numbers as text, and words that were meant."""
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 
 
 def number_text(value: float | None, form: str) -> str:
@@ -27,3 +29,19 @@ def percent(fraction: float | None, *, sign: bool = False) -> str:
     text = f"{100 * fraction:+.1f}" if sign else f"{100 * fraction:.1f}"
     # What rounds to nothing has no direction.
     return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+def did_you_mean(word: str, known: Iterable[str], limit: int = 20) -> str:
+    """How an error message goes on after an unknown ``word``: with the nearest of the known ones, or with the first of all.
+
+    Example:
+        >>> did_you_mean("Wild cat", ["octopus", "wild_cat"]), did_you_mean("dog", ["octopus", "wild_cat"])
+        ("; did you mean 'wild_cat'?", '; known are octopus, wild_cat')
+    """
+    names = [name for name in known if name]
+    folded = {name.casefold(): name for name in names}
+    close = difflib.get_close_matches(word.casefold(), folded, n=1)
+    if close:
+        return f"; did you mean {folded[close[0]]!r}?"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"; known are {', '.join(sorted(names)[:limit]) or 'none'}{more}"

@@ -1,4 +1,4 @@
-"""Image classifiers that transformers saved: through the commands and back into a folder."""
+"""Classifiers that transformers saved: through the commands and back into a folder."""
 
 from __future__ import annotations
 
@@ -81,6 +81,81 @@ def test_a_saved_model_is_repaired_into_a_folder(kind, tmp_path, capsys):
     assert cli.main([*export, "--overwrite"]) == 0
 
 
+QUESTIONS = {"lost card": 30, "exchange rate": 25, "top up": 24, "age limit": 3}  # not in the order of the alphabet
+
+
+def save_text_model(folder: Path, kind: str = "Bert") -> list[tuple[str, str]]:
+    """A model of texts that knows its classes, in an order of its own, and its tokenizer; returns texts and their classes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *sorted({word for name in QUESTIONS for word in name.split()}),
+        "my",
+        "a",
+        "the",
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=12
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(
+        **small, vocab_size=len(words), max_position_embeddings=20, id2label=dict(enumerate(QUESTIONS)),
+        label2id={name: number for number, name in enumerate(QUESTIONS)},
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    texts = [
+        (f"{['a', 'my', 'the'][n % 3]} {name}" + " the" * (n % 4), name)
+        for name, count in QUESTIONS.items()
+        for n in range(count)
+    ]
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = loaded([text for text, _ in texts], padding=True, return_tensors="pt", return_token_type_ids=False)
+    labels = torch.tensor([list(QUESTIONS).index(name) for _, name in texts])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return texts
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
+def test_a_model_of_texts_is_repaired_by_one_command(kind, tmp_path, capsys):
+    texts = save_text_model(tmp_path / "saved", kind)
+    for part, rows in {"train": texts, "val": texts[::2] + texts[-2:]}.items():
+        lines = [json.dumps({"question": text, "label": name}) for text, name in rows]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    assert cli.main(["init", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["text_column"] == "question" and "label_column" not in found and found["backbone"] == f"hf:{tmp_path / 'saved'}"
+    )
+    repair = ["repair", "--config", str(tmp_path / "mine.toml"), "--method", "fit"]
+    assert cli.main(repair) == 0
+    said = capsys.readouterr()
+    assert "Texts are cut at 12 tokens" in said.out and "Loading weights" not in said.err
+    features = read_features(tmp_path / "features" / "train")
+    assert features.class_names == tuple(QUESTIONS) and features.class_counts().tolist() == list(QUESTIONS.values())
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", local_files_only=True).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        inputs = tokenizer([text for text, _ in texts], padding=True, return_tensors="pt", return_token_type_ids=False)
+        expected = model(**inputs).logits
+    layer = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(torch.from_numpy(features.features.astype("float32"))), expected, atol=0.02, rtol=0.02)
+
+
 def test_what_is_no_saved_image_classifier(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json in"):
         make_model(f"hf:{tmp_path}", 3)
@@ -89,8 +164,10 @@ def test_what_is_no_saved_image_classifier(tmp_path):
         make_model(f"hf:{tmp_path / 'saved'}", 3)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     shutil.copytree(tmp_path / "saved", tmp_path / "text")
-    (tmp_path / "text" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}))
-    with pytest.raises(ValueError, match=r"must be an image classifier, got BertFor.*repair_model\(model, loader\)"):
+    (tmp_path / "text" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    with pytest.raises(
+        ValueError, match=r"must be a classifier of images or texts, got BertForMasked.*repair_model\(model, loader\)"
+    ):
         make_model(f"hf:{tmp_path / 'text'}", 10)
     (tmp_path / "saved" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be loaded"):

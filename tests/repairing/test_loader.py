@@ -159,6 +159,19 @@ def test_features_are_taken_in_place_of_arrays():
         alphaext.repair(linear, found.features)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_model_that_knows_nothing_of_its_data_is_warned_of(shift, recwarn):
+    labels = torch.arange(3).repeat_interleave(torch.tensor([150, 60, 10]))
+    rows = 6 * torch.eye(3)[labels] + torch.randn(220, 3)
+    model = nn.Sequential(nn.Identity(), nn.Linear(3, 3))
+    nn.init.eye_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    made = repair_model(model, (rows, (labels + shift) % 3), epochs=1, few_classes=[2])
+    said = [str(warning.message) for warning in recwarn if "chance" in str(warning.message)]
+    assert bool(said) == bool(shift) and made.train.num_classes == 3
+    assert not said or ("of 220 training samples the model knows" in said[0] and recwarn[0].filename == __file__)
+
+
 class Softmax(nn.Module):
     def __init__(self) -> None:
         super().__init__()
