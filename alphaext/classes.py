@@ -216,15 +216,15 @@ def class_means(
         tensor([[2., 0.],
                 [0., 5.]])
     """
-    sums, counts, like = class_sums(*features_and_labels(features, labels), num_classes, may_be_empty=True)
+    sums, counts, like = class_sums(features, labels, num_classes, may_be_empty=True)
     means = (torch.from_numpy(sums) / counts.clamp(min=1)[:, None]).to(like.dtype)
     check_finite(means, "the sum over a class of features")
     return means.to(like.device)
 
 
 def class_sums(
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
     num_classes: int | None = None,
     transform: Callable[[FeatureRows], FeatureRows] | None = None,
     *,
@@ -241,6 +241,7 @@ def class_sums(
         The sums, float64 [N, D]; the samples of each class, int64 [N]; and an empty tensor of the dtype and on the device that
         a result has: those of ``features``, but at least float32.
     """
+    features, labels = features_and_labels(features, labels)
     check_same_device(features=features, labels=labels)
     # Dtype and device, without touching a memory map's data.
     source, empty = check_rows(features, "features", "D")

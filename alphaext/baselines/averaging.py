@@ -22,7 +22,7 @@ from ..training.options import CHOOSING
 from ..training.result import AlphaNetWarning
 from ..training.selection import BaselineResult, Policy, Validation, unfit_to_choose
 from ..utils.linear import check_fits, linear_parameters, make_linear
-from ..utils.tensors import TensorLike, as_tensor
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor
 
 __all__ = ["average"]
 
@@ -34,8 +34,8 @@ _PRIOR_DEVIATION = 10.0
 
 def average(
     layers: Sequence[nn.Module],
-    val_features: TensorLike,
-    val_labels: TensorLike,
+    val_features: TensorLike | LabelledFeatures,
+    val_labels: TensorLike | None,
     split: ClassSplit,
     *,
     original: nn.Module | None = None,
@@ -52,7 +52,7 @@ def average(
     Args:
         layers: two or more, such as ``nn.Linear``, all ``[N, D]``.
         val_features: ``[m, D]``, floating point; a tensor, an array or a memory map.
-        val_labels: ``[m]`` integers.
+        val_labels: ``[m]`` integers; None where ``val_features`` are :class:`alphaext.features.Features`.
         split: which classes are few, medium and many.
         original: the classifier to do better than; default the first of ``layers``. One whose constant was chosen by its
             accuracy on the same samples looks better on them than it is.

@@ -20,10 +20,9 @@ from ..classes import ClassSplit, class_counts, split_classes
 from ..training.cached_logits import check_samples, data_digest
 from ..training.options import TrainingOptions
 from ..training.selection import BaselineResult, Policy, Validation, unfit_to_choose
-from ..utils.checks import check_together
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining
-from ..utils.tensors import TensorLike, check_finite, check_shape
+from ..utils.tensors import LabelledFeatures, TensorLike, check_finite, check_shape, optional_features_and_labels
 from .balanced_sampling import ClassBalancedSampler
 
 # Elements of a block of features that are checked at a time.
@@ -58,13 +57,13 @@ class BalancedTraining(ResumableTraining):
         self,
         name: str,
         weight: Tensor,
-        features: TensorLike,
-        labels: TensorLike,
+        features: TensorLike | LabelledFeatures,
+        labels: TensorLike | None,
         options: TrainingOptions,
         images_per_class: int,
         *,
         original: tuple[Tensor, Tensor | None] | None,
-        val_features: TensorLike | None,
+        val_features: TensorLike | LabelledFeatures | None,
         val_labels: TensorLike | None,
         split: ClassSplit | None,
         select: str | None,
@@ -77,7 +76,7 @@ class BalancedTraining(ResumableTraining):
         self.sampler = sampler = ClassBalancedSampler(
             self.samples.labels, len(weight), seed=options.seed, images_per_class=images_per_class
         )
-        check_together(val_features=val_features, val_labels=val_labels)
+        val_features, val_labels = optional_features_and_labels(val_features, val_labels, "val_features", "val_labels")
         split = split_classes(class_counts(self.samples.labels, len(weight))) if split is None else split
         self.validation: Validation | None = None
         self.before: dict[str, float] | None = None

@@ -20,7 +20,7 @@ from ..head.composition import closed_form_alphas
 from ..head.neighbors import nearest_classes
 from ..utils.checks import check_choice, check_integer, check_number
 from ..utils.linear import make_linear
-from ..utils.tensors import TensorLike, as_tensor, check_finite
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_finite, features_and_labels
 
 __all__ = ["COMPOSED", "Discriminant", "discriminant"]
 
@@ -53,8 +53,8 @@ class Discriminant:
 
 
 def discriminant(
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
     num_classes: int | None = None,
     *,
     split: ClassSplit | None = None,
@@ -72,7 +72,7 @@ def discriminant(
 
     Args:
         features: ``[n, D]``, floating point, the training features; read block by block, twice, so a memory map will do. Three
-            matrices ``[D, D]`` of float64 are held.
+            matrices ``[D, D]`` of float64 are held. Or :class:`alphaext.features.Features`, which have their labels.
         labels: ``[n]`` integers; every class must have a sample.
         num_classes: N. Default: the largest label plus one.
         split: which classes are few and base. Default: by the labels, with the paper's thresholds.
@@ -102,6 +102,7 @@ def discriminant(
     shrinkage = None if shrinkage is None else check_number(shrinkage, "shrinkage", minimum=0, maximum=1)
     top_k = check_integer(top_k, "top_k", minimum=1)
     check_choice(compose, "compose", COMPOSED)
+    features, labels = features_and_labels(features, labels)
     sums, counts, like = class_sums(features, labels, num_classes, _normalized if normalize else None)
     means = torch.from_numpy(sums) / counts[:, None]
     check_finite(means, "the sum over a class of features")

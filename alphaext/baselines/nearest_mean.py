@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..classes import FeatureRows, class_sums
 from ..utils.checks import check_choice, format_ids
 from ..utils.linear import make_linear
-from ..utils.tensors import TensorLike, as_tensor, check_finite
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_finite, features_and_labels
 
 __all__ = ["NCM_METRICS", "ncm"]
 
@@ -18,8 +18,8 @@ NCM_METRICS = ("cosine", "euclidean")
 
 
 def ncm(
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
     num_classes: int | None = None,
     *,
     metric: str = "cosine",
@@ -36,6 +36,7 @@ def ncm(
 
     Args:
         features: ``[n, D]``, floating point, the training features; read block by block, so a memory map will do.
+            Or :class:`alphaext.features.Features`, which have their labels.
         labels: ``[n]`` integers; every class must have a sample.
         num_classes: N. Default: the largest label plus one.
         metric: ``"cosine"`` (default), or ``"euclidean"``: rows are the means, the bias is minus half their squared length.
@@ -65,6 +66,7 @@ def ncm(
             f"center and normalize go with metric='cosine', got center={center!r} and normalize={normalize!r}: distances do "
             "not depend on the first, and with the second no linear layer gives them"
         )
+    features, labels = features_and_labels(features, labels)
     sums, counts, like = class_sums(features, labels, num_classes)
     origin = sums.sum(axis=0) / len(as_tensor(labels, "labels")) if center else np.zeros(sums.shape[1])
     if normalize:

@@ -17,7 +17,7 @@ from ..training.options import CHOOSING
 from ..training.selection import BaselineResult, Policy, Rescaling, Validation
 from ..utils.checks import check_number, format_ids
 from ..utils.linear import linear_parameters, make_linear, wide
-from ..utils.tensors import TensorLike, as_tensor, check_integral, check_list, check_shape
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_integral, check_list, check_shape
 
 __all__ = [
     "TAUS",
@@ -87,8 +87,8 @@ def logit_adjusted(linear: nn.Module, class_counts: TensorLike, tau: float = 1.0
 
 def choose_tau(
     linear: nn.Module,
-    val_features: TensorLike,
-    val_labels: TensorLike,
+    val_features: TensorLike | LabelledFeatures,
+    val_labels: TensorLike | None,
     split: ClassSplit,
     *,
     taus: Sequence[float] = TAUS,
@@ -100,8 +100,8 @@ def choose_tau(
 
     Args:
         linear: the trained classifier.
-        val_features: ``[m, D]``, floating point; a tensor, an array or a memory map.
-        val_labels: ``[m]`` integers.
+        val_features: ``[m, D]``, floating point; a tensor, an array or a memory map. Or :class:`alphaext.features.Features`.
+        val_labels: ``[m]`` integers; None where the features know them.
         split: which classes are few, medium and many.
         taus: the candidates; default 0 to 2 in steps of 0.1, as Kang et al.'s code prints them (without choosing).
         keep_bias: as for :func:`tau_normalized`.
@@ -137,8 +137,8 @@ def choose_tau(
 def choose_logit_adjustment(
     linear: nn.Module,
     class_counts: TensorLike,
-    val_features: TensorLike,
-    val_labels: TensorLike,
+    val_features: TensorLike | LabelledFeatures,
+    val_labels: TensorLike | None = None,
     *,
     split: ClassSplit | None = None,
     taus: Sequence[float] = TAUS,

@@ -18,9 +18,9 @@ from ..classes import ClassSplit, split_classes
 from ..classes import class_counts as count_classes
 from ..training.few_bias import choose_few_bias, few_bias
 from ..training.selection import BaselineResult, Validation
-from ..utils.checks import check_choice, check_together
+from ..utils.checks import check_choice
 from ..utils.linear import linear_parameters
-from ..utils.tensors import TensorLike
+from ..utils.tensors import LabelledFeatures, TensorLike, features_and_labels, optional_features_and_labels
 from .averaging import average
 from .choices import BASELINE_OPTIONS, BASELINES
 from .linear_discriminant import discriminant, make_discriminant
@@ -33,11 +33,11 @@ __all__ = ["run_baseline"]
 
 def run_baseline(
     name: str,
-    features: TensorLike | None = None,
+    features: TensorLike | LabelledFeatures | None = None,
     labels: TensorLike | None = None,
     *,
     linear: nn.Module | None = None,
-    val_features: TensorLike | None = None,
+    val_features: TensorLike | LabelledFeatures | None = None,
     val_labels: TensorLike | None = None,
     class_counts: TensorLike | None = None,
     split: ClassSplit | None = None,
@@ -51,7 +51,8 @@ def run_baseline(
 
     Args:
         name: a key of :data:`BASELINES`.
-        features: ``[n, D]``, the training features; ncm, crt, lws and discriminant need them.
+        features: ``[n, D]``, the training features; ncm, crt, lws and discriminant need them. These and ``val_features`` may be
+            :class:`alphaext.features.Features`, which have their labels.
         labels: ``[n]`` integers, the training labels; with ``features``, or alone to count classes.
         linear: the trained classifier; all but ncm, crt and discriminant need it.
         val_features: ``[m, D]``, validation features; needed wherever something is chosen.
@@ -91,7 +92,9 @@ def run_baseline(
     unknown = sorted(set(own) - set(BASELINE_OPTIONS[name]))
     if unknown:
         raise TypeError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(BASELINE_OPTIONS[name])}")
-    check_together(val_features=val_features, val_labels=val_labels)
+    if hasattr(features, "labels"):
+        features, labels = features_and_labels(features, labels)
+    val_features, val_labels = optional_features_and_labels(val_features, val_labels, "val_features", "val_labels")
     if class_counts is None and labels is not None:
         class_counts = count_classes(labels, None if linear is None else len(linear_parameters(linear)[0]))
     if split is None and class_counts is not None and (val_features is not None or name in ("few-bias", "discriminant")):

@@ -28,7 +28,16 @@ from ..utils.checks import check_integer
 from ..utils.linear import linear_parameters, make_linear, wide
 from ..utils.resume import check_checkpoint
 from ..utils.seeds import seeded_generator
-from ..utils.tensors import TensorLike, as_tensor, check_device, check_floating, check_labels, check_shape
+from ..utils.tensors import (
+    LabelledFeatures,
+    TensorLike,
+    as_tensor,
+    check_device,
+    check_floating,
+    check_labels,
+    check_shape,
+    features_and_labels,
+)
 from .balanced_training import BalancedTraining, Model
 
 __all__ = ["crt", "lws"]
@@ -51,12 +60,12 @@ _BLOCK_ELEMENTS = 1 << 22
 
 
 def crt(
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
     num_classes: int | None = None,
     *,
     linear: nn.Module | None = None,
-    val_features: TensorLike | None = None,
+    val_features: TensorLike | LabelledFeatures | None = None,
     val_labels: TensorLike | None = None,
     split: ClassSplit | None = None,
     bias: bool = True,
@@ -82,7 +91,8 @@ def crt(
 
     Args:
         features: ``[n, D]``, floating point, the training features; a tensor, an array or a memory map, float16 too. They are
-            read batch by batch, and trained on in float32 (float64 for float64 features).
+            read batch by batch, and trained on in float32 (float64 for float64 features). These and ``val_features`` may be
+            :class:`alphaext.features.Features`, which have their labels.
         labels: ``[n]`` integers; every class must have a sample.
         num_classes: N. Default: that of ``linear`` or ``split``, or the largest label plus one.
         linear: the classifier to do better than, whose own accuracy over all is the default of ``min_all``. Training does not
@@ -130,6 +140,7 @@ def crt(
     started = time.monotonic()
     path = None if checkpoint is None else check_checkpoint(checkpoint)
     original = None if linear is None else linear_parameters(linear)
+    features, labels = features_and_labels(features, labels)
     source = as_tensor(features, "features").detach()
     check_shape(source, "features", ("n", "D"))
     check_floating(source, "features")
@@ -166,10 +177,10 @@ def crt(
 
 def lws(
     linear: nn.Module,
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
     *,
-    val_features: TensorLike | None = None,
+    val_features: TensorLike | LabelledFeatures | None = None,
     val_labels: TensorLike | None = None,
     split: ClassSplit | None = None,
     epochs: int | None = None,

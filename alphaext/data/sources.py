@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..utils.checks import check_choice, check_class_names
 from ..utils.files import PathLike, open_file
+from ..utils.text import did_you_mean
 from .images import ArrayImages, DatasetImages, FileImages, LabelledImages
 from .list_files import existing_folder, read_list
 
@@ -130,9 +131,10 @@ def read_image_folder(root: PathLike, *, class_names: Sequence[str] | None = Non
     unknown = [name for name in found if name not in label_of]
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        meant = did_you_mean(unknown[0], names)
         raise ValueError(
             f"class folders must be among the {len(names)} class_names, got {', '.join(map(repr, unknown[:5]))}{more} "
-            f"in {str(folder)!r}"
+            f"in {str(folder)!r}{meant}"
         )
     if len(found) > 1 and class_names is None and {name.lower() for name in found} <= _PART_NAMES:
         raise ValueError(

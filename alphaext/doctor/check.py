@@ -12,7 +12,7 @@ from ..classes import class_means, split_classes
 from ..data.images import LabelledImages
 from ..utils.checks import check_class_names, check_integer, check_kind, check_thresholds
 from ..utils.linear import linear_parameters
-from ..utils.tensors import TensorLike, check_labels, finite_tensor
+from ..utils.tensors import LabelledFeatures, TensorLike, check_labels, features_and_labels, finite_tensor
 from .images import content_problems, missing_problems, read_all, reading_problems, repeat_problems, truncation_problems
 from .labels import (
     coverage_problems,
@@ -129,7 +129,7 @@ def check_data(
 
 def check_classifier_order(
     classifier: nn.Module,
-    features: TensorLike,
+    features: TensorLike | LabelledFeatures,
     labels: TensorLike | None = None,
     *,
     class_names: Sequence[str] | None = None,
@@ -206,8 +206,10 @@ def check_classifier_order(
     )
 
 
-def _means(features: TensorLike, labels: TensorLike | None, num_classes: int) -> tuple[Tensor, Tensor]:
+def _means(features: TensorLike | LabelledFeatures, labels: TensorLike | None, num_classes: int) -> tuple[Tensor, Tensor]:
     """The mean feature of each class that has one, and these classes."""
+    if hasattr(features, "labels"):
+        features, labels = features_and_labels(features, labels)
     if labels is None:
         return finite_tensor(features, "features", (num_classes, "D")), torch.arange(num_classes, device="cpu")
     classes, places = check_labels(labels, num_classes).cpu().unique(return_inverse=True)

@@ -197,10 +197,10 @@ def read_features(
 
 def write_features(
     folder: PathLike,
-    features: TensorLike,
-    labels: TensorLike,
+    features: TensorLike | Features,
+    labels: TensorLike | None = None,
     *,
-    num_classes: int,
+    num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Features:
@@ -209,6 +209,7 @@ def write_features(
     Args:
         folder: a new or an empty folder; the one that it is in must exist.
         features: floating point ``[n, D]``, a memory map or a tensor on any device. float16 stays; all others become float32.
+            Or :class:`Features` in memory, as :func:`alphaext.extract_features` makes them, which know the rest.
         labels: the class of each row, integers [n].
         num_classes: N.
         class_names: of all classes, in the order of their labels.
@@ -230,6 +231,12 @@ def write_features(
         >>> write_features(folder, torch.rand(3, 4).half(), [0, 1, 1], num_classes=2).features.shape
         (3, 4)
     """
+    if isinstance(features, Features):
+        num_classes = features.num_classes if num_classes is None else num_classes
+        class_names = features.class_names if class_names is None else class_names
+        features, labels = features.features, features.labels if labels is None else labels
+    if labels is None or num_classes is None:
+        raise ValueError("labels and num_classes must be given, or features that know them: alphaext.features.Features")
     path = check_output_folder(folder, "folder")
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"folder must be new or empty, got {str(path)!r}, which exists already")

@@ -11,7 +11,7 @@ from ..classes import ClassSplit, class_counts, class_means
 from ..head.neighbors import nearest_classes
 from ..utils.checks import format_ids
 from ..utils.linear import linear_parameters, make_linear
-from ..utils.tensors import TensorLike, as_tensor, check_labels, check_shape
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_labels, check_shape, features_and_labels
 from .repair import Repair, repair
 
 __all__ = ["add_classes"]
@@ -23,10 +23,10 @@ _TOP_K = 5
 
 def add_classes(
     linear: nn.Module,
-    features: TensorLike,
-    labels: TensorLike,
-    new_features: TensorLike,
-    new_labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
+    new_features: TensorLike | LabelledFeatures | None = None,
+    new_labels: TensorLike | None = None,
     *,
     progress: bool | None = None,
     **options: Any,
@@ -38,7 +38,7 @@ def add_classes(
 
     Args:
         linear: the trained classifier of N classes, such as ``nn.Linear``, in float32 or float64; it is not changed.
-        features: ``[n, D]``, training features of its classes, or some for each.
+        features: ``[n, D]``, training features of its classes, or some for each; or :class:`alphaext.features.Features`.
         labels: ``[n]`` integers from 0 to N - 1.
         new_features: ``[m, D]``, features of the new classes: one sample of each or more.
         new_labels: ``[m]`` integers from N on, each number up to the largest at least once.
@@ -61,6 +61,8 @@ def add_classes(
         (torch.Size([5, 8]), True, tensor([3, 4]))
     """
     weight, bias = linear_parameters(linear)
+    features, labels = features_and_labels(features, labels)
+    new_features, new_labels = features_and_labels(new_features, new_labels, "new_features", "new_labels")
     old = as_tensor(features, "features")
     new = as_tensor(new_features, "new_features").to(old)
     for name, values in (("features", old), ("new_features", new)):

@@ -23,7 +23,7 @@ from ..metrics.predictions import predict_logits
 from ..utils.checks import check_choice, check_number
 from ..utils.linear import linear_parameters, make_linear
 from ..utils.seeds import seeded_generator
-from ..utils.tensors import TensorLike, as_tensor, check_labels
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_labels, features_and_labels
 from ..utils.text import percent
 from .repair import repair
 
@@ -130,10 +130,10 @@ class Recommendation:
 
 def recommend(
     linear: nn.Module,
-    features: TensorLike,
-    labels: TensorLike,
-    val_features: TensorLike,
-    val_labels: TensorLike,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None = None,
+    val_features: TensorLike | LabelledFeatures | None = None,
+    val_labels: TensorLike | None = None,
     *,
     policy: str = "best_all",
     min_all: float | None = None,
@@ -150,7 +150,8 @@ def recommend(
 
     Args:
         linear: the trained classifier, such as ``nn.Linear``, in float32 or float64; it is not changed.
-        features: ``[n, D]``, the training features.
+        features: ``[n, D]``, the training features. These and ``val_features`` may be :class:`alphaext.features.Features`,
+            which have their labels.
         labels: ``[n]`` integers.
         val_features: ``[m, D]``, features that neither the classifier nor the network was trained on, two of each class or
             more.
@@ -183,6 +184,8 @@ def recommend(
     if min_all is not None and policy != "best_few":
         raise ValueError(f"min_all goes with policy 'best_few', got {min_all!r} with {policy!r}")
     weight, bias = linear_parameters(linear)
+    features, labels = features_and_labels(features, labels)
+    val_features, val_labels = features_and_labels(val_features, val_labels, "val_features", "val_labels")
     ids = check_labels(val_labels, len(weight), "val_labels").cpu()
     val = as_tensor(val_features, "val_features")
     split = split_classes(class_counts(labels, len(weight)), few_below=few_below, many_above=many_above).cpu()

@@ -156,7 +156,8 @@ def repair(
         few_below: a class with fewer training samples is few; 20 in the paper.
         many_above: a class with more is many; 100 in the paper.
         split: which classes are few, medium and many, instead of these two.
-        few_classes: ids of the classes to repair, however many samples they have, instead of ``few_below``.
+        few_classes: ids of the classes to repair, however many samples they have, instead of ``few_below``; or
+            names, where ``features`` have such.
         progress: show a progress bar; None shows it where standard error is a terminal.
         options: any of a configuration of :func:`alphaext.fit_many`, in place of the preset's.
 

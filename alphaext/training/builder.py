@@ -17,7 +17,7 @@ from ..classes import ClassSplit, check_split, class_counts, class_means, split_
 from ..head.alphanet import AlphaNet
 from ..head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from ..utils.linear import linear_parameters
-from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_class_ids, features_and_labels
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, class_ids
 from .augmentation import draw_features
 from .cached_logits import Samples, check_samples
 from .engine import TrainingData
@@ -62,7 +62,7 @@ class Builder:
             if split is not None:
                 raise ValueError("split already says which classes are few; do not give few_classes as well")
             few = torch.zeros(len(counts), dtype=torch.bool, device="cpu")
-            few[check_class_ids(few_classes, len(counts), "few_classes").cpu()] = True
+            few[class_ids(few_classes, len(counts), "few_classes", getattr(features, "class_names", None)).cpu()] = True
             split = ClassSplit.of_masks(few, (counts > many_above) & ~few, counts == 0)
         below = "" if split is not None else f", few are those below {few_below}"
         if split is None:
@@ -159,11 +159,10 @@ def check_all_samples(
     val_labels: TensorLike | None,
 ) -> tuple[Samples, Samples | None]:
     """Training samples, and validation samples, if there are any, checked."""
-    samples = check_samples(weight, *features_and_labels(features, labels))
+    samples = check_samples(weight, features, labels)
     if val_features is None and val_labels is None:
         return samples, None
-    names = ("val_features", "val_labels")
-    return samples, check_samples(weight, *features_and_labels(val_features, val_labels, *names), *names)
+    return samples, check_samples(weight, val_features, val_labels, "val_features", "val_labels")
 
 
 def with_drawn(

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import training as ops
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_floating, check_shape, check_targets, tensor_digest
+from ..utils.tensors import (
+    LabelledFeatures,
+    TensorLike,
+    as_tensor,
+    check_finite,
+    check_floating,
+    check_shape,
+    check_targets,
+    features_and_labels,
+    tensor_digest,
+)
 from .augmentation import DrawnFeatures
 
 if TYPE_CHECKING:
@@ -60,9 +70,14 @@ class Samples:
 
 
 def check_samples(
-    weight: Tensor, features: TensorLike, labels: TensorLike, features_name: str = "features", labels_name: str = "labels"
+    weight: Tensor,
+    features: TensorLike | LabelledFeatures,
+    labels: TensorLike | None,
+    features_name: str = "features",
+    labels_name: str = "labels",
 ) -> Samples:
     """Features and labels for a classifier ``weight`` ``[N, D]``, checked for all but their values."""
+    features, labels = features_and_labels(features, labels, features_name, labels_name)
     data = as_tensor(features, features_name).detach()
     check_floating(data, features_name)
     check_shape(data, features_name, ("n", weight.shape[1]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..classes import ClassSplit, check_split
 from ..utils.checks import check_number
 from ..utils.linear import linear_parameters, make_linear, wide
-from ..utils.tensors import TensorLike, check_class_ids, check_finite, check_list
+from ..utils.tensors import LabelledFeatures, TensorLike, check_class_ids, check_finite, check_list
 from .options import CHOOSING
 from .selection import BaselineResult, Policy, Validation
 
@@ -49,8 +49,8 @@ def few_bias(linear: nn.Module, few_classes: TensorLike, offset: float) -> nn.Li
 
 def choose_few_bias(
     linear: nn.Module,
-    val_features: TensorLike,
-    val_labels: TensorLike,
+    val_features: TensorLike | LabelledFeatures,
+    val_labels: TensorLike | None,
     split: ClassSplit,
     *,
     offsets: Sequence[float] | None = None,

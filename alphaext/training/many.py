@@ -80,7 +80,8 @@ def fit_many(
         few_below: a class with fewer training samples is few; 20 in the paper.
         many_above: a class with more training samples is many; 100 in the paper.
         split: which classes are few, medium and many, instead of these two: where samples are not images one by one.
-        few_classes: ids of the few classes, however many samples they have, instead of ``few_below``.
+        few_classes: ids of the few classes, however many samples they have, instead of ``few_below``; or
+            names, where ``features`` have such.
         means: ``[N, D]``, mean training feature of each class, if at hand.
         jobs: trainings at a time; default one a core.
         checkpoint: a directory for one checkpoint a configuration; trainings found there are not run again.

@@ -18,7 +18,7 @@ from ..metrics.accuracy import SPLITS_AND_ALL, SplitMetrics, label_ranks
 from ..utils.checks import check_choice
 from ..utils.files import without_nan
 from ..utils.linear import wide
-from ..utils.tensors import TensorLike, check_finite
+from ..utils.tensors import LabelledFeatures, TensorLike, check_finite
 from . import cached_logits
 from .cached_logits import check_samples
 from .options import SELECTIONS, check_min_all, selection_score
@@ -221,7 +221,9 @@ class Validation:
         [{'few': 0.0, 'medium': nan, 'many': 1.0, 'all': 0.5}, {'few': 1.0, 'medium': nan, 'many': 1.0, 'all': 1.0}]
     """
 
-    def __init__(self, features: TensorLike, labels: TensorLike, split: ClassSplit, weight: Tensor) -> None:
+    def __init__(
+        self, features: TensorLike | LabelledFeatures, labels: TensorLike | None, split: ClassSplit, weight: Tensor
+    ) -> None:
         self.split = check_split(split, len(weight))
         self.samples = check_samples(weight, features, labels, "val_features", "val_labels")
         self.counts = torch.bincount(self.samples.labels, minlength=len(weight))

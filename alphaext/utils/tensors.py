@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import format_ids
+from .text import did_you_mean
 
 TensorLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 """What users have at hand: a tensor, a NumPy array (also a read-only memory map), or nested lists of numbers."""
@@ -44,6 +45,15 @@ def features_and_labels(
     if features is None or labels is None:
         raise ValueError(f"{name} and {labels_name} must be given together, or as one, such as alphaext.features.Features")
     return features, labels  # type: ignore[return-value]
+
+
+def optional_features_and_labels(
+    features: TensorLike | LabelledFeatures | None, labels: TensorLike | None, name: str, labels_name: str
+) -> tuple[TensorLike | None, TensorLike | None]:
+    """The same of features that need not be given."""
+    if features is None and labels is None:
+        return None, None
+    return features_and_labels(features, labels, name, labels_name)
 
 
 def as_tensor(value: TensorLike, name: str) -> Tensor:
@@ -171,6 +181,20 @@ def check_class_ids(ids: TensorLike, num_classes: int | None, name: str) -> Tens
     if len(repeated):
         raise ValueError(f"{name} must name each class once, got class {format_ids(repeated.tolist())} more than once")
     return tensor
+
+
+def class_ids(classes: TensorLike, num_classes: int, name: str, class_names: Sequence[str] | None = None) -> Tensor:
+    """The ids, int64, of classes that are given by ids or, where they have names, by these; each once."""
+    words = [classes] if isinstance(classes, str) else classes
+    if not isinstance(words, (list, tuple)) or not any(isinstance(word, str) for word in words):
+        return check_class_ids(classes, num_classes, name)
+    if class_names is None:
+        raise ValueError(f"{name} must be ids where classes have no names (those of alphaext.features.Features), got {words!r}")
+    id_of = {word: number for number, word in enumerate(class_names)}
+    for word in words:
+        if word not in id_of:
+            raise ValueError(f"{name} must name classes, {word!r} is none{did_you_mean(str(word), id_of)}")
+    return check_class_ids([id_of[word] for word in words], num_classes, name)
 
 
 def check_list(values: Sequence[float], name: str) -> list[float]:

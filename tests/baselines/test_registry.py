@@ -7,6 +7,7 @@ import importlib
 import json
 
 import pytest
+import torch
 from public_names import public_names
 from test_retraining import FAST, FEATURES, JOINT, LABELS, SIZES, SPLIT, VALIDATION, accuracy_of
 from torch import nn
@@ -17,6 +18,7 @@ from alphaext.baselines import (
     choose_logit_adjustment,
     choose_tau,
     crt,
+    discriminant,
     few_bias,
     logit_adjusted,
     lws,
@@ -24,8 +26,44 @@ from alphaext.baselines import (
     run_baseline,
     tau_normalized,
 )
+from alphaext.features import Features
 
 GIVEN = dict(features=FEATURES, labels=LABELS, linear=JOINT, **VALIDATION)
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_features_are_taken_in_place_of_arrays(name, tmp_path):
+    sizes = {"num_classes": len(JOINT.weight), "class_names": None, "metadata": {}}
+    train = Features(FEATURES.numpy(), LABELS, **sizes)
+    val = Features(VALIDATION["val_features"].numpy(), VALIDATION["val_labels"], **sizes)
+    options = FAST if name in ("crt", "lws") else {}
+    split = {"split": VALIDATION["split"]} if "split" in VALIDATION else {}
+    one = run_baseline(name, train, linear=JOINT, val_features=val, **split, **options)
+    two = run_baseline(name, **GIVEN, **options)
+    assert torch.equal(one.linear.weight, two.linear.weight) and one.chosen == two.chosen
+
+
+def test_every_baseline_takes_features_by_itself():
+    sizes = {"num_classes": len(JOINT.weight), "class_names": None, "metadata": {}}
+    train = Features(FEATURES.numpy(), LABELS, **sizes)
+    val = Features(VALIDATION["val_features"].numpy(), VALIDATION["val_labels"], **sizes)
+    counts = train.class_counts()
+    made = [
+        (ncm(train, center=True), ncm(FEATURES, LABELS, center=True)),
+        (discriminant(train).linear, discriminant(FEATURES, LABELS).linear),
+        (crt(train, val_features=val, split=SPLIT, **FAST).linear, crt(FEATURES, LABELS, **VALIDATION, **FAST).linear),
+        (
+            lws(JOINT, train, val_features=val, split=SPLIT, **FAST).linear,
+            lws(JOINT, FEATURES, LABELS, **VALIDATION, **FAST).linear,
+        ),
+        (choose_tau(JOINT, val, None, SPLIT).linear, choose_tau(JOINT, val.features, val.labels, SPLIT).linear),
+        (choose_few_bias(JOINT, val, None, SPLIT).linear, choose_few_bias(JOINT, val.features, val.labels, SPLIT).linear),
+        (
+            choose_logit_adjustment(JOINT, counts, val).linear,
+            choose_logit_adjustment(JOINT, counts, val.features, val.labels).linear,
+        ),
+    ]
+    assert all(torch.equal(one.weight, two.weight) for one, two in made)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,17 @@ def test_a_sequence_is_read_where_the_model_reads_it():
         torch.testing.assert_close(model.score(torch.from_numpy(found.features)), model(ids))
 
 
+def test_classes_to_repair_are_named():
+    torch.manual_seed(2)
+    found = extract_features(Table(), Rows())
+    by_name = alphaext.repair(nn.Linear(5, 3), found, few_classes=["bee", "cat"], epochs=1)
+    assert by_name.split.few.tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"few_classes must name classes, 'Bees' is none; did you mean 'bee'\?"):
+        alphaext.repair(nn.Linear(5, 3), found, few_classes=["Bees"], epochs=1)
+    with pytest.raises(ValueError, match="few_classes must be ids where classes have no names"):
+        alphaext.repair(nn.Linear(5, 3), found.features, found.labels, few_classes="bee", epochs=1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_repaired_and_stays_as_it_was(dtype):
     torch.manual_seed(2)
@@ -144,7 +155,7 @@ def test_a_model_is_repaired_and_stays_as_it_was(dtype):
     assert torch.equal(again.model.fc.weight, made.model.fc.weight)
 
 
-def test_features_are_taken_in_place_of_arrays():
+def test_features_are_taken_in_place_of_arrays(tmp_path):
     found = extract_features(Table(), (TABLE, LABELS))
     assert torch.equal(alphaext.class_means(found), alphaext.class_means(found.features, found.labels))
     linear = nn.Linear(5, 3)
@@ -155,6 +166,16 @@ def test_features_are_taken_in_place_of_arrays():
     )  # fmt: skip
     assert torch.equal(one.linear.weight, two.linear.weight) and one.result.after == two.result.after
     assert alphaext.metrics.predict(linear, found).predicted.shape == (23,)
+    of_labels = alphaext.doctor.check_classifier_order(linear, found)
+    assert of_labels == alphaext.doctor.check_classifier_order(linear, found.features, found.labels)
+    added = (TABLE[:4, :5], torch.tensor([3, 3, 4, 4]))
+    new = alphaext.features.Features(added[0].numpy(), added[1], 5, None, {})
+    pair = [
+        alphaext.add_classes(linear, *data, epochs=1).linear for data in ((found, None, new), (found.features, LABELS, *added))
+    ]
+    assert torch.equal(pair[0].weight, pair[1].weight)
+    kept = alphaext.features.write_features(tmp_path / "train", found)
+    assert np.array_equal(kept.features, found.features) and kept.num_classes == 3 and kept.labels.equal(LABELS)
     with pytest.raises(ValueError, match="features and labels must be given together"):
         alphaext.repair(linear, found.features)
 

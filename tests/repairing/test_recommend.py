@@ -13,7 +13,7 @@ from alphaext import recommend
 from alphaext.checkpoints import save_linear
 from alphaext.commands.recommend import Recommend
 from alphaext.commands.results import read_classifier
-from alphaext.features import write_features
+from alphaext.features import Features, write_features
 from alphaext.repairing.recommend import METHODS, Candidate, _choose, _halves
 
 COUNTS = [60, 50, 40, 30, 25, 9, 7, 5]
@@ -61,7 +61,13 @@ def test_it_shows_as_a_table(found):
 
 def test_same_seed_same_table():
     names = ("few", "medium", "many", "all", "calibration_error", "base_change")
-    first, second = (recommend(*problem(1), few_below=10, many_above=45, seed=3) for _ in range(2))
+    linear, *arrays = problem(1)
+    as_features = [Features(arrays[at].numpy(), arrays[at + 1], 8, None, {}) for at in (0, 2)]
+    options = {"few_below": 10, "many_above": 45, "seed": 3}
+    first, second = (
+        recommend(linear, *arrays, **options),
+        recommend(linear, as_features[0], val_features=as_features[1], **options),
+    )
     assert [[getattr(each, name) for name in names] for each in first.candidates] == [
         [getattr(each, name) for name in names] for each in second.candidates
     ]
