@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -91,10 +91,7 @@ def average(
     if doubt:
         warnings.warn(f"no weights are chosen, and the original classifier is kept: {doubt}", AlphaNetWarning, stacklevel=2)
     else:
-        directions = {"few_bias": torch.zeros(len(weight), dtype=torch.float64, device="cpu")}
-        directions["few_bias"][split.few] = 1.0
-        if class_counts is not None:
-            directions["count_slope"] = as_tensor(class_counts, "class_counts").cpu().double().clamp(min=1).log()
+        directions = _directions(split, class_counts)
         stacked = torch.stack(list(directions.values()))
         weights, constants = _likeliest(parameters, stacked, validation)
         settings = {"weights": weights.tolist(), **dict(zip(directions, constants.tolist(), strict=True))}
@@ -112,6 +109,25 @@ def average(
         seconds=time.monotonic() - started,
         original=before,
     )
+
+
+def averaged(
+    layers: Sequence[nn.Module], settings: Mapping[str, Any], split: ClassSplit, class_counts: TensorLike | None = None
+) -> nn.Linear:
+    """The average that the ``settings`` of :func:`average` describe."""
+    weight, _ = linear_parameters(layers[0])
+    directions = _directions(split, class_counts)
+    shift = sum(settings[name] * direction for name, direction in directions.items())
+    return _summed([_like(weight, layer) for layer in layers], torch.tensor(settings["weights"]), torch.as_tensor(shift))
+
+
+def _directions(split: ClassSplit, class_counts: TensorLike | None) -> dict[str, Tensor]:
+    """What constants multiply, each float64 ``[N]``."""
+    directions = {"few_bias": torch.zeros(split.num_classes, dtype=torch.float64, device="cpu")}
+    directions["few_bias"][split.few] = 1.0
+    if class_counts is not None:
+        directions["count_slope"] = as_tensor(class_counts, "class_counts").cpu().double().clamp(min=1).log()
+    return directions
 
 
 def _like(weight: Tensor, layer: nn.Module) -> _Layer:

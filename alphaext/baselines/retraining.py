@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..classes import ClassSplit
 from ..training import cached_logits
+from ..training.cached_logits import check_samples
 from ..training.options import TrainingOptions
 from ..training.result import AlphaNetWarning
 from ..training.selection import BaselineResult, Rescaling, Validation
@@ -271,7 +273,7 @@ def lws(
 class _Classifier(Model):
     """A linear layer, trained from random weights."""
 
-    def __init__(self, training: BalancedTraining, shape: Tensor, bias: bool, device: torch.device) -> None:
+    def __init__(self, training: Any, shape: Tensor, bias: bool, device: torch.device) -> None:
         self.samples, self.options = training.samples, training.options
         generator = seeded_generator(self.options.seed)
         bound = 1 / math.sqrt(max(shape.shape[1], 1))
@@ -348,6 +350,25 @@ class _Scales(Model):
     def accuracy(self, validation: Validation) -> dict[str, float]:
         scales = self.parameters[0]
         return validation.accuracies(self.weight, [Rescaling(scales, None if self.bias is None else scales * self.bias)])[0]
+
+
+def plainly_trained(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> nn.Linear:
+    """A linear layer trained on all samples alike, with the first settings that :func:`crt` tries."""
+    samples = check_samples(torch.empty(num_classes, features.shape[1], device="meta"), features, labels)
+    count = len(samples.labels)
+    batch = min(512, count)
+    factor, steps = short_features_factor(features), count // batch
+    options = replace(_options(max(10, -(-_LEAST_STEPS // steps)), batch, 0.9, seed), lr=factor * LRS[0])
+    options = replace(options, weight_decay=WEIGHT_DECAYS[0] / factor)
+    shape = torch.empty(num_classes, features.shape[1], dtype=wide(features[:0]).dtype, device="meta")
+    model = _Classifier(SimpleNamespace(samples=samples, options=options), shape, True, features.device)
+    for epoch in range(1, options.epochs + 1):
+        order = torch.randperm(count, generator=seeded_generator(seed, epoch), device="cpu")
+        for some in order[: steps * batch].view(steps, batch):
+            model.step(some, options.lr * options.lr_multiplier(epoch))
+    if not all(bool(each.isfinite().all()) for each in model.parameters):
+        raise FloatingPointError(f"a plain training of the last layer diverged (lr {options.lr:g})")
+    return make_linear(*model.parameters)
 
 
 def short_features_factor(features: Tensor) -> float:

@@ -54,6 +54,7 @@ class AddClasses(CommonOptions, FeaturesOptions, CheckpointOptions):
                 seed=self.seed,
                 progress=self.progress,
             )
+            assert made.head is not None
             names = [*(train.class_names or ()), *(new.class_names or ())]
             result = {
                 "old_classes": train.num_classes,

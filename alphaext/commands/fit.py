@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """Rebuild the few rows of a classifier: train an Alpha Net on cached features and fold it.
 
     With several gammas each is trained, and validation features choose. Writes classifier.pth (a plain weight and bias),
-    head.pt (the Alpha Net's state), result.json and run.json into the output folder.
+    head.pt (the Alpha Net's state; preset all writes none), result.json and run.json into the output folder.
 
     Example:
         alphaext fit --features features --classifier crt --output alpha-crt
@@ -78,8 +79,9 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     overwrite: bool = option(False, help="replace results that are there")
     preset: str = option(
         "few",
-        choices=tuple(PRESETS),
-        help="what all options below are where they are not given: what gains most, or exactly the paper's form",
+        choices=(*PRESETS, "all"),
+        help="what all options below are where they are not given: what gains most, or exactly the paper's form; all: "
+        "preset few averaged with the discriminant and balanced re-training, which may change every row",
     )
     policy: str | None = option(
         None,
@@ -108,6 +110,8 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
             raise ValueError(
                 f"{wrong} where there are no validation features to choose by{got}; there is no {str(self.features / 'val')!r}"
             )
+        if several and self.preset == "all":
+            raise ValueError(f"{several[0]} must be one value with preset 'all', got {len(tried[several[0]])}")
         linear, path = self.classifier_or_checkpoint(self.classifier, train.num_classes)
         known = train if val is None else val
         self.refuse_chance(results.knows_features(linear, known, str(path)))
@@ -118,7 +122,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
             console.print(f"No training images of class {ids}: its row stays, and is nobody's neighbour.", highlight=False)
         # Without a bias in the file there would be no place for a constant: it must be asked for by name.
         own_bias: torch.Tensor | None = linear.bias
-        no_constant = "few_bias" not in given and own_bias is None and PRESETS[self.preset]["few_bias"]
+        no_constant = "few_bias" not in given and own_bias is None and PRESETS[self.of_few_rows]["few_bias"]
         if no_constant:
             console.print(
                 "The classifier has no bias: no constant is added to the few scores (--few-bias does).", highlight=False
@@ -138,17 +142,14 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
             checkpoints = folder.path / _CHECKPOINTS
             if self.overwrite:
                 shutil.rmtree(checkpoints, ignore_errors=True)
-            runs = alphaext.fit_many(
-                linear,
-                train.features,
-                train.labels,
-                configurations,
-                val_features=None if val is None else val.features,
-                val_labels=None if val is None else val.labels,
-                split=split,
-                checkpoint=checkpoints,
-                progress=self.progress,
-            )
+            data: dict[str, Any] = {"val_features": val, "split": split, "progress": self.progress}
+            if self.preset == "all":
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", alphaext.training.AlphaNetWarning)  # the notes are printed
+                    made = alphaext.repair(linear, train, **data, preset="all", **configurations[0])
+                runs = [alphaext.training.SweepRun(configurations[0], made.head, made.result, "")]
+            else:
+                runs = alphaext.fit_many(linear, train, None, configurations, **data, checkpoint=checkpoints)
             for run in runs:
                 if run.error and not run.error.startswith("training diverged"):
                     raise ValueError(f"{_named(run.config)}: {run.error}; --overwrite starts anew")
@@ -179,7 +180,10 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
                 "history": trained.history,
             }
             folder.clear()
-            results.save_head(head, folder.path)
+            if self.preset == "all":
+                alphaext.checkpoints.save_linear(made.linear, folder.path / results.CLASSIFIER, overwrite=True)
+            else:
+                results.save_head(head, folder.path)
             folder.write(result)
             shutil.rmtree(checkpoints, ignore_errors=True)
         self._print(console, result, results.classifier_name(path))
@@ -191,23 +195,28 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
         ``constant``: whether a preset's constant on the few scores can be chosen and kept.
         """
         given = self.given()
-        available = alphaext.head.neighbors.pool_size(split, given.get("pool", PRESETS[self.preset]["pool"]))
-        common = preset_options(self.preset, pool_size=available, validation=constant)
+        available = alphaext.head.neighbors.pool_size(split, given.get("pool", PRESETS[self.of_few_rows]["pool"]))
+        common = preset_options(self.of_few_rows, pool_size=available, validation=constant)
         tried = [self.tried(name) if name in given else [common[name]] for name in _TRIED]
         for name, value in given.items():
             common[name] = None if _may_be_none(OPTIONS[name]) and value in (0, _NONE) else value
         return [{**common, "seed": self.seed, **dict(zip(_TRIED, each, strict=True))} for each in itertools.product(*tried)]
 
+    @property
+    def of_few_rows(self) -> str:
+        """The preset that few rows are made anew by."""
+        return "few" if self.preset == "all" else self.preset
+
     def given(self) -> dict[str, Any]:
         """The options of the table that were given."""
-        return {name: getattr(self, name) for name in PRESETS[self.preset] if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in PRESETS[self.of_few_rows] if getattr(self, name) is not None}
 
     def tried(self, name: str) -> list[Any]:
         """The values to try of ``gamma``, ``top_k`` or ``rule``."""
         given = getattr(self, name)
         if given == ():
             raise ValueError(f"{name} must be given at least one value, got none")
-        return list(dict.fromkeys(given or (PRESETS[self.preset][name],)))
+        return list(dict.fromkeys(given or (PRESETS[self.of_few_rows][name],)))
 
     def _print(self, console: Console, result: dict[str, Any], name_before: str) -> None:
         if result["before"] is not None:
@@ -216,7 +225,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
             table.add_column()
             for part in parts:
                 table.add_column(part, justify="right")
-            after = f"Alpha Net, gamma {result['gamma']:g}"
+            after = "preset all" if self.preset == "all" else f"Alpha Net, gamma {result['gamma']:g}"
             for name, metrics in ((name_before, result["before"]), (after, result["after"])):
                 table.add_row(Text(name), *(percent(metrics[part]) for part in parts))
             console.print(table)

@@ -21,8 +21,9 @@ from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOpti
 class Recommend(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """Measure cheap rivals, baselines and presets alike, and say which does most for a classifier.
 
-    What a method leaves open is chosen on one half of the validation features, and it is measured on the other. Of what differs
-    by no more than noise the simplest is recommended. The result is its classifier, a plain linear layer.
+    What a method leaves open is chosen on four fifths of the validation features, and it is measured on the rest, in turn;
+    without validation features likewise within the training features. Of what differs by no more than noise that is recommended
+    under which the labels are likeliest. The result is its classifier, a plain linear layer.
 
     Example:
         alphaext recommend --features features --classifier joint --output recommended
@@ -47,15 +48,13 @@ class Recommend(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions)
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Compare, print, write the recommended classifier; returns what result.json holds."""
         console, started = results.console_or_quiet(console), time.monotonic()
-        train, val = self.read("train", "val")
+        train, val = self.read_train_and_val()
         linear, _ = self.classifier_or_checkpoint(self.classifier, train.num_classes)
         with results.output_folder(self.output, self, results.CLASSIFIER, overwrite=self.overwrite, started=started) as folder:
             found = alphaext.recommend(
                 linear.to(self.chosen_device()),
-                train.features,
-                train.labels,
-                val.features,
-                val.labels,
+                train,
+                val_features=val,
                 policy=self.policy,
                 min_all=self.min_all,
                 max_base_drop=self.max_base_drop,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..baselines.averaging import average
 from ..baselines.linear_discriminant import discriminant
@@ -31,43 +31,44 @@ def average_all_rows(
 ) -> BaselineResult:
     """Average a repaired layer with the discriminant, all of its means composed, and with balanced re-training.
 
-    A classifier that cannot be made of these features is left out. Where the average is not better than ``original`` on
-    validation samples, that is kept. (The repaired layer's constant was chosen by its accuracy on the same samples, and so it
-    looks better on them than it is.)
+    Where the average is not better than ``original`` on validation samples, that is kept. (The repaired layer's constant was
+    chosen by its accuracy on the same samples, and so it looks better on them than it is.)
     """
     assert builder.validation is not None
-    features, labels = builder.samples.real(), builder.samples.labels
-    val_features, val_labels, split = builder.validation.real(), builder.validation.labels, builder.split
-    counts: Tensor = torch.bincount(labels, minlength=len(builder.weight))
+    val_features, val_labels = builder.validation.real(), builder.validation.labels
+    layers = layers_to_average(repaired, builder, seed, progress)
+    return average(layers, val_features, val_labels, builder.split, original=original, class_counts=builder.counts())
 
-    factor = short_features_factor(features)
+
+def layers_to_average(repaired: nn.Linear, builder: Builder, seed: int, progress: bool | None) -> list[nn.Linear]:
+    """A repaired layer and the two of other making; one that cannot be made of these features is left out."""
+    features, labels, split = builder.samples.real(), builder.samples.labels, builder.split
+    num_classes, factor = len(builder.weight), short_features_factor(features)
+    val = builder.validation
+    measured: dict[str, Any] = {} if val is None else {"val_features": val.real(), "val_labels": val.labels}
 
     def retrained() -> nn.Linear:
-        made = crt(
+        return crt(
             features,
             labels,
-            len(counts),
-            val_features=val_features,
-            val_labels=val_labels,
+            num_classes,
+            **measured,
             split=split,
             seed=seed,
             progress=progress,
             epochs=10,
             lr=0.2 * factor,
             weight_decay=5e-4 / factor,
-        )
-        return made.linear
+        ).linear
 
     makers: list[Callable[[], nn.Linear]] = [
-        lambda: discriminant(features, labels, len(counts), split=split, compose="all").linear,
+        lambda: discriminant(features, labels, num_classes, split=split, compose="all").linear,
         retrained,
     ]
-    layers: list[nn.Module] = [repaired]
+    layers = [repaired]
     for make in makers:
         try:
             layers.append(make())
         except (FloatingPointError, ValueError):  # no scatter within classes; a training that diverged
             continue
-    if len(layers) == 1:
-        layers.append(repaired)
-    return average(layers, val_features, val_labels, split, original=original, class_counts=counts)
+    return layers if len(layers) > 1 else [repaired, repaired]

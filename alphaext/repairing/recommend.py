@@ -1,33 +1,44 @@
-"""Which of all methods to take: cheap rivals, baselines and presets measured alike, one table, one sentence of advice."""
+"""Which of all methods to take: cheap rivals, baselines and presets measured alike, one table, one sentence of advice.
+
+What a method trains is trained once; the numbers that it leaves open are chosen on some folds of the validation samples, and
+it is measured on another. Without validation samples, training samples take their place, fold by fold, out of what is trained.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from html import escape
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..baselines.averaging import average, averaged
 from ..baselines.registry import run_baseline
-from ..baselines.retraining import short_features_factor
-from ..classes import ClassSplit, class_counts, split_classes
+from ..baselines.retraining import plainly_trained, short_features_factor
+from ..classes import ClassSplit
 from ..metrics.accuracy import SPLITS_AND_ALL
 from ..metrics.evaluation import expected_calibration_error, split_metrics
 from ..metrics.predictions import predict_logits
+from ..metrics.scale import best_scale
+from ..training.builder import Builder
+from ..training.result import AlphaNetWarning
+from ..training.selection import BaselineResult
 from ..utils.checks import check_choice, check_number
-from ..utils.linear import linear_parameters, make_linear
+from ..utils.linear import make_linear
 from ..utils.seeds import seeded_generator
-from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_labels, features_and_labels
+from ..utils.tensors import LabelledFeatures, TensorLike
 from ..utils.text import percent
-from .repair import repair
+from .all_rows import layers_to_average
+from .repair import Repair, repair
 
-__all__ = ["POLICIES", "Candidate", "Recommendation", "makers_of", "recommend"]
+__all__ = ["POLICIES", "Candidate", "Recommendation", "recommend"]
 
 POLICIES = ("best_all", "best_few")
 """What a recommendation goes by: accuracy over all; or few accuracy, with accuracy over all not below ``min_all``."""
@@ -45,9 +56,13 @@ METHODS = {
 """The methods that are compared. Of equal ones the first is recommended: it changes less, or is simpler."""
 
 _FEW_ROWS_ONLY = ("original", "few-bias", "few")
-_FOLDS = 2
-# So many standard errors of the difference between two methods are noise.
-_NOISE = 0.5
+_FOLDS = 5
+# So many standard errors of the difference between two methods are noise: of accuracy, and of likelihood.
+_NOISE, _LIKELIHOOD_NOISE = 1.0, 0.5
+# Of so many training samples, at most twice as many, the spread of scores is measured.
+_SPREAD_SAMPLES = 4096
+_TRAINED = ("few", "discriminant", "crt", "all")
+_TRAINED_ONCE = ("original", "discriminant", "crt")
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ class Recommendation:
         linear: its classifier, made with all validation samples.
         candidates: all methods, what changes least first.
         split: which classes are few, medium and many.
+        repair: what :func:`alphaext.repair` made, where that is taken and there were validation samples.
     """
 
     method: str
@@ -93,6 +109,7 @@ class Recommendation:
     linear: nn.Linear = field(repr=False)
     candidates: list[Candidate] = field(repr=False)
     split: ClassSplit = field(repr=False)
+    repair: Repair | None = field(default=None, repr=False)
 
     def table(self) -> Any:
         """The candidates as a pandas ``DataFrame`` where pandas is installed, else as a list of dictionaries."""
@@ -140,28 +157,35 @@ def recommend(
     max_base_drop: float | None = None,
     few_below: int = 20,
     many_above: int = 100,
+    split: ClassSplit | None = None,
+    refit: bool = True,
     seed: int = 0,
 ) -> Recommendation:
     """Say which method does most for a trained classifier, and make its result.
 
-    Each method is made twice, what it leaves open chosen on one half of the validation samples, and measured on the other half.
-    Differences of less than half a standard error are noise; of what they leave, the method that changes least is taken. Then
-    that method is made once more, with all validation samples.
+    What a method leaves open is chosen on four fifths of the validation samples, and it is measured on the rest, in turn.
+    Accuracies within one standard error of the best are ties. Of these the method under which labels are likeliest is taken, or
+    one that changes less, where that is behind by half a standard error at most. Then it is made with all validation samples.
+
+    Without validation samples, two fifths of the training samples take no part in training, in turn: one to choose by, one to
+    measure on. The classifier has seen them all, so a layer trained plainly on the others stands in for it. The only
+    sample of a class is always trained on. The result has the means over the folds of the numbers chosen.
 
     Args:
         linear: the trained classifier, such as ``nn.Linear``, in float32 or float64; it is not changed.
-        features: ``[n, D]``, the training features. These and ``val_features`` may be :class:`alphaext.features.Features`,
-            which have their labels.
-        labels: ``[n]`` integers.
-        val_features: ``[m, D]``, features that neither the classifier nor the network was trained on, two of each class or
-            more.
+        features: ``[n, D]``, the training features.
+        labels: ``[n]`` integers, where ``features`` is no :class:`alphaext.features.Features`, which has its labels.
+        val_features: ``[m, D]``, or features likewise, that neither the classifier nor the network was trained on; or none.
         val_labels: ``[m]`` integers.
         policy: ``"best_all"`` (default), or ``"best_few"``: the best few accuracy of those that keep ``min_all``.
         min_all: for ``"best_few"``, a fraction of 1; None takes the original classifier's own accuracy over all.
         max_base_drop: points that the accuracy over base classes may lose; None (default) for any.
         few_below: a class with fewer training samples is few; 20 in the paper.
         many_above: a class with more is many; 100 in the paper.
-        seed: of the halves, and of all that is trained.
+        split: which classes are few, medium and many, instead of these two.
+        refit: without validation samples, let another layer stand in for the classifier; False where it has not seen the
+            features, such as scores by copies of it that were trained without them.
+        seed: of the folds, and of all that is trained.
 
     Returns:
         A :class:`Recommendation`; printed, it is a table and the advice.
@@ -170,7 +194,7 @@ def recommend(
         TypeError, ValueError: as :func:`alphaext.repair`; a policy that there is not, or a bound out of range.
 
     Example:
-        >>> labels, val_labels = torch.arange(4).repeat_interleave(torch.tensor([30, 30, 30, 5])), torch.arange(4).repeat(10)
+        >>> labels, val_labels = torch.arange(4).repeat_interleave(torch.tensor([30, 30, 30, 5])), torch.arange(4).repeat(20)
         >>> centres = 3 * torch.randn(4, 8)
         >>> features, val_features = (centres[ids] + torch.randn(len(ids), 8) for ids in (labels, val_labels))
         >>> found = recommend(nn.Linear(8, 4), features, labels, val_features, val_labels)
@@ -183,90 +207,261 @@ def recommend(
             check_number(bound, name, minimum=0, maximum=most)
     if min_all is not None and policy != "best_few":
         raise ValueError(f"min_all goes with policy 'best_few', got {min_all!r} with {policy!r}")
-    weight, bias = linear_parameters(linear)
-    features, labels = features_and_labels(features, labels)
-    val_features, val_labels = features_and_labels(val_features, val_labels, "val_features", "val_labels")
-    ids = check_labels(val_labels, len(weight), "val_labels").cpu()
-    val = as_tensor(val_features, "val_features")
-    split = split_classes(class_counts(labels, len(weight)), few_below=few_below, many_above=many_above).cpu()
-    if not bool(torch.isin(ids, split.few).any()):
-        raise ValueError("val_labels must have samples of few classes, by which methods are compared; got none")
-    data = {"features": features, "labels": labels, "split": split}
-    halves = _halves(ids, seed)
-    candidates: list[Candidate] = []
-    right: dict[str, Tensor] = {}
-    makers = makers_of(make_linear(weight, bias), data, seed)
-    for method, make in makers.items():
-        logits = torch.empty(len(ids), len(weight), dtype=weight.dtype, device="cpu")
-        started = time.monotonic()
-        try:
-            for half in range(_FOLDS):
-                chosen_by, measured_on = halves != half, halves == half
-                made = make(val[chosen_by], ids[chosen_by])
-                logits[measured_on] = _scores(made, val[measured_on])
-        except (ValueError, FloatingPointError) as error:
-            candidates.append(Candidate(method, few_rows_only=method in _FEW_ROWS_ONLY, error=str(error)))
-            continue
-        seconds = (time.monotonic() - started) / _FOLDS
-        right[method] = logits.argmax(dim=1) == ids
-        predictions = predict_logits(logits, ids)
-        metrics = split_metrics(predictions, split)
-        base = torch.isin(ids, split.base)
-        change = (right[method][base].double().mean() - right["original"][base].double().mean()).item()
-        candidates.append(
-            Candidate(
-                method,
-                few=metrics["few"],
-                medium=metrics["medium"],
-                many=metrics["many"],
-                all=metrics["all"],
-                calibration_error=expected_calibration_error(predictions, split)["all"],
-                base_change=change,
-                seconds=seconds,
-                few_rows_only=method in _FEW_ROWS_ONLY,
-            )
-        )
-    method, reason = _choose(candidates, right, torch.isin(ids, split.few), policy, min_all, max_base_drop)
+    builder = Builder(
+        linear,
+        features,
+        labels,
+        val_features=val_features,
+        val_labels=val_labels,
+        few_below=few_below,
+        many_above=many_above,
+        split=split,
+    )
+    if builder.validation is None:
+        folds = deal(builder.samples.labels, seed)
+        trials = [_training_trial(builder, folds, fold, refit, seed) for fold in range(_FOLDS)]
+    else:
+        folds = deal(builder.validation.labels, seed)
+        trials = _validation_trials(builder, folds, seed)
+    measured: list[Measured] = []
+    for method in METHODS:
+        measured.append(measure(method, trials, builder.split, measured[0].right if measured else None))
+    if not bool(torch.isin(measured[0].labels, builder.split.few).any()):
+        name = "labels" if builder.validation is None else "val_labels"
+        raise ValueError(f"{name} must have two samples of a few class or more, by which methods are compared; got none")
+    how, candidates = "validation samples", [each.candidate for each in measured]
+    if builder.validation is None:
+        how = "cross-validated training samples"
+    method, reason = _choose(measured, builder.split, policy, min_all, max_base_drop, how)
+    if builder.validation is None:
+        alone = int((builder.counts()[builder.split.few] == 1).sum())
+        reason += f" ({alone} few classes have but one sample and are not measured)" if alone else ""
     advice = f"Take {method} ({METHODS[method]}): {reason}."
-    return Recommendation(method, advice, makers[method](val, ids), candidates, split)
+    chosen = next(each for each in measured if each.candidate.method == method)
+    made = _made(method, linear, builder, trials, chosen, seed)
+    repaired, layer = (made, made.linear) if isinstance(made, Repair) else (None, made)
+    return Recommendation(method, advice, layer, candidates, builder.split, repaired)
 
 
-def _halves(labels: Tensor, seed: int) -> Tensor:
-    """The half of each sample, each class dealt out evenly."""
-    halves = torch.zeros(len(labels), dtype=torch.int64, device="cpu")
+def deal(labels: Tensor, seed: int) -> Tensor:
+    """The fold of each sample, each class dealt out evenly; -1 for the only sample of a class."""
+    folds = torch.full((len(labels),), -1, device="cpu")
     for label in labels.unique().tolist():
         own = (labels == label).nonzero().flatten()
         order = torch.randperm(len(own), generator=seeded_generator(seed, label), device="cpu")
-        # The odd sample of a class goes to the one half in one class, to the other in the next.
-        halves[own[order]] = (torch.arange(len(own), device="cpu") + label) % _FOLDS
-    return halves
+        # What is left over of one class goes to other folds than that of the next.
+        if len(own) > 1:
+            folds[own[order]] = (torch.arange(len(own), device="cpu") + label) % _FOLDS
+    return folds
 
 
-def makers_of(linear: nn.Linear, data: Mapping[str, Any], seed: int) -> dict[str, Callable[[Tensor, Tensor], nn.Linear]]:
-    """What makes each method's classifier by validation features and labels."""
-    factor = short_features_factor(as_tensor(data["features"], "features"))
+class Makers:
+    """What each method makes of a classifier and training features; what several methods need is made once.
 
-    def baseline(name: str, val_features: Tensor, val_labels: Tensor) -> nn.Linear:
-        given: dict[str, Any] = dict(data)
-        if name != "discriminant":
-            given |= {"val_features": val_features, "val_labels": val_labels}
-        if name == "crt":
-            # One training: a search for its settings would take longer than all other methods together.
-            given |= {"lr": 0.2 * factor, "weight_decay": 5e-3 / factor, "seed": seed, "progress": False}
-        return run_baseline(name, linear=linear, **given).linear
+    Args:
+        linear: the classifier.
+        builder: of its training features, without validation samples.
+        seed: of all that is trained.
+    """
 
-    def preset(name: str, val_features: Tensor, val_labels: Tensor) -> nn.Linear:
+    def __init__(self, linear: nn.Linear, builder: Builder, seed: int) -> None:
+        self.linear, self.builder, self.split, self.seed = linear, builder, builder.split, seed
+        self._parts: dict[str, Any] = {}
+        self._seconds: dict[str, float] = {}
+
+    def numbers(self, method: str, val_features: Tensor, val_labels: Tensor) -> dict[str, Any]:
+        """What validation samples choose for a method."""
+        if method in _TRAINED_ONCE:
+            return {}
+        if method != "all":
+            given = {"val_features": val_features, "val_labels": val_labels}
+            return self._baseline(method, **given).chosen
+        layers = self._part("all")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the original is kept, or what base classes lose, stands in the table
-            made = repair(
-                linear, **data, val_features=val_features, val_labels=val_labels, preset=name, seed=seed, progress=False
-            )
-        return made.linear
+            warnings.simplefilter("error", AlphaNetWarning)  # what keeps it from choosing
+            try:
+                counts = self.builder.counts()
+                found = average(layers, val_features, val_labels, self.split, original=self.linear, class_counts=counts)
+            except AlphaNetWarning as error:
+                raise ValueError(str(error)) from error
+        return found.settings
 
-    makers: dict[str, Callable[[Tensor, Tensor], nn.Linear]] = {
-        name: partial(preset if name in ("few", "all") else baseline, name) for name in METHODS
-    }
-    return makers | {"original": lambda val_features, val_labels: linear}
+    def layer(self, method: str, numbers: Mapping[str, Any]) -> nn.Linear:
+        """What a method makes with these numbers."""
+        if method == "original":
+            return self.linear
+        if method in _TRAINED_ONCE:
+            return self._part(method)
+        if method == "all":
+            return averaged(self._part("all"), numbers, self.split, self.builder.counts())
+        return self._baseline(method, **numbers).linear
+
+    def prepare(self, method: str) -> None:
+        """Train what the method needs."""
+        if method in _TRAINED and method not in self._parts:
+            self._part(method)
+
+    def scaled(self, method: str, numbers: Mapping[str, Any], power: int) -> dict[str, Any]:
+        """Numbers relative to how widely the scores spread that they are added to or multiply (power -1), or back (1)."""
+        if method == "all":
+            spreads = [self._spread(layer) for layer in self._part("all")]
+            weights = [weight / spread**power for weight, spread in zip(numbers["weights"], spreads, strict=True)]
+            return {**numbers, "weights": weights}
+        if method in ("few-bias", "few", "logit-adjustment"):
+            spread = self._spread(self._part("few") if method == "few" else self.linear)
+            return {name: value * spread**power for name, value in numbers.items()}
+        return dict(numbers)
+
+    def _spread(self, linear: nn.Linear) -> float:
+        features = self.builder.samples.real()
+        scores = _scores(linear, features[:: max(1, len(features) // _SPREAD_SAMPLES)]).double()
+        return max(float((scores - scores.mean(dim=1, keepdim=True)).square().mean().sqrt()), 1e-12)
+
+    def seconds(self, method: str) -> float:
+        """How long what it trains has taken."""
+        return sum(self._seconds.get(part, 0.0) for part in ({"few", "all"} if method == "all" else {method}))
+
+    def _baseline(self, method: str, **options: Any) -> BaselineResult:
+        name, linear = ("few-bias", self._part("few")) if method == "few" else (method, self.linear)
+        return run_baseline(name, labels=self.builder.samples.labels, linear=linear, split=self.split, **options)
+
+    def _part(self, name: str) -> Any:
+        if name not in self._parts:
+            if name == "all":
+                self._part("few")
+            started = time.monotonic()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", AlphaNetWarning)  # that nothing is verified yet
+                self._parts[name] = self._make(name)
+            self._seconds[name] = time.monotonic() - started
+        return self._parts[name]
+
+    def _make(self, name: str) -> Any:
+        data: dict[str, Any] = {"features": self.builder.samples.real(), "labels": self.builder.samples.labels}
+        data["split"] = self.split
+        if name == "few":
+            return repair(self.linear, **data, seed=self.seed, progress=False).linear
+        if name == "all":
+            return layers_to_average(self._part("few"), self.builder, self.seed, False)
+        if name == "discriminant":
+            return run_baseline("discriminant", linear=self.linear, **data).linear
+        # One training: a search for its settings would take longer than all other methods together.
+        factor = short_features_factor(data["features"])
+        settings: dict[str, Any] = {"lr": 0.2 * factor, "weight_decay": 5e-3 / factor, "seed": self.seed, "progress": False}
+        return run_baseline("crt", linear=self.linear, **data, **settings).linear
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What makes layers, features and labels to choose by, and those to measure on."""
+
+    makers: Makers
+    chosen_by: tuple[Tensor, Tensor]
+    measured_on: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A method as it was measured.
+
+    Attributes:
+        candidate: for the table.
+        labels: of the samples, ``[n]``.
+        logits: ``[n, N]``, of each sample by a layer that it had no part in; empty where there is none.
+        numbers: what each trial has chosen.
+    """
+
+    candidate: Candidate
+    labels: Tensor
+    logits: Tensor
+    numbers: list[dict[str, Any]]
+
+    @functools.cached_property
+    def right(self) -> Tensor:
+        """Which samples are recognised, float64 ``[n]``."""
+        return (self.logits.argmax(dim=1) == self.labels).double()
+
+    @functools.cached_property
+    def log_likelihood(self) -> Tensor:
+        """Of each sample's label, at the scale of the scores that makes all of them likeliest, float64 ``[n]``."""
+        scores = self.logits.double()
+        scale = best_scale(scores.numpy(), self.labels.numpy(), np.ones(scores.shape[1], dtype=bool))
+        return torch.log_softmax(scale * scores, dim=1).gather(1, self.labels[:, None])[:, 0]
+
+
+def _validation_trials(builder: Builder, folds: Tensor, seed: int) -> list[Trial]:
+    assert builder.validation is not None
+    features, labels = builder.validation.real(), builder.validation.labels
+    layer = make_linear(builder.weight, builder.bias)
+    makers = Makers(layer, Builder(layer, builder.samples.real(), builder.samples.labels, split=builder.split), seed)
+    trials = []
+    for fold in range(_FOLDS):
+        others, own = folds != fold, folds == fold
+        trials.append(Trial(makers, (features[others], labels[others]), (features[own], labels[own])))
+    return trials
+
+
+def _training_trial(builder: Builder, folds: Tensor, fold: int, refit: bool, seed: int) -> Trial:
+    features, labels = builder.samples.real(), builder.samples.labels
+    # The other fold is not the next one, so that two samples of a class are never both held out.
+    chosen_by, own = folds == (fold + 2) % _FOLDS, folds == fold
+    rest = ~(chosen_by | own)
+    layer = make_linear(builder.weight, builder.bias)
+    if refit:
+        layer = plainly_trained(features[rest], labels[rest], len(builder.weight), seed).to(builder.weight)
+    makers = Makers(layer, Builder(layer, features[rest], labels[rest], split=builder.split), seed)
+    return Trial(makers, (features[chosen_by], labels[chosen_by]), (features[own], labels[own]))
+
+
+def measure(method: str, trials: Sequence[Trial], split: ClassSplit, original: Tensor | None = None) -> Measured:
+    """Measure a method on each trial's samples; ``original`` says which of them the original classifier recognises."""
+    labels, few_rows_only = torch.cat([trial.measured_on[1] for trial in trials]), method in _FEW_ROWS_ONLY
+    logits, numbers, seconds = [], [], 0.0
+    try:
+        for trial in trials:
+            trial.makers.prepare(method)
+            started = time.monotonic()
+            numbers.append(trial.makers.numbers(method, *trial.chosen_by))
+            layer = trial.makers.layer(method, numbers[-1])
+            seconds += (time.monotonic() - started + trial.makers.seconds(method)) / len(trials)
+            logits.append(_scores(layer, trial.measured_on[0]))
+    except (ValueError, FloatingPointError) as error:
+        return Measured(Candidate(method, few_rows_only=few_rows_only, error=str(error)), labels, torch.empty(0), [])
+    scores = torch.cat(logits)
+    predictions = predict_logits(scores, labels)
+    metrics = split_metrics(predictions, split)
+    right, base = (scores.argmax(dim=1) == labels).double(), torch.isin(labels, split.base)
+    change = 0.0 if original is None else (right[base].mean() - original[base].mean()).item()
+    accuracies: dict[str, Any] = {part: metrics[part] for part in SPLITS_AND_ALL}
+    candidate = Candidate(
+        method,
+        **accuracies,
+        calibration_error=expected_calibration_error(predictions, split)["all"],
+        base_change=change,
+        seconds=seconds,
+        few_rows_only=few_rows_only,
+    )
+    return Measured(candidate, labels, scores, numbers)
+
+
+def _made(
+    method: str, linear: nn.Module, builder: Builder, trials: Sequence[Trial], chosen: Measured, seed: int
+) -> nn.Linear | Repair:
+    """The layer of the method to take."""
+    if builder.validation is None:
+        layer = make_linear(builder.weight, builder.bias)
+        makers = Makers(layer, builder, seed)
+        of_trials = [trial.makers.scaled(method, own, -1) for trial, own in zip(trials, chosen.numbers, strict=True)]
+        means = {name: np.mean([own[name] for own in of_trials], axis=0).tolist() for name in of_trials[0]}
+        return makers.layer(method, makers.scaled(method, means, 1))
+    val: dict[str, Any] = {"val_features": builder.validation.real(), "val_labels": builder.validation.labels}
+    if method in ("few", "all"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AlphaNetWarning)  # what base classes lose stands in the table
+            data = (builder.samples.real(), builder.samples.labels)
+            return repair(linear, *data, **val, preset=method, split=builder.split, seed=seed, progress=False)
+    makers = trials[0].makers
+    return makers.layer(method, makers.numbers(method, *val.values()))
 
 
 def _scores(linear: nn.Linear, features: Tensor) -> Tensor:
@@ -275,30 +470,42 @@ def _scores(linear: nn.Linear, features: Tensor) -> Tensor:
 
 
 def _choose(
-    candidates: list[Candidate],
-    right: Mapping[str, Tensor],
-    few: Tensor,
+    found: Sequence[Measured],
+    split: ClassSplit,
     policy: str,
     min_all: float | None,
     max_base_drop: float | None,
+    how: str = "validation samples",
 ) -> tuple[str, str]:
     """The method to take, and why."""
-    measured = [candidate for candidate in candidates if not candidate.error]
-    original = measured[0]
+    measured = {each.candidate.method: each for each in found if not each.candidate.error}
+    original = measured["original"].candidate
     least = original.all if min_all is None and policy == "best_few" else (min_all or 0.0)
     most_lost = math.inf if max_base_drop is None else max_base_drop / 100
-    allowed = [each for each in measured if each.all >= least - 1e-9 and -each.base_change <= most_lost + 1e-9] or [original]
+    allowed = [
+        method
+        for method, each in measured.items()
+        if each.candidate.all >= least - 1e-9 and -each.candidate.base_change <= most_lost + 1e-9
+    ] or ["original"]
+    few = torch.isin(found[0].labels, split.few)
     part = few if policy == "best_few" else torch.ones_like(few)
-    best = max(allowed, key=lambda candidate: right[candidate.method][part].double().mean())
-    for candidate in allowed:
-        difference = right[best.method][part].double() - right[candidate.method][part].double()
-        noise = _NOISE * difference.std().item() / math.sqrt(len(difference))
-        if difference.mean().item() <= noise:
-            break
-    gains = [percent(getattr(candidate, name) - getattr(original, name), sign=True) for name in ("few", "all")]
-    found = f"few {percent(candidate.few)}% ({gains[0]}), all {percent(candidate.all)}% ({gains[1]}) on validation samples"
-    if candidate.method == "original":
-        return "original", f"{found}; nothing that keeps to the bounds does better beyond the noise"
-    if candidate is best:
-        return candidate.method, f"{found}, the best of {len(allowed)} that keep to the bounds"
-    return candidate.method, f"{found}; {best.method} has no more beyond the noise, and changes more"
+    right = {method: measured[method].right[part] for method in allowed}
+    best = max(allowed, key=lambda method: right[method].mean().item())
+    tied = [method for method in allowed if not _exceeds(right[best], right[method], _NOISE)]
+    likelihood = {method: measured[method].log_likelihood[part] for method in tied}
+    likeliest = max(tied, key=lambda method: likelihood[method].mean().item())
+    method = next(each for each in tied if not _exceeds(likelihood[likeliest], likelihood[each], _LIKELIHOOD_NOISE))
+    taken = measured[method].candidate
+    gains = [percent(getattr(taken, name) - getattr(original, name), sign=True) for name in ("few", "all")]
+    said = f"few {percent(taken.few)}% ({gains[0]}), all {percent(taken.all)}% ({gains[1]}) on {how}"
+    if method == "original":
+        return method, f"{said}; nothing that keeps to the bounds does better beyond the noise"
+    if method == best:
+        return method, f"{said}, the best of {len(allowed)} that keep to the bounds"
+    return method, f"{said}; {best} has no more beyond the noise, and {method} knows the labels as well or better"
+
+
+def _exceeds(one: Tensor, other: Tensor, noise: float) -> bool:
+    """Whether the mean of ``one`` is larger than that of ``other`` by more than so many standard errors."""
+    difference = one - other
+    return difference.mean().item() > noise * difference.std(correction=0).item() / math.sqrt(len(difference))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..checkpoints.writer import save_linear
-from ..classes import ClassSplit
+from ..classes import ClassSplit, class_counts
 from ..head.alphanet import AlphaNet
 from ..head.neighbors import pool_size
+from ..metrics.accuracy import SplitMetrics
 from ..models.split import find_classifier, linear_layers
 from ..training.builder import Builder
 from ..training.engine import hits_of
@@ -24,10 +26,18 @@ from ..training.selection import BaselineResult
 from ..training.single import Run, train, warn_of
 from ..utils.checks import check_choice, check_kind
 from ..utils.files import without_nan
+from ..utils.linear import make_linear
 from ..utils.tensors import LabelledFeatures, TensorLike
 from .all_rows import average_all_rows, check_all_rows
 
+if TYPE_CHECKING:
+    from .recommend import Recommendation
+
 __all__ = ["Repair", "repair"]
+
+
+# What method="auto" takes besides the policy.
+_OF_AUTO = ("min_all", "max_base_drop", "seed")
 
 
 @dataclass(frozen=True)
@@ -35,18 +45,22 @@ class Repair:
     """What :func:`repair` made.
 
     Attributes:
-        linear: the repaired layer: its base rows are the original ones, to the bit, but for preset ``"all"``.
-        head: the Alpha Net that it is folded from, with coefficients and neighbours.
+        linear: the repaired layer: its base rows are the original ones, to the bit, but for preset ``"all"``, and where
+            ``method="auto"`` took another method that changes them.
+        head: the Alpha Net that it is folded from, with coefficients and neighbours; None where ``method="auto"`` took another
+            method than preset ``"few"`` or ``"all"``.
         result: the training's history, and with validation samples the accuracies before and after.
         split: which classes are few, medium and many; ``split.empty``, classes without training samples, keep their rows.
         average: under preset ``"all"``, how the head's layer was averaged with others: which candidate was chosen, its weights.
+        recommendation: under ``method="auto"``, all methods compared, and why one was taken.
     """
 
     linear: nn.Linear
-    head: AlphaNet
+    head: AlphaNet | None
     result: FitResult
     split: ClassSplit
     average: BaselineResult | None = None
+    recommendation: Recommendation | None = None
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the repaired layer, ``weight`` and ``bias``, with what is known of it.
@@ -117,10 +131,10 @@ class Repair:
         return model
 
     def __str__(self) -> str:
-        return f"{self._said()}\n{self.result}"
+        return f"{self._said()}\n{self.recommendation or self.result}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._said()}</p>{self.result._repr_html_()}"
+        return f"<p>{self._said()}</p>{(self.recommendation or self.result)._repr_html_()}"
 
     def _said(self) -> str:
         return f"{len(self.split.few)} of {self.split.num_classes} classes are few"
@@ -134,6 +148,8 @@ def repair(
     val_features: TensorLike | LabelledFeatures | None = None,
     val_labels: TensorLike | None = None,
     preset: str = "few",
+    method: str | None = None,
+    policy: str | None = None,
     few_below: int = 20,
     many_above: int = 100,
     split: ClassSplit | None = None,
@@ -153,6 +169,10 @@ def repair(
         preset: ``"few"`` or ``"paper"`` (:data:`alphaext.training.PRESETS`), which change few rows alone; or ``"all"``:
             preset few averaged with the discriminant and with balanced re-training. That may change every row, and needs
             validation samples.
+        method: ``"auto"``: what :func:`alphaext.recommend` recommends, with all presets as they are; without validation samples
+            by cross-validation. None (default) for ``preset``.
+        policy: with ``method="auto"``, ``"best_all"`` (default) or ``"best_few"``; it, ``min_all`` and ``max_base_drop`` are as
+            for :func:`alphaext.recommend`.
         few_below: a class with fewer training samples is few; 20 in the paper.
         many_above: a class with more is many; 100 in the paper.
         split: which classes are few, medium and many, instead of these two.
@@ -176,6 +196,13 @@ def repair(
         (True, 'direct')
     """
     check_choice(preset, "preset", (*PRESETS, "all"))
+    check_choice(method or "auto", "method", ("auto",))
+    bounds = {name: options.pop(name) for name in _OF_AUTO if name in options} if method == "auto" else {}
+    refused = (
+        {"preset": preset != "few", **dict.fromkeys(options, True)} if method == "auto" else {"policy": policy is not None}
+    )
+    for name in (name for name, given in refused.items() if given):
+        raise ValueError(f"{name} does not go with method={method!r}")
     builder = Builder(
         linear,
         features,
@@ -187,6 +214,8 @@ def repair(
         split=split,
         few_classes=few_classes,
     )
+    if method == "auto":
+        return _recommended(linear, builder, policy or "best_all", bounds)
     available = pool_size(builder.split, options.get("pool", "base"))
     if preset == "all":
         check_all_rows(builder)
@@ -215,3 +244,35 @@ def repair(
             )
     warn_of(result.notes)
     return Repair(made, head, result, builder.split, average)
+
+
+def _recommended(linear: nn.Module, builder: Builder, policy: str, bounds: dict[str, Any]) -> Repair:
+    """What a comparison of all methods takes."""
+    from .recommend import recommend  # which makes repairs
+
+    started, validation = time.monotonic(), builder.validation
+    val = None if validation is None else (validation.real(), validation.labels)
+    data = (builder.samples.real(), builder.samples.labels, *(val or ()))
+    found = recommend(linear, *data, policy=policy, split=builder.split, **bounds)
+    if found.repair is not None:
+        return replace(found.repair, recommendation=found)
+    before = after = None
+    if validation is not None:
+        metrics = SplitMetrics(builder.split, class_counts(validation.labels, len(builder.weight)))
+        layers = (make_linear(builder.weight, builder.bias), found.linear)
+        before, after = (metrics.of(hits_of(layer, validation)) for layer in layers)
+    result = FitResult(
+        history=[],
+        selected_epoch=0,
+        selection=policy,
+        metrics_before=before,
+        metrics_after=after,
+        clamped=0,
+        engine="",
+        engine_reason="",
+        seconds=time.monotonic() - started,
+        kept_original=found.method == "original",
+        verified=validation is not None,
+        notes=[found.advice],
+    )
+    return Repair(found.linear, None, result, builder.split, recommendation=found)

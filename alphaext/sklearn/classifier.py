@@ -22,6 +22,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, has_fit_para
 from ..classes import ClassSplit, split_classes
 from ..head.alphanet import AlphaNet
 from ..head.neighbors import pool_size
+from ..metrics.scale import best_scale
 from ..repairing.new_classes import add_classes
 from ..repairing.repair import Repair, repair
 from ..training.options import OPTIONS, HeadOptions, check_known, read_options, takes_options
@@ -34,7 +35,6 @@ from .estimators import (
     Rows,
     Samples,
     attribute_of,
-    best_scale,
     check_rows,
     class_mean_accuracy,
     classifier_of,
@@ -341,6 +341,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     def _compose(self, rows: Rows, made: Repair, constant: float) -> None:
         """Put the new rows where the few classes' own were."""
         head = made.head
+        assert head is not None
         few, (mix, shift) = head.few_classes.numpy(), (each.detach().numpy() for each in made.linear.parameters())
         new = rows.mixed(mix[few], (shift[few] + constant) / self.score_scale_)
         coef, intercept = own_rows(self.estimator_)

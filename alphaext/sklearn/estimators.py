@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
-from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, check_array
@@ -221,30 +219,3 @@ def gain_and_noise(before: Array, after: Array, labels: Array) -> tuple[float, f
     # The spread of a class's samples is taken from all: four samples say little of theirs.
     variance = np.var(gains) * sum(1 / len(own) for own in classes) / len(classes) ** 2
     return float(np.mean([own.mean() for own in classes])), float(np.sqrt(variance))
-
-
-def best_scale(scores: Array, labels: Array, base: Array) -> float:
-    """What to multiply scores with for the least cross-entropy over base classes; 1 where they tell nothing of the labels.
-
-    Args:
-        scores: ``[n, N]``, of samples not seen.
-        labels: ``[n]`` class ids.
-        base: ``[N]`` bool, which classes are base classes.
-    """
-    of_base = base[labels]
-    if base.sum() < 2 or not of_base.any():
-        return 1.0
-    scores, labels = scores[of_base][:, base], (np.cumsum(base) - 1)[labels[of_base]]
-    samples, num_classes = scores.shape
-    own = scores[np.arange(samples), labels]
-    others = (scores.sum(axis=1) - own) / (num_classes - 1)
-    # Platt's correction: if targets were certain, samples all classified rightly would ask for an infinite scale.
-    smoothing = 1 / (samples + 2)
-    expected = float(np.mean((1 - smoothing) * own + smoothing * others))
-
-    def loss(exponent: float) -> float:
-        scale = 10.0**exponent
-        return float(np.mean(logsumexp(scale * scores, axis=1))) - scale * expected
-
-    best = minimize_scalar(loss, bounds=(-6, 6), method="bounded", options={"xatol": 1e-4})
-    return 10.0 ** float(best.x) if best.fun < np.log(num_classes) - 1e-6 else 1.0

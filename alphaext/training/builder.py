@@ -129,6 +129,10 @@ class Builder:
             self._drawn[key] = with_drawn(self.samples, head, options, self.means)
         return _data(head, self._drawn[key], self.validation, options)
 
+    def counts(self) -> Tensor:
+        """Training samples of each class, int64 ``[N]``."""
+        return class_counts(self.samples.labels, len(self.weight))
+
     def means(self) -> Tensor:
         """The mean feature of each class, ``[N, D]``; 0 for a class without samples."""
         if self._means is None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from alphaext import recommend
+from alphaext import recommend, repair
 from alphaext.checkpoints import save_linear
+from alphaext.classes import ClassSplit
 from alphaext.commands.recommend import Recommend
 from alphaext.commands.results import read_classifier
 from alphaext.features import Features, write_features
-from alphaext.repairing.recommend import METHODS, Candidate, _choose, _halves
+from alphaext.repairing.recommend import METHODS, Candidate, Measured, _choose, deal
 
 COUNTS = [60, 50, 40, 30, 25, 9, 7, 5]
 
@@ -74,28 +75,26 @@ def test_same_seed_same_table():
     assert first.advice == second.advice and torch.equal(first.linear.weight, second.linear.weight)
 
 
-def test_halves_are_even_in_each_class():
-    labels = torch.tensor([0] * 4 + [1] * 5 + [2] + [3])
-    halves = _halves(labels, seed=0)
-    assert [int((halves[labels == label] == 0).sum()) for label in range(2)] in ([2, 2], [2, 3])
-    assert sorted([int(halves[9]), int(halves[10])]) == [0, 1]
+def test_folds_are_even_in_each_class():
+    labels = torch.tensor([0] * 10 + [1] * 7 + [2, 2] + [3])
+    folds = deal(labels, seed=0)
+    assert folds[:10].bincount().tolist() == [2] * 5 and sorted(folds[10:17].bincount(minlength=5).tolist()) == [1, 1, 1, 2, 2]
+    # Of two samples one is always left to train on, where a fold and the next but one are held out.
+    first, second = folds[17:19].tolist()
+    assert (first - second) % 5 in (1, 4) and folds[19] == -1
 
 
 def candidates(**right):
     """Candidates by which of 100 samples, the last 20 of few classes, they recognise: ``(base, few)`` so many of each."""
-    hits = {
-        name: torch.tensor([True] * b + [False] * (80 - b) + [True] * f + [False] * (20 - f)) for name, (b, f) in right.items()
-    }
-    made = [
-        Candidate(
-            name,
-            few=float(own[80:].double().mean()),
-            all=float(own.double().mean()),
-            base_change=float(own[:80].double().mean() - hits["original"][:80].double().mean()),
-        )
-        for name, own in hits.items()
-    ]
-    return made, hits, torch.arange(100) >= 80
+    labels, found = torch.tensor([0] * 80 + [2] * 20), []
+    for name, (b, f) in right.items():
+        hits = torch.tensor([True] * b + [False] * (80 - b) + [True] * f + [False] * (20 - f))
+        logits = 2 * torch.nn.functional.one_hot(torch.where(hits, labels, 1), 3).float()
+        base = (hits[:80].sum() - right["original"][0]).item() / 80
+        own = hits.double()
+        made = Candidate(name, few=own[80:].mean().item(), all=own.mean().item(), base_change=base)
+        found.append(Measured(made, labels, logits, []))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -111,8 +110,38 @@ def candidates(**right):
     ],
 )
 def test_choice(right, policy, min_all, max_base_drop, method):
-    made, hits, few = candidates(**right)
-    assert _choose(made, hits, few, policy, min_all, max_base_drop)[0] == method
+    split = ClassSplit(few=[2], medium=[0, 1], many=[])
+    assert _choose(candidates(**right), split, policy, min_all, max_base_drop)[0] == method
+
+
+def test_of_equal_accuracies_the_likeliest_is_taken_and_of_nearly_as_likely_ones_the_simplest():
+    original, few, all_rows = candidates(original=(50, 5), few=(60, 10), all=(60, 10))
+    surer = torch.where(all_rows.right[:, None].bool(), 1.5 * all_rows.logits, all_rows.logits)
+    split = ClassSplit(few=[2], medium=[0, 1], many=[])
+    assert _choose([original, few, all_rows], split, "best_all", None, None)[0] == "few"
+    likelier = Measured(all_rows.candidate, all_rows.labels, surer, [])
+    method, reason = _choose([original, few, likelier], split, "best_all", None, None)
+    assert method == "all" and "few has no more beyond the noise" in reason
+
+
+def test_without_validation_samples_training_samples_take_their_place():
+    linear, features, labels, _, _ = problem()
+    found = recommend(linear, features, labels, few_below=10, many_above=45)
+    assert "on cross-validated training samples" in found.advice and found.method != "original"
+    assert all(candidate.error or 0 <= candidate.all <= 1 for candidate in found.candidates)
+    again = recommend(linear, features, labels, few_below=10, many_above=45)
+    assert torch.equal(found.linear.weight, again.linear.weight)
+    _, _, _, test, ids = problem()
+    right = [layer(test).argmax(dim=1).eq(ids).float().mean() for layer in (linear, found.linear)]
+    assert right[1] > right[0]
+
+
+def test_classes_of_one_or_two_samples_are_told_and_trained_on():
+    linear, features, labels, _, _ = problem()
+    kept = torch.cat([(labels == label).nonzero()[: {5: 1, 6: 2}.get(label), 0] for label in range(8)])
+    found = recommend(linear, features[kept], labels[kept], few_below=31, many_above=45)
+    assert "(1 few classes have but one sample and are not measured)" in found.advice
+    assert not any(each.error for each in found.candidates if each.method in ("few", "discriminant", "crt"))
 
 
 def test_a_method_that_cannot_be_made_is_told():
@@ -130,12 +159,50 @@ def test_a_method_that_cannot_be_made_is_told():
         ({"min_all": 0.5}, ValueError, "min_all goes with policy 'best_few', got 0.5 with 'best_all'"),
         ({"min_all": 1.5, "policy": "best_few"}, ValueError, "min_all must be .* at most 1, got 1.5"),
         ({"max_base_drop": "some"}, TypeError, "max_base_drop must be a number"),
-        ({"few_below": 2}, ValueError, "val_labels must have samples of few classes"),
+        ({"few_below": 2}, ValueError, "labels has no few class"),
+        ({"val_labels": None}, ValueError, "val_features and val_labels must be given together"),
     ],
 )
 def test_errors(options, error, message):
     with pytest.raises(error, match=message):
-        recommend(*problem(), **options)
+        names = ("linear", "features", "labels", "val_features", "val_labels")
+        recommend(**{**dict(zip(names, problem(), strict=True)), **options})
+
+
+def test_validation_without_few_samples_is_refused():
+    linear, features, labels, val_features, val_labels = problem()
+    with pytest.raises(ValueError, match="val_labels must have two samples of a few class or more"):
+        base = val_labels < 5
+        recommend(linear, features, labels, val_features[base], val_labels[base], few_below=10)
+
+
+def test_repair_takes_what_is_recommended():
+    linear, features, labels, val_features, val_labels = problem()
+    val, how = {"val_features": val_features, "val_labels": val_labels}, {"few_below": 10, "many_above": 45}
+    made = repair(linear, features, labels, **val, method="auto", **how)
+    found = recommend(linear, features, labels, **val, **how)
+    assert torch.equal(made.linear.weight, found.linear.weight) and made.recommendation.advice == found.advice
+    assert found.advice in str(made) and made.result.after["all"] > made.result.before["all"] and made.result.verified
+    for bounds in ({"max_base_drop": 0.0}, {"policy": "best_few", "min_all": 0.9}):
+        bound = repair(linear, features, labels, **val, method="auto", **how, **bounds)
+        assert bound.recommendation.method == recommend(linear, features, labels, **val, **how, **bounds).method
+    assert bound.recommendation.method == "original" and torch.equal(bound.linear.weight, linear.weight)
+    assert bound.head is None and bound.result.kept_original
+    alone = repair(linear, features, labels, method="auto", **how)
+    assert "cross-validated" in str(alone) and alone.result.before is None and not alone.result.verified
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"preset": "all", "method": "auto"}, "preset"),
+        ({"method": "auto", "epochs": 3}, "epochs"),
+        ({"policy": "best_few"}, "policy"),
+    ],
+)
+def test_what_does_not_go_with_a_method(options, name):
+    with pytest.raises(ValueError, match=f"{name} does not go with method="):
+        repair(*problem()[:3], few_below=10, **options)
 
 
 def test_the_command(tmp_path):
@@ -154,4 +221,15 @@ def test_the_command(tmp_path):
     expected = recommend(linear, features, labels, val_features, val_labels, few_below=10, many_above=45)
     assert (result["method"], result["advice"]) == (expected.method, expected.advice)
     json.dumps(result, allow_nan=False)
+    (tmp_path / "alone").mkdir()
+    write_features(tmp_path / "alone" / "train", features, labels, num_classes=8)
+    alone = Recommend(
+        features=tmp_path / "alone",
+        classifier=tmp_path / "linear.pth",
+        output=tmp_path / "other",
+        device="cpu",
+        few_below=10,
+        many_above=45,
+    ).run()
+    assert "cross-validated" in alone["advice"]
     assert torch.equal(read_classifier(tmp_path / "out", 8).weight, expected.linear.weight)

@@ -31,8 +31,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import alphaext.sklearn.classifier
 from alphaext.classes import ClassSplit
+from alphaext.metrics.scale import best_scale
 from alphaext.sklearn.classifier import AlphaNetClassifier, AlphaNetWarning
-from alphaext.sklearn.estimators import Rows, best_scale, held_out_scores, make_folds
+from alphaext.sklearn.estimators import Rows, held_out_scores, make_folds
 
 # Training images of each digit: 3 many, 4 medium and 3 few classes.
 COUNTS = (110, 105, 102, 80, 60, 45, 30, 8, 6, 4)
