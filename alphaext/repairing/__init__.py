@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from .loader import RepairedModel, extract_features, repair_model
 from .new_classes import add_classes
-from .recommend import Recommendation, recommend
-from .repair import Repair, repair
+from .preset import Repair
+from .recommend import recommend
+from .recommendation import Recommendation
+from .repair import repair
 
 __all__ = [
     "Recommendation",

@@ -10,6 +10,7 @@ from torch import nn
 from ..baselines.averaging import average
 from ..baselines.linear_discriminant import discriminant
 from ..baselines.retraining import crt, short_features_factor
+from ..classes import ClassSplit
 from ..training.builder import Builder
 from ..training.selection import BaselineResult
 from ..utils.checks import format_ids
@@ -19,10 +20,15 @@ def check_all_rows(builder: Builder) -> None:
     """Check what the preset needs, before anything is trained."""
     if builder.validation is None:
         raise ValueError("preset='all' chooses weights on validation samples: it needs val_features and val_labels")
-    if len(builder.split.empty):
+    check_every_class(builder.split)
+
+
+def check_every_class(split: ClassSplit) -> None:
+    """Check that every class has training samples, of which rows are made anew."""
+    if len(split.empty):
         raise ValueError(
             "preset='all' makes every row anew and needs training samples of every class, labels has none of class "
-            f"{format_ids(builder.split.empty.tolist())}; preset='few' keeps the rows of such classes"
+            f"{format_ids(split.empty.tolist())}; preset='few' keeps the rows of such classes"
         )
 
 

@@ -28,7 +28,8 @@ from ..utils.modules import evaluating
 from ..utils.progress import task_bar
 from ..utils.tensors import as_tensor, check_device, check_finite, check_labels
 from ..utils.text import percent
-from .repair import Repair, repair
+from .preset import Repair
+from .repair import repair
 
 __all__ = ["RepairedModel", "extract_features", "repair_model"]
 

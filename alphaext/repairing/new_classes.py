@@ -12,7 +12,8 @@ from ..head.neighbors import nearest_classes
 from ..utils.checks import format_ids
 from ..utils.linear import linear_parameters, make_linear
 from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_labels, check_shape, features_and_labels
-from .repair import Repair, repair
+from .preset import Repair
+from .repair import repair
 
 __all__ = ["add_classes"]
 

@@ -11,8 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,10 +34,11 @@ from ..utils.linear import make_linear
 from ..utils.seeds import seeded_generator
 from ..utils.tensors import LabelledFeatures, TensorLike
 from ..utils.text import percent
-from .all_rows import layers_to_average
-from .repair import Repair, repair
+from .all_rows import check_every_class, layers_to_average
+from .preset import Repair, repair_by_preset
+from .recommendation import Candidate, Recommendation
 
-__all__ = ["POLICIES", "Candidate", "Recommendation", "recommend"]
+__all__ = ["POLICIES", "recommend"]
 
 POLICIES = ("best_all", "best_few")
 """What a recommendation goes by: accuracy over all; or few accuracy, with accuracy over all not below ``min_all``."""
@@ -63,86 +63,6 @@ _NOISE, _LIKELIHOOD_NOISE = 1.0, 0.5
 _SPREAD_SAMPLES = 4096
 _TRAINED = ("few", "discriminant", "crt", "all")
 _TRAINED_ONCE = ("original", "discriminant", "crt")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A method, measured on validation samples that it was not chosen by.
-
-    Attributes:
-        method: a key of the methods compared.
-        few, medium, many, all: top-1 accuracy, fractions of 1; NaN for a part without samples.
-        calibration_error: expected calibration error over all.
-        base_change: of the accuracy over samples of base classes, against the original classifier.
-        seconds: what it took to make, once.
-        few_rows_only: whether the base classes' rows stay as they are, to the bit.
-        error: why there is none; empty otherwise.
-    """
-
-    method: str
-    few: float = math.nan
-    medium: float = math.nan
-    many: float = math.nan
-    all: float = math.nan
-    calibration_error: float = math.nan
-    base_change: float = math.nan
-    seconds: float = math.nan
-    few_rows_only: bool = False
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """What :func:`recommend` found.
-
-    Attributes:
-        method: the recommended one.
-        advice: one sentence that says so, and why.
-        linear: its classifier, made with all validation samples.
-        candidates: all methods, what changes least first.
-        split: which classes are few, medium and many.
-        repair: what :func:`alphaext.repair` made, where that is taken and there were validation samples.
-    """
-
-    method: str
-    advice: str
-    linear: nn.Linear = field(repr=False)
-    candidates: list[Candidate] = field(repr=False)
-    split: ClassSplit = field(repr=False)
-    repair: Repair | None = field(default=None, repr=False)
-
-    def table(self) -> Any:
-        """The candidates as a pandas ``DataFrame`` where pandas is installed, else as a list of dictionaries."""
-        rows = [asdict(candidate) for candidate in self.candidates]
-        try:
-            import pandas
-        except ImportError:
-            return rows
-        return pandas.DataFrame(rows).set_index("method")
-
-    def _cells(self) -> list[tuple[str, ...]]:
-        header = ("method", *(f"{part}, %" for part in SPLITS_AND_ALL), "ECE, %", "base", "seconds", "few rows only")
-        rows = [
-            (
-                candidate.method,
-                *(percent(getattr(candidate, part)) for part in (*SPLITS_AND_ALL, "calibration_error")),
-                percent(candidate.base_change, sign=True),
-                "-" if math.isnan(candidate.seconds) else f"{candidate.seconds:.2f}",
-                candidate.error or ("yes" if candidate.few_rows_only else "no"),
-            )
-            for candidate in self.candidates
-        ]
-        return [header, *rows]
-
-    def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join([*lines, self.advice])
-
-    def _repr_html_(self) -> str:
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._cells())
-        return f"<table>{rows}</table><p>{escape(self.advice)}</p>"
 
 
 def recommend(
@@ -201,12 +121,6 @@ def recommend(
         >>> found.linear.weight.shape, [candidate.method for candidate in found.candidates][:3]
         (torch.Size([4, 8]), ['original', 'few-bias', 'few'])
     """
-    check_choice(policy, "policy", POLICIES)
-    for name, bound, most in (("min_all", min_all, 1.0), ("max_base_drop", max_base_drop, 100.0)):
-        if bound is not None:
-            check_number(bound, name, minimum=0, maximum=most)
-    if min_all is not None and policy != "best_few":
-        raise ValueError(f"min_all goes with policy 'best_few', got {min_all!r} with {policy!r}")
     builder = Builder(
         linear,
         features,
@@ -217,6 +131,27 @@ def recommend(
         many_above=many_above,
         split=split,
     )
+    bounds: dict[str, Any] = {"policy": policy, "min_all": min_all, "max_base_drop": max_base_drop}
+    return compare(linear, builder, **bounds, refit=refit, seed=seed)[0]
+
+
+def compare(
+    linear: nn.Module,
+    builder: Builder,
+    *,
+    policy: str = "best_all",
+    min_all: float | None = None,
+    max_base_drop: float | None = None,
+    refit: bool = True,
+    seed: int = 0,
+) -> tuple[Recommendation, Repair | None]:
+    """The same, and the repair that was made where validation samples recommend one."""
+    check_choice(policy, "policy", POLICIES)
+    for name, bound, most in (("min_all", min_all, 1.0), ("max_base_drop", max_base_drop, 100.0)):
+        if bound is not None:
+            check_number(bound, name, minimum=0, maximum=most)
+    if min_all is not None and policy != "best_few":
+        raise ValueError(f"min_all goes with policy 'best_few', got {min_all!r} with {policy!r}")
     if builder.validation is None:
         folds = deal(builder.samples.labels, seed)
         trials = [_training_trial(builder, folds, fold, refit, seed) for fold in range(_FOLDS)]
@@ -240,7 +175,7 @@ def recommend(
     chosen = next(each for each in measured if each.candidate.method == method)
     made = _made(method, linear, builder, trials, chosen, seed)
     repaired, layer = (made, made.linear) if isinstance(made, Repair) else (None, made)
-    return Recommendation(method, advice, layer, candidates, builder.split, repaired)
+    return Recommendation(method, advice, layer, candidates, builder.split), repaired
 
 
 def deal(labels: Tensor, seed: int) -> Tensor:
@@ -340,8 +275,9 @@ class Makers:
         data: dict[str, Any] = {"features": self.builder.samples.real(), "labels": self.builder.samples.labels}
         data["split"] = self.split
         if name == "few":
-            return repair(self.linear, **data, seed=self.seed, progress=False).linear
+            return repair_by_preset(self.linear, self.builder, "few", {"seed": self.seed}, False).linear
         if name == "all":
+            check_every_class(self.split)
             return layers_to_average(self._part("few"), self.builder, self.seed, False)
         if name == "discriminant":
             return run_baseline("discriminant", linear=self.linear, **data).linear
@@ -458,8 +394,7 @@ def _made(
     if method in ("few", "all"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AlphaNetWarning)  # what base classes lose stands in the table
-            data = (builder.samples.real(), builder.samples.labels)
-            return repair(linear, *data, **val, preset=method, split=builder.split, seed=seed, progress=False)
+            return repair_by_preset(linear, builder, method, {"seed": seed}, False)
     makers = trials[0].makers
     return makers.layer(method, makers.numbers(method, *val.values()))
 

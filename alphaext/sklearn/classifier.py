@@ -24,7 +24,8 @@ from ..head.alphanet import AlphaNet
 from ..head.neighbors import pool_size
 from ..metrics.scale import best_scale
 from ..repairing.new_classes import add_classes
-from ..repairing.repair import Repair, repair
+from ..repairing.preset import Repair
+from ..repairing.repair import repair
 from ..training.options import OPTIONS, HeadOptions, check_known, read_options, takes_options
 from ..training.presets import preset_options
 from ..training.result import AlphaNetWarning, FitResult

@@ -15,7 +15,8 @@ from alphaext.classes import ClassSplit
 from alphaext.commands.recommend import Recommend
 from alphaext.commands.results import read_classifier
 from alphaext.features import Features, write_features
-from alphaext.repairing.recommend import METHODS, Candidate, Measured, _choose, deal
+from alphaext.repairing.recommend import METHODS, Measured, _choose, deal
+from alphaext.repairing.recommendation import Candidate
 
 COUNTS = [60, 50, 40, 30, 25, 9, 7, 5]
 
