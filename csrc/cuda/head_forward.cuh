@@ -28,11 +28,11 @@ template <int kBlockSide>
 int64_t head_forward_shared_bytes(const HeadParams& params) {
   using Shape = Tile<kBlockSide>;
   const int64_t size = params.dtype == ScalarType::Float64 ? 8 : 4;
-  const bool multiplies = (params.weight != nullptr || params.shared_first) &&
-                          (params.dtype == ScalarType::Float32 || params.dtype == ScalarType::Float64);
-  const int64_t panels = multiplies ? 2 * Shape::kPanel : 0;
-  const int64_t of_class = 2 * params.members + Shape::kBlock;
-  return size * (panels > of_class ? panels : of_class);
+  const bool has_halves = params.dtype == ScalarType::Float16 || params.dtype == ScalarType::BFloat16;
+  const bool multiplies = params.weight != nullptr || params.shared_first;
+  const int64_t of_tile = !multiplies ? 0 : has_halves ? kStages * kStageBytes<kBlockSide> : size * 2 * Shape::kPanel;
+  const int64_t of_class = size * (2 * params.members + Shape::kBlock);
+  return of_tile > of_class ? of_tile : of_class;
 }
 
 // Does anything of one block need what another one made?
@@ -41,13 +41,27 @@ inline bool head_forward_waits(const HeadParams& params) {
          (params.w1 != nullptr && params.num_few * params.hidden > 0);
 }
 
+// The tiles of the logits' product, those of each slice.
+ALPHAEXT_HOST_DEVICE int64_t product_jobs(const HeadParams& params, int64_t edge) {
+  return params.weight == nullptr ? 0 : tiles_along(params.batch, edge) * tiles_along(params.num_classes, edge) * params.slices;
+}
+
+// The rows of w1 that a block streams while another one makes such a tile: it takes half as long again as reading its operands
+// does (docs/gpu.md). Very short rows take a trip to memory however short they are.
+ALPHAEXT_HOST_DEVICE int64_t tile_in_rows(const HeadParams& params, int64_t edge) {
+  return 3 * edge * slice_depth(params.features, params.slices) / (params.inputs > 256 ? params.inputs : 256);
+}
+
+// The jobs of make_columns that a block does while another one does a class: some six trips to the second-level cache instead of
+// two.
+constexpr int64_t kClassInJobs = 3;
+
 // More blocks than this find nothing to do.
 template <int kBlockSide>
 int64_t head_forward_blocks(const HeadParams& params) {
   using Shape = Tile<kBlockSide>;
   const int64_t column_tiles = tiles_along(params.num_classes, Shape::kEdge);
-  int64_t tiles = 0;
-  if (params.weight != nullptr) tiles = tiles_along(params.batch, Shape::kEdge) * column_tiles * params.slices;
+  int64_t tiles = product_jobs(params, Shape::kEdge);
   if (params.shared_first) tiles += tiles_along(params.num_few, Shape::kEdge) * tiles_along(params.hidden, Shape::kEdge);
   const bool streams = params.w1 != nullptr && !params.shared_first;
   const int64_t rows = streams ? tiles_along(params.num_few * params.hidden, Shape::kBlock / kWarp) : 0;
@@ -94,17 +108,17 @@ __device__ __forceinline__ void multiply_rows(const T* w1, const T* z, int64_t i
   for (; i < inputs; i += kStep) visit(i, std::integral_constant<int, 1>{});
 }
 
-// preactivation = w1 z + b1, one w1 per class: every warp takes its share of neighbouring rows, w1 is read once. Aligned rows
-// are visited four at a time, kUnroll vectors of each at once.
+// preactivation = w1 z + b1, one w1 per class: every warp takes its part of the block's neighbouring rows, w1 is read once.
+// Aligned rows are visited four at a time, kUnroll vectors of each at once.
 template <bool kAligned, int kUnroll, typename T>
-__device__ __forceinline__ void stream_rows(const HeadParams& params) {
+__device__ __forceinline__ void stream_rows(const HeadParams& params, const Share& share) {
   using Acc = accumulate_t<T>;
   const int64_t inputs = params.inputs, hidden = params.hidden;
-  const int64_t rows = params.num_few * hidden;
   const T* const b1 = static_cast<const T*>(params.b1);
   Acc* const preactivation = static_cast<Acc*>(params.preactivation);
-  const int64_t end = rows * (warp_begin() + 1) / warp_step();
-  int64_t row = rows * warp_begin() / warp_step();
+  const int64_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, rows = share.end - share.begin;
+  const int64_t end = share.begin + rows * (warp + 1) / warps;
+  int64_t row = share.begin + rows * warp / warps;
   while (row < end) {
     const int64_t few = row / hidden;
     const T* const z = static_cast<const T*>(params.z) + few * inputs;
@@ -127,12 +141,14 @@ __device__ __forceinline__ void stream_rows(const HeadParams& params) {
   }
 }
 
+// The first `loaded` blocks have done something else before, as much as `cost` rows.
 template <int kUnroll, typename T>
-__device__ __forceinline__ void stream_first_layer(const HeadParams& params) {
+__device__ __forceinline__ void stream_first_layer(const HeadParams& params, int64_t loaded = 0, int64_t cost = 0) {
+  const Share share = fair_share(params.num_few * params.hidden, blockIdx.x, gridDim.x, loaded, cost);
   if (rows_are_aligned<T>(params.w1, params.inputs) && rows_are_aligned<T>(params.z, params.inputs)) {
-    stream_rows<true, kUnroll, T>(params);
+    stream_rows<true, kUnroll, T>(params, share);
   } else {
-    stream_rows<false, kUnroll, T>(params);
+    stream_rows<false, kUnroll, T>(params, share);
   }
 }
 
@@ -311,11 +327,12 @@ template <typename T, int kBlockSide>
 __global__ void __launch_bounds__(kBlockSide* kBlockSide, blocks_of_head<T>)
     head_forward_kernel(const HeadParams params, const bool waits) {
   ALPHAEXT_DYNAMIC_SHARED(accumulate_t<T>, shared);
+  constexpr int64_t edge = Tile<kBlockSide>::kEdge;
   if (params.weight != nullptr) multiply_logits<kBlockSide, T>(params, shared);
   if (params.shared_first) {
     multiply_shared_first_layer<kBlockSide, T>(params, shared);
   } else if (params.w1 != nullptr) {
-    stream_first_layer<2, T>(params);
+    stream_first_layer<2, T>(params, product_jobs(params, edge) % gridDim.x, tile_in_rows(params, edge));
   }
   if (waits) {
     const int64_t weights = params.shared_second ? 0 : blockIdx.x, of_class = params.members * params.hidden;
@@ -327,16 +344,15 @@ __global__ void __launch_bounds__(kBlockSide* kBlockSide, blocks_of_head<T>)
   }
 
   const bool columns_done = params.weight != nullptr && params.slices == 1;
-  const int64_t column_tiles = columns_done ? 0 : tiles_along(params.num_classes, Tile<kBlockSide>::kEdge);
+  const int64_t column_tiles = columns_done ? 0 : tiles_along(params.num_classes, edge);
   const int64_t rows = column_tiles > 0 ? column_rows(params.batch, column_tiles) : 1;
   const int64_t jobs = column_tiles * tiles_along(params.batch, rows);
   for (int64_t few = blockIdx.x; few < params.num_few; few += gridDim.x) make_class<T>(params, few, shared);
-  // The columns are the last blocks' part, who have no class, or one less than the first ones.
-  const int64_t without_class = gridDim.x > params.num_few ? gridDim.x - params.num_few : gridDim.x;
-  const int64_t first = gridDim.x - 1 - blockIdx.x;
-  for (int64_t job = first; first < without_class && job < jobs; job += without_class) {
+  // The columns are above all the last blocks' part, who have no class, or one less than the first ones.
+  const Share share = fair_share(jobs, blockIdx.x, gridDim.x, params.num_few % gridDim.x, kClassInJobs);
+  for (int64_t job = share.begin; job < share.end; ++job) {
     const int64_t band = job / column_tiles, tile = job % column_tiles;
-    make_columns<kBlockSide, T>(params, band * rows, rows, tile * Tile<kBlockSide>::kEdge, reinterpret_cast<int*>(shared));
+    make_columns<kBlockSide, T>(params, band * rows, rows, tile * edge, reinterpret_cast<int*>(shared));
   }
 }
 

@@ -27,4 +27,22 @@ inline LaunchShape shape_for(int64_t items, int64_t items_per_block, int threads
 
 ALPHAEXT_HOST_DEVICE int64_t padded(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Items [begin, end).
+struct Share {
+  int64_t begin, end;
+};
+
+// What one of `blocks` takes of `items`, where the first `loaded` blocks, not all of them, have more to do than the others, as
+// much as `cost` items each. Counting that, a block that takes any has at most one more to do than any other block.
+ALPHAEXT_HOST_DEVICE Share fair_share(int64_t items, int64_t block, int64_t blocks, int64_t loaded, int64_t cost) {
+  const int64_t others = blocks - loaded;
+  if (items <= cost * others) {  // the loaded have enough
+    const int64_t other = block - loaded;
+    return other < 0 ? Share{0, 0} : Share{items * other / others, items * (other + 1) / others};
+  }
+  const int64_t all = items + cost * loaded;
+  const auto taken = [&](int64_t count) { return all * count / blocks - cost * (count < loaded ? count : loaded); };
+  return {taken(block), taken(block + 1)};
+}
+
 }  // namespace alphaext::cuda

@@ -36,10 +36,42 @@ struct Operand {
   int64_t count, stride, depth_stride;
 };
 
-template <typename T>
-struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
-  T values[4];
+// kCount neighbouring elements as they were read. Those of 16 bits stay two in a word until one is used: taken apart where they
+// are read, they would be waited for there.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Kept {
+  static constexpr bool kPairs = sizeof(T) == 2;
+  using Word = std::conditional_t<kPairs, uint32_t, T>;
+  Word words[kPairs ? kCount / 2 : kCount];
+
+  __device__ __forceinline__ T operator[](int i) const {
+    if constexpr (kPairs) {
+      return T{static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)};
+    } else {
+      return words[i];
+    }
+  }
+  // Of an element that is 0 until then.
+  __device__ __forceinline__ void set(int i, T value) {
+    if constexpr (kPairs) {
+      words[i / 2] |= static_cast<uint32_t>(value.bits) << i % 2 * 16;
+    } else {
+      words[i] = value;
+    }
+  }
 };
+
+// In one access, or in two: `data` is aligned as Kept is.
+template <int kCount, typename T>
+__device__ __forceinline__ Kept<T, kCount> load_kept(const T* data) {
+#if defined(__CUDA_ARCH__)
+  return *reinterpret_cast<const Kept<T, kCount>*>(data);
+#else
+  Kept<T, kCount> result;
+  memcpy(result.words, data, sizeof(result.words));
+  return result;
+#endif
+}
 
 // This thread's part of every panel of an operand: kVectors times four elements that lie side by side, as neighbouring threads'
 // do, whichever stride is 1. They are kept as they were read until they go into the panel: a conversion would wait for them.
@@ -47,7 +79,7 @@ template <int kBlockSide, typename Acc, typename T>
 struct PanelPart {
   using Shape = Tile<kBlockSide>;
   static constexpr int kVectors = Shape::kEdge * Shape::kDepth / (4 * Shape::kBlock);
-  using Held = Four<T>[kVectors];
+  using Held = Kept<T, 4>[kVectors];
   const T* next;  // the first element of the next panel
   int64_t vector_step, panel_step;
   int exist;      // how many there are along the edge, from this thread's first one on
@@ -71,7 +103,7 @@ struct PanelPart {
     const int64_t left = operand.count - origin;
     exist = static_cast<int>(left < Shape::kEdge ? left : Shape::kEdge) - along_edge(0);
     const int64_t row = along_depth ? operand.stride : operand.depth_stride;
-    aligned = reinterpret_cast<uintptr_t>(operand.data) % sizeof(Four<T>) == 0 && row % 4 == 0;
+    aligned = reinterpret_cast<uintptr_t>(operand.data) % alignof(Kept<T, 4>) == 0 && row % 4 == 0;
   }
   // `left` of the depth are left; what lies beyond is 0.
   __device__ __forceinline__ void fetch(Held& held, int64_t left) {
@@ -81,13 +113,13 @@ struct PanelPart {
       const T* const at = next + n * vector_step;
       const int on_edge = exist - (along_edge(n) - along_edge(0)), deep = depth - in_depth(n);
       const int room = along_depth ? (on_edge > 0 ? deep : 0) : (deep > 0 ? on_edge : 0);
-      held[n] = Four<T>{};
+      held[n] = {};
       if (aligned && room >= 4) {
-        held[n] = *reinterpret_cast<const Four<T>*>(at);
+        held[n] = load_kept<4>(at);
       } else {
         ALPHAEXT_UNROLL(4)
         for (int v = 0; v < 4; ++v) {
-          if (v < room) held[n].values[v] = at[v];
+          if (v < room) held[n].set(v, at[v]);
         }
       }
     }
@@ -97,12 +129,12 @@ struct PanelPart {
     ALPHAEXT_UNROLL(4)
     for (int n = 0; n < kVectors; ++n) {
       Acc* const at = panel + in_depth(n) * Shape::kRow + along_edge(n);
-      Four<Acc> values;
-      for (int v = 0; v < 4; ++v) values.values[v] = wide(held[n].values[v]);
+      Kept<Acc, 4> values;
+      for (int v = 0; v < 4; ++v) values.words[v] = wide(held[n][v]);
       if (along_depth) {
-        for (int v = 0; v < 4; ++v) at[v * Shape::kRow] = values.values[v];
+        for (int v = 0; v < 4; ++v) at[v * Shape::kRow] = values[v];
       } else {
-        *reinterpret_cast<Four<Acc>*>(at) = values;
+        *reinterpret_cast<Kept<Acc, 4>*>(at) = values;
       }
     }
   }
@@ -139,12 +171,11 @@ __device__ __forceinline__ void multiply_tile(Acc* shared, const Operand<Left>& 
     depth_left -= Shape::kDepth;
     ALPHAEXT_UNROLL(2)
     for (int d = 0; d < Shape::kDepth; ++d) {
-      const Four<Acc> a = *reinterpret_cast<const Four<Acc>*>(left_panel + d * Shape::kRow + y);
-      const Four<Acc> b = *reinterpret_cast<const Four<Acc>*>(right_panel + d * Shape::kRow + x);
+      const auto a = load_kept<4>(left_panel + d * Shape::kRow + y), b = load_kept<4>(right_panel + d * Shape::kRow + x);
       ALPHAEXT_UNROLL(4)
       for (int i = 0; i < 4; ++i) {
         ALPHAEXT_UNROLL(4)
-        for (int j = 0; j < 4; ++j) sums[i][j] += a.values[i] * b.values[j];
+        for (int j = 0; j < 4; ++j) sums[i][j] += a[i] * b[j];
       }
     }
   };
@@ -213,78 +244,116 @@ __device__ __forceinline__ void multiply_fragments(float (&sums)[4], const uint3
 #endif
 }
 
-// Are the next fragments on their way while some are multiplied? Before sm_90 the registers do not suffice for both.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kFragmentsAhead = false;
-#else
-constexpr bool kFragmentsAhead = true;
-#endif
+// Steps of 32 along the depth that a block keeps in shared memory: one in use, the others on their way. 32 KB of them, of which a
+// multiprocessor has two blocks' everywhere.
+constexpr unsigned kStages = 4;
 
-// multiply_tile for two row-major 16-bit operands, left [rows, depth] and right [columns, depth], straight from memory: a
-// warp makes 16 x 32 sums. In which order a product's depth is visited is free as long as both operands agree, so a lane
-// takes the 16 bytes it can read at once, elements 8t to 8t+7 of every 32, as its part of two instructions.
+template <int kBlockSide>
+constexpr int64_t kStageBytes = 2 * Tile<kBlockSide>::kEdge * 32 * 2;
+
+// Eight elements, of which `exist`, the rest as 0, on their way to shared memory; nobody waits for them here if they lie on 16
+// bytes.
+template <bool kAligned, typename T>
+__device__ __forceinline__ void send(Kept<T, 8>* to, const T* from, int64_t exist) {
+  if constexpr (kAligned) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(exist > 0 ? 16 : 0)
+                 : "memory");
+#else
+    *to = exist > 0 ? load_kept<8>(from) : Kept<T, 8>{};
+#endif
+  } else {
+    Kept<T, 8> held{};
+    for (int v = 0; v < 8; ++v) {
+      if (v < exist) held.set(v, from[v]);
+    }
+    *to = held;
+  }
+}
+
+// Ends a step that this thread has sent.
+__device__ __forceinline__ void end_sending() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for what this thread has sent, but for the last kLeft steps.
+template <unsigned kLeft>
+__device__ __forceinline__ void wait_for_sent() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// multiply_tile for two row-major 16-bit operands, left [rows, depth] and right [columns, depth], with kStages kStageBytes of
+// shared memory: a warp makes 16 x 32 sums. In which order a product's depth is visited is free as long as both operands agree,
+// so a lane takes the 16 bytes it can read at once, elements 8t to 8t+7 of every 32, as its part of two instructions; a warp then
+// reads 512 neighbouring bytes.
 template <int kBlockSide, bool kAligned, typename T, typename Store>
-__device__ __forceinline__ void multiply_tile_16bit(const Operand<T>& left, const Operand<T>& right, int64_t row,
+__device__ __forceinline__ void multiply_tile_16bit(void* shared, const Operand<T>& left, const Operand<T>& right, int64_t row,
                                                     int64_t column, int64_t begin, int64_t end, const Store& store) {
-  constexpr int kBands = Tile<kBlockSide>::kEdge / 16;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  const int64_t first_row = row + warp % kBands * 16 + g;
-  const int64_t first_column = column + warp / kBands * 32 + g;
+  using Shape = Tile<kBlockSide>;
+  using Eight = Kept<T, 8>;
+  constexpr int kBands = Shape::kEdge / 16;
+  constexpr int kOperand = Shape::kEdge * 4;  // in eights, one step's part of an operand
+  constexpr int kEach = kOperand / Shape::kBlock;
+  Eight* const stages = static_cast<Eight*>(shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  // A row that does not exist is read as the first one, and its sums are not stored.
+  const T *next_left[kEach], *next_right[kEach];
+  int64_t exist = end - begin - thread % 4 * 8;
+  ALPHAEXT_UNROLL(2)
+  for (int n = 0; n < kEach; ++n) {
+    const int64_t i = row + (thread + n * Shape::kBlock) / 4, j = column + (thread + n * Shape::kBlock) / 4;
+    next_left[n] = left.data + (i < left.count ? i : 0) * left.stride + (end - exist);
+    next_right[n] = right.data + (j < right.count ? j : 0) * right.stride + (end - exist);
+  }
+  const auto send_step = [&](unsigned stage) {
+    ALPHAEXT_UNROLL(2)
+    for (int n = 0; n < kEach; ++n) {
+      Eight* const to = stages + stage % kStages * 2 * kOperand + thread + n * Shape::kBlock;
+      send<kAligned>(to, next_left[n], exist);
+      send<kAligned>(to + kOperand, next_right[n], exist);
+      next_left[n] += 32;
+      next_right[n] += 32;
+    }
+    exist -= 32;
+    end_sending();
+  };
+  const int warp = thread / kWarp, g = lane_index() / 4, t = lane_index() % 4;
+  const int of_left = (warp % kBands * 16 + g) * 4 + t, of_right = kOperand + (warp / kBands * 32 + g) * 4 + t;
   float sums[4][4] = {};
-  struct Fragments {
-    uint32_t a[2][4], b[4][4];
-  };
-  const auto load = [&](Fragments& held, int64_t depth) {
-    const int64_t r = depth + 8 * t;
+  ALPHAEXT_UNROLL(4)
+  for (unsigned stage = 0; stage < kStages - 1; ++stage) send_step(stage);
+  ALPHAEXT_UNROLL(1)
+  for (unsigned stage = 0; begin + stage * int64_t{32} < end; ++stage) {
+    wait_for_sent<kStages - 2>();
+    __syncthreads();  // everyone's part of this step is there, and everyone is done with the step before
+    send_step(stage + kStages - 1);
+    const Eight* const step = stages + stage % kStages * 2 * kOperand;
+    Eight a[2], b[4];
     ALPHAEXT_UNROLL(2)
-    for (int i = 0; i < 2; ++i) {
-      const bool exists = first_row + 8 * i < left.count;
-      const Vector<T> loaded =
-          load_vector<kAligned>(left.data + (exists ? first_row + 8 * i : 0) * left.stride, r, exists ? end : 0);
-      memcpy(held.a[i], &loaded, sizeof(loaded));
-    }
+    for (int i = 0; i < 2; ++i) a[i] = step[of_left + i * 8 * 4];
     ALPHAEXT_UNROLL(4)
-    for (int n = 0; n < 4; ++n) {
-      const bool exists = first_column + 8 * n < right.count;
-      const Vector<T> loaded =
-          load_vector<kAligned>(right.data + (exists ? first_column + 8 * n : 0) * right.stride, r, exists ? end : 0);
-      memcpy(held.b[n], &loaded, sizeof(loaded));
-    }
-  };
-  const auto use = [&](const Fragments& held) {
+    for (int n = 0; n < 4; ++n) b[n] = step[of_right + n * 8 * 4];
     ALPHAEXT_UNROLL(2)
-    for (int step = 0; step < 2; ++step) {
-      const uint32_t rows[4] = {held.a[0][2 * step], held.a[1][2 * step], held.a[0][2 * step + 1], held.a[1][2 * step + 1]};
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t rows[4] = {a[0].words[2 * half], a[1].words[2 * half], a[0].words[2 * half + 1], a[1].words[2 * half + 1]};
       ALPHAEXT_UNROLL(4)
       for (int n = 0; n < 4; ++n) {
-        const uint32_t columns[2] = {held.b[n][2 * step], held.b[n][2 * step + 1]};
+        const uint32_t columns[2] = {b[n].words[2 * half], b[n].words[2 * half + 1]};
         multiply_fragments<T>(sums[n], rows, columns);
       }
     }
-  };
-  Fragments even, odd;
-  if constexpr (!kAligned || !kFragmentsAhead) {
-    ALPHAEXT_UNROLL(1)
-    for (int64_t depth = begin; depth < end; depth += 32) {
-      load(even, depth);
-      use(even);
-    }
-  } else {
-    load(even, begin);
-    ALPHAEXT_UNROLL(1)
-    for (int64_t depth = begin; depth < end; depth += 64) {
-      load(odd, depth + 32);
-      use(even);
-      if (depth + 32 >= end) break;  // the same in all lanes
-      load(even, depth + 64);
-      use(odd);
-    }
   }
+  wait_for_sent<0>();  // the zeros from beyond the end
+  __syncthreads();     // the caller may use the shared memory for something else
   for (int n = 0; n < 4; ++n) {
     for (int i = 0; i < 2; ++i) {
       for (int j = 0; j < 2; ++j) {
-        const int64_t y = first_row + 8 * i, x = first_column - g + 8 * n + 2 * t + j;
+        const int64_t y = row + warp % kBands * 16 + g + 8 * i, x = column + warp / kBands * 32 + 8 * n + 2 * t + j;
         if (y < left.count && x < right.count) store(y, x, sums[n][2 * i + j]);
       }
     }
@@ -297,9 +366,9 @@ __device__ __forceinline__ void linear_tile(accumulate_t<T>* shared, const Opera
                                             int64_t row, int64_t column, int64_t begin, int64_t end, const Store& store) {
   if constexpr (sizeof(T) == 2) {
     if (rows_are_aligned<T>(left.data, left.stride) && rows_are_aligned<T>(right.data, right.stride)) {
-      multiply_tile_16bit<kBlockSide, true>(left, right, row, column, begin, end, store);
+      multiply_tile_16bit<kBlockSide, true>(shared, left, right, row, column, begin, end, store);
     } else {
-      multiply_tile_16bit<kBlockSide, false>(left, right, row, column, begin, end, store);
+      multiply_tile_16bit<kBlockSide, false>(shared, left, right, row, column, begin, end, store);
     }
   } else {
     multiply_tile<kBlockSide>(shared, left, right, row, column, begin, end, store);

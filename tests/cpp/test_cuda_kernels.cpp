@@ -397,10 +397,10 @@ void test_head(const HeadSizes& sizes) {
 template <typename T>
 void test_heads() {
   const RuleParams softmax{Rule::Softmax, 0.7, false}, clamp{Rule::Clamp, 0.7, false}, l1{Rule::L1, 0.7, false};
-  // batch, N, D, F, H, M, I: ragged and unaligned; then aligned, longer than all unrolled steps, several rows a warp, and the
-  // product in slices; then one network for all.
+  // batch, N, D, F, H, M, I: ragged and unaligned; then aligned, longer than all unrolled steps and than what is on its way of
+  // a product, several rows a warp, and the product in slices; then one network for all.
   test_head<T>({5, 37, 19, 4, 9, 3, 13, First::Separate, false, true, 1, 1, softmax});
-  test_head<T>({34, 33, 40, 2, 11, 6, 1048, First::Separate, false, false, 2, 0, clamp});
+  test_head<T>({34, 33, 328, 2, 11, 6, 1048, First::Separate, false, false, 2, 0, clamp});
   test_head<T>({6, 12, 72, 5, 36, 4, 40, First::Shared, true, true, 1, 0, l1});
 }
 
@@ -439,7 +439,21 @@ void test_head_shapes() {
   CHECK(cuda::head_forward_shared_bytes<cuda::kSide>(p) == 2 * 16 * 68 * 8);
   CHECK(cuda::head_forward_shared_bytes<cuda::kSide>(p) <= cuda::kMaxSharedBytes);
   p.dtype = ScalarType::BFloat16;
+  CHECK(cuda::head_forward_shared_bytes<cuda::kSide>(p) == 32 * 1024);
+  p.weight = nullptr;
   CHECK(cuda::head_forward_shared_bytes<cuda::kSide>(p) == (12 + 256) * 4);
+
+  check::context = "what precedes the barrier";
+  p.batch = 64;
+  p.features = 2048;
+  p.num_classes = 1000;
+  p.inputs = 3000;
+  p.slices = 8;
+  CHECK(cuda::product_jobs(p, 64) == 0);
+  p.weight = &any;
+  CHECK(cuda::product_jobs(p, 64) == 128 && cuda::tile_in_rows(p, 64) == 16);
+  p.inputs = 4;
+  CHECK(cuda::tile_in_rows(p, 64) == 192);
 
   check::context = "shapes";
   const cuda::LaunchShape none = cuda::shape_for(0, 8, 256), one = cuda::shape_for(8, 8, 256), two = cuda::shape_for(9, 8, 256);
@@ -448,6 +462,38 @@ void test_head_shapes() {
   CHECK(large_head_stage_bytes(6, ScalarType::Float32) == 1072);
   CHECK(large_head_stage_bytes(6016, ScalarType::BFloat16) == 48 * 1024);
   CHECK(large_head_stage_bytes(6017, ScalarType::Float32) == 0 && large_head_stage_bytes(2945, ScalarType::Float64) == 0);
+}
+
+// Shares follow each other from the first item to the last, and nobody does more than one item more than another one could take.
+void test_shares() {
+  for (const int64_t blocks : {1, 2, 7, 264}) {
+    for (const int64_t loaded : {int64_t{0}, int64_t{1}, blocks / 2, blocks - 1}) {
+      for (const int64_t cost : {0, 1, 3, 16}) {
+        for (const int64_t items : {0, 1, 5, 256, 68'000}) {
+          if (loaded >= blocks) continue;
+          cases::describe("shares", "", {{"items", items}, {"blocks", blocks}, {"loaded", loaded}, {"cost", cost}});
+          int64_t next = 0, most = 0, least = std::numeric_limits<int64_t>::max();
+          for (int64_t block = 0; block < blocks; ++block) {
+            const cuda::Share share = cuda::fair_share(items, block, blocks, loaded, cost);
+            CHECK(share.begin <= share.end && (share.begin == share.end || share.begin == next));
+            next += share.end - share.begin;
+            const int64_t work = share.end - share.begin + (block < loaded ? cost : 0);
+            least = std::min(least, work);
+            if (share.begin < share.end) most = std::max(most, work);
+          }
+          CHECK(next == items && most <= least + 1);
+        }
+      }
+    }
+  }
+  check::context = "shares at ImageNet-LT size";
+  // 136 classes, 256 jobs of columns: two for each block without a class. 250 classes: those without have no more than three.
+  const auto jobs = [](int64_t block, int64_t classes) {
+    const cuda::Share share = cuda::fair_share(256, block, 264, classes, cuda::kClassInJobs);
+    return share.end - share.begin;
+  };
+  CHECK(jobs(0, 136) == 0 && jobs(135, 136) == 0 && jobs(136, 136) == 2 && jobs(263, 136) == 2);
+  CHECK(jobs(0, 250) <= 1 && jobs(249, 250) <= 1 && jobs(250, 250) >= 3 && jobs(263, 250) <= 4);
 }
 
 // Sizes that are 0 leave nothing unwritten that exists: an empty sum is 0.
@@ -476,6 +522,7 @@ constexpr bool kEveryRuleAndType = true;
 
 int main() {
   test_head_shapes();
+  test_shares();
   std::vector<RuleParams> rules = cases::all_rules();
   if (!kEveryRuleAndType) rules.resize(1);
   for (const RuleParams& rule : rules) {
