@@ -82,7 +82,7 @@ class SplitMetrics:
         seen = member * (samples > 0)[:, None]
         # Nothing to average is nan, without a warning: 0 / 0 is what is meant.
         with np.errstate(divide="ignore", invalid="ignore"):
-            self._weights = seen / (np.maximum(samples, 1)[:, None] * seen.sum(axis=0).astype(np.float64))
+            self._weights = np.nan_to_num(seen / (np.maximum(samples, 1)[:, None] * seen.sum(axis=0).astype(np.float64)))
 
     def of(self, hits: Tensor) -> dict[str, float]:
         """The metrics of hits ``[2, N]``: of each class, samples ranked first, and samples among the first five."""
@@ -90,7 +90,7 @@ class SplitMetrics:
         numbers = hits.numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             over_samples = (numbers @ self._member) / self._totals.astype(np.float64)
-        over_classes = np.where(self._totals > 0, numbers @ np.nan_to_num(self._weights), np.nan)
+        over_classes = np.where(self._totals > 0, numbers @ self._weights, np.nan)
         result: dict[str, float] = {}
         for column, name in enumerate(SPLITS_AND_ALL):
             result[name], result[f"{name}_top5"] = over_samples[:, column].tolist()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..utils.transfers import to_device
 from .extension import LAYOUT
 from .head import rule_number
 
@@ -304,9 +305,7 @@ def train_epoch_many(
     Returns:
         ``[R, 3]`` float64, a row as :func:`train_epoch` returns it.
     """
-    order = torch.zeros(len(orders), max(len(rows) for rows in orders), dtype=torch.int64, device=state.device)
-    for here, rows in zip(order, orders, strict=True):
-        here[: len(rows)] = rows
+    order = to_device(nn.utils.rnn.pad_sequence(list(orders), batch_first=True), state.device)
     settings = [
         [
             float(value)
@@ -319,5 +318,6 @@ def train_epoch_many(
     ]  # fmt: skip
     return torch.ops.alphaext.train_epoch_many(
         state, b2, b2_momentum, raw, alpha, order, member_logits, base_logsumexp, label_logit, few_of_label, member_columns,
-        gradient_scale, batch, torch.tensor(settings, dtype=torch.float64, device=state.device), penalty, few_offset,
+        gradient_scale, batch, to_device(torch.tensor(settings, dtype=torch.float64, device="cpu"), state.device), penalty,
+        few_offset,
     )  # fmt: skip

@@ -45,8 +45,10 @@ __all__ = [
 # The most bytes of cached logits of training samples; beyond it those of base samples are computed anew each epoch.
 CACHE_BYTES = 2 << 30
 
-# Elements of a block of logits: it stays in the processor's cache between the product and what is kept of it.
+# Elements of a block of logits. On the CPU it stays in cache between the product and what is kept of it; a GPU wants few and
+# large blocks, as each takes some thirty launches and some waits.
 _BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 _WIDTH_MULTIPLE = 16  # of features, in a product
 
 
@@ -265,7 +267,8 @@ def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor)
     # Matrix libraries round a row by its place in the product where rows begin at odd addresses. Zeros change no sum.
     surplus = -weight.shape[1] % _WIDTH_MULTIPLE
     weight = nn.functional.pad(weight, (0, surplus))
-    rows = max(1, _BLOCK_ELEMENTS // len(weight) // ops.BLOCK_SAMPLES) * ops.BLOCK_SAMPLES
+    elements = _BLOCK_ELEMENTS if weight.is_cpu else _BLOCK_ELEMENTS_ELSEWHERE
+    rows = max(1, elements // len(weight) // ops.BLOCK_SAMPLES) * ops.BLOCK_SAMPLES
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         for start in range(0, len(indices), rows):
             part = slice(start, min(start + rows, len(indices)))

@@ -228,11 +228,9 @@ def _train_group(trainings: list[_Training], report: Callable[..., None]) -> Non
     try:
         for epoch in range(len(runs[0].history), runs[0].options.epochs + 1):
             losses = group.train(epoch, [run.options.lr_multiplier(epoch) for run in runs])
-            for training, loss, hits in zip(trainings, losses, group.hits(), strict=True):
+            for training, loss in zip(trainings, losses, strict=True):
                 if training.outcome.error:
                     continue  # it is trained on, on numbers that are none, because the others are
-                assert isinstance(training.run.engine, NativeEngine)
-                training.run.engine.known_hits = hits
                 try:
                     training.run.end_epoch(loss, training.path)
                 except FloatingPointError as error:

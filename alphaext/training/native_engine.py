@@ -84,6 +84,7 @@ class NativeEngine:
         # Of the epoch before, counted with it.
         self.known_hits: Tensor | None = None
         self._known_clamped: int | None = None
+        self._drawn: tuple[int, Tensor] | None = None  # the rows of an epoch to come
         num_few, hidden = head.num_few, head.w2.shape[2]
         members = head.top_k + 1 + head.num_directions  # to training, a direction is a member like any other
         dtype = head.weight.dtype
@@ -139,18 +140,31 @@ class NativeEngine:
         return self.sgd.lr * multiplier
 
     def rows_of(self, epoch: int) -> Tensor:
-        """The rows of the cached logits that an epoch trains on, in order."""
+        """The rows of the cached logits that an epoch trains on, in order, on the CPU."""
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and drawn[0] == epoch:
+            return drawn[1]
         return self.logits.rows_of(self.sampler.indices.index_select(0, self.sampler.draw(epoch)))
+
+    def draw_ahead(self, epoch: int) -> None:
+        """Draw the rows of the epoch after ``epoch``, while a GPU trains that one."""
+        if self.logits.all_at_once and epoch < self.options.epochs:
+            self._drawn = epoch + 1, self.rows_of(epoch + 1)
+
+    def know(self, raw: Tensor, hits: Tensor | None) -> None:
+        """Keep of an epoch, for when it is asked for, what came to the CPU with its loss: outputs and hits."""
+        self._known_clamped, self.known_hits = self._count_clamped(raw), hits
 
     def train(self, epoch: int, multiplier: float) -> float | TrainingDiverged:
         """Train one epoch at ``multiplier`` times the learning rate; the mean loss, or why there is none."""
         lr = self.learning_rate(multiplier)
         # All that the host asks of an epoch goes to it at once: it waits for a GPU once.
-        wanted = [self._launch(self.rows_of(epoch), lr), self._count_clamped()]
+        wanted = [self._launch(to_device(self.rows_of(epoch), self.device), lr), self._raw]
         if self.logits.validation is not None:
             wanted.append(self.logits.validation.hits(self._alpha, self.columns))
-        result, clamped, *hits = on_host(wanted)
-        self._known_clamped, self.known_hits = int(clamped), hits[0] if hits else None
+        self.draw_ahead(epoch)
+        result, raw, *hits = on_host(wanted)
+        self.know(raw, hits[0] if hits else None)
         loss, failed_step, failed_class = result.tolist()
         return self.after_epoch(epoch, lr, loss, int(failed_step), int(failed_class))
 
@@ -184,10 +198,10 @@ class NativeEngine:
         if self._known_clamped is not None:
             known, self._known_clamped = self._known_clamped, None
             return known
-        return int(self._count_clamped())
+        return self._count_clamped(self._raw)
 
-    def _count_clamped(self) -> Tensor:
-        return clamped_outputs(self._raw[:, : self.head.top_k + 1], self.head.rule, self.head.gamma).sum()
+    def _count_clamped(self, raw: Tensor) -> int:
+        return int(clamped_outputs(raw[:, : self.head.top_k + 1], self.head.rule, self.head.gamma).sum())
 
     def snapshot(self) -> list[Tensor]:
         """What is trained, copied."""
@@ -269,11 +283,11 @@ class SharedLogits:
         self.validation = None if data.validation is None else ValidationLogits(self.columns, data.validation, self.device)
 
     def rows_of(self, indices: Tensor) -> Tensor:
-        """The rows of an epoch's samples, in the order they are trained on."""
+        """The rows of an epoch's samples, in the order they are trained on, on the CPU."""
         # index_select and not indexing, which waits for a second thread however few the indices.
         rows = self._row_of.index_select(0, indices)
         if not self.all_at_once:
             missing = (rows < 0).nonzero().flatten()
             self.training.fill(self.num_kept, self.samples, indices[missing])
             rows[missing] = self.num_kept + torch.arange(len(missing), device="cpu")
-        return to_device(rows, self.device)
+        return rows

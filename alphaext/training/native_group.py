@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..ops.training import train_epoch_many
+from ..utils.transfers import on_host
 from .engine import TrainingDiverged
 from .native_engine import NativeEngine
 
@@ -48,7 +48,7 @@ class EngineGroup:
 
     def train(self, epoch: int, multipliers: Sequence[float]) -> list[float | TrainingDiverged]:
         """Train one epoch of each, at its multiple of its learning rate: the mean losses, or what went wrong."""
-        first = self.engines[0]
+        first, validation = self.engines[0], self.engines[0].logits.validation
         rows = [engine.rows_of(epoch) for engine in self.engines]
         lrs = [engine.learning_rate(multiplier) for engine, multiplier in zip(self.engines, multipliers, strict=True)]
         options = [engine.step_options(lr) for engine, lr in zip(self.engines, lrs, strict=True)]
@@ -58,14 +58,16 @@ class EngineGroup:
             state, b2, b2_momentum, raw, alpha, rows, cached.logits, cached.base_logsumexp, cached.label_logit,
             cached.few_of_label, self._columns, self._scale, first.options.batch_size, options, *self._optional,
         )  # fmt: skip
+        wanted = [results, raw]
+        if validation is not None:
+            wanted.append(validation.hits(alpha, self._columns))
+        for engine in self.engines:
+            engine.draw_ahead(epoch)
+        results, raw, *hits = on_host(wanted)
+        all_hits = hits[0].unbind(0) if hits else [None] * len(self.engines)
+        for engine, of_engine, own_hits in zip(self.engines, raw.unbind(0), all_hits, strict=True):
+            engine.know(of_engine, own_hits)
         return [
             engine.after_epoch(epoch, lr, loss, int(step), int(failed))
             for engine, lr, (loss, step, failed) in zip(self.engines, lrs, results.tolist(), strict=True)
         ]
-
-    def hits(self) -> list[Tensor | None]:
-        """Each engine's :meth:`NativeEngine.hits`."""
-        validation = self.engines[0].logits.validation
-        if validation is None:
-            return [None] * len(self.engines)
-        return list(validation.hits(self._stacked["_alpha"], self._columns).cpu().unbind(0))

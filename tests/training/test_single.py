@@ -414,3 +414,15 @@ def test_a_start_that_decays_to_nothing_is_trained_on():
     for _ in range(2):
         fit(head, *make_data(), epochs=1, lr=0.1, weight_decay=10.0, momentum=0.0, lr_schedule="constant")
     assert head.first_layer_decay == 0 and head.alphas().isfinite().all()
+
+
+def test_an_epoch_is_drawn_while_the_one_before_is_trained(monkeypatch):
+    """Each once, in order, before anybody waits for the results of the one before, and none beyond the last."""
+    happened: list[object] = []
+    draw, on_host = engines.EpochSampler.draw, engines.on_host
+    monkeypatch.setattr(engines.EpochSampler, "used", lambda self, epochs: self.indices.sort().values)
+    monkeypatch.setattr(engines.EpochSampler, "draw", lambda self, epoch: happened.append(epoch) or draw(self, epoch))
+    monkeypatch.setattr(engines, "on_host", lambda wanted: happened.append("wait") or on_host(wanted))
+    features, labels = make_data()
+    assert fit(make_head(), features, labels, epochs=3).engine == "native"
+    assert happened == [1, 2, "wait", 3, "wait", "wait"]
