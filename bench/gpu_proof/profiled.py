@@ -54,7 +54,7 @@ def epoch(device: str, small: bool) -> Callable[[], object]:
     run.prepare(None)
     engine = run.engine
     assert isinstance(engine, NativeEngine)
-    rows = engine.rows_of(1)
+    rows = engine.rows_of(1).to(engine.device)
     return lambda: engine._launch(rows, 1e-3)
 
 
