@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from .ops.extension import build_info
     from .repairing.loader import extract_features, repair_model
     from .repairing.new_classes import add_classes
-    from .repairing.recommend import recommend
     from .repairing.preset import Repair
+    from .repairing.recommend import recommend
     from .repairing.repair import repair
     from .training.many import fit_many
     from .training.result import FitResult

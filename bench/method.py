@@ -235,8 +235,8 @@ def markdown(summary: Sequence[Row]) -> str:
         "",
         *compact(summary),
         "",
-        "| set | classifier | method | few | medium | many | base | all | few less few-bias | all less few-bias | all less preset few "
-        "| above the front |",
+        "| set | classifier | method | few | medium | many | base | all | few less few-bias | all less few-bias "
+        "| all less preset few | above the front |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     compared = (f"few less {CONSTANT}", f"all less {CONSTANT}", f"all less {FEW}", "above the front")
