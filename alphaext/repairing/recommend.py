@@ -132,7 +132,7 @@ def recommend(
         split=split,
     )
     bounds: dict[str, Any] = {"policy": policy, "min_all": min_all, "max_base_drop": max_base_drop}
-    return compare(linear, builder, **bounds, refit=refit, seed=seed)[0]
+    return compare(linear, builder, **bounds, refit=refit, seed=seed).recommendation
 
 
 def compare(
@@ -142,10 +142,11 @@ def compare(
     policy: str = "best_all",
     min_all: float | None = None,
     max_base_drop: float | None = None,
+    methods: Sequence[str] = tuple(METHODS),
     refit: bool = True,
     seed: int = 0,
-) -> tuple[Recommendation, Repair | None]:
-    """The same, and the repair that was made where validation samples recommend one."""
+) -> Comparison:
+    """Compare some methods, the first of which is ``"original"``, as :func:`recommend` does all."""
     check_choice(policy, "policy", POLICIES)
     for name, bound, most in (("min_all", min_all, 1.0), ("max_base_drop", max_base_drop, 100.0)):
         if bound is not None:
@@ -159,7 +160,7 @@ def compare(
         folds = deal(builder.validation.labels, seed)
         trials = _validation_trials(builder, folds, seed)
     measured: list[Measured] = []
-    for method in METHODS:
+    for method in methods:
         measured.append(measure(method, trials, builder.split, measured[0].right if measured else None))
     if not bool(torch.isin(measured[0].labels, builder.split.few).any()):
         name = "labels" if builder.validation is None else "val_labels"
@@ -175,7 +176,8 @@ def compare(
     chosen = next(each for each in measured if each.candidate.method == method)
     made = _made(method, linear, builder, trials, chosen, seed)
     repaired, layer = (made, made.linear) if isinstance(made, Repair) else (None, made)
-    return Recommendation(method, advice, layer, candidates, builder.split), repaired
+    found = Recommendation(method, advice, layer, candidates, builder.split)
+    return Comparison(found, repaired, torch.cat([trial.places for trial in trials]), chosen.logits)
 
 
 def deal(labels: Tensor, seed: int) -> Tensor:
@@ -288,12 +290,30 @@ class Makers:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What came of a comparison.
+
+    Attributes:
+        recommendation: the method to take, and its layer.
+        repair: what a preset made, where that is taken and there were validation samples.
+        places: of the samples measured on, among the validation samples, or the training samples where there are none.
+        logits: of these by the method that is taken, each by a layer that the sample had no part in.
+    """
+
+    recommendation: Recommendation
+    repair: Repair | None
+    places: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
 class Trial:
-    """What makes layers, features and labels to choose by, and those to measure on."""
+    """What makes layers, features and labels to choose by, and those to measure on, with their places among all samples."""
 
     makers: Makers
     chosen_by: tuple[Tensor, Tensor]
     measured_on: tuple[Tensor, Tensor]
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -332,21 +352,21 @@ def _validation_trials(builder: Builder, folds: Tensor, seed: int) -> list[Trial
     makers = Makers(layer, Builder(layer, builder.samples.real(), builder.samples.labels, split=builder.split), seed)
     trials = []
     for fold in range(_FOLDS):
-        others, own = folds != fold, folds == fold
-        trials.append(Trial(makers, (features[others], labels[others]), (features[own], labels[own])))
+        others, own = folds != fold, (folds == fold).nonzero().flatten()
+        trials.append(Trial(makers, (features[others], labels[others]), (features[own], labels[own]), own))
     return trials
 
 
 def _training_trial(builder: Builder, folds: Tensor, fold: int, refit: bool, seed: int) -> Trial:
     features, labels = builder.samples.real(), builder.samples.labels
     # The other fold is not the next one, so that two samples of a class are never both held out.
-    chosen_by, own = folds == (fold + 2) % _FOLDS, folds == fold
-    rest = ~(chosen_by | own)
+    chosen_by, own = folds == (fold + 2) % _FOLDS, (folds == fold).nonzero().flatten()
+    rest = ~chosen_by & (folds != fold)
     layer = make_linear(builder.weight, builder.bias)
     if refit:
         layer = plainly_trained(features[rest], labels[rest], len(builder.weight), seed).to(builder.weight)
     makers = Makers(layer, Builder(layer, features[rest], labels[rest], split=builder.split), seed)
-    return Trial(makers, (features[chosen_by], labels[chosen_by]), (features[own], labels[own]))
+    return Trial(makers, (features[chosen_by], labels[chosen_by]), (features[own], labels[own]), own)
 
 
 def measure(method: str, trials: Sequence[Trial], split: ClassSplit, original: Tensor | None = None) -> Measured:

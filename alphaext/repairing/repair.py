@@ -108,9 +108,10 @@ def repair(
 def _recommended(linear: nn.Module, builder: Builder, policy: str, bounds: dict[str, Any]) -> Repair:
     """What a comparison of all methods takes."""
     started, validation = time.monotonic(), builder.validation
-    found, made = compare(linear, builder, policy=policy, **bounds)
-    if made is not None:
-        return replace(made, recommendation=found)
+    comparison = compare(linear, builder, policy=policy, **bounds)
+    found = comparison.recommendation
+    if comparison.repair is not None:
+        return replace(comparison.repair, recommendation=found)
     before = after = None
     if validation is not None:
         metrics = SplitMetrics(builder.split, class_counts(validation.labels, len(builder.weight)))

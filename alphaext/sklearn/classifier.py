@@ -25,11 +25,14 @@ from ..head.neighbors import pool_size
 from ..metrics.scale import best_scale
 from ..repairing.new_classes import add_classes
 from ..repairing.preset import Repair
+from ..repairing.recommend import METHODS, compare
+from ..repairing.recommendation import Recommendation
 from ..repairing.repair import repair
+from ..training.builder import Builder
 from ..training.options import OPTIONS, HeadOptions, check_known, read_options, takes_options
-from ..training.presets import preset_options
+from ..training.presets import PRESETS, preset_options
 from ..training.result import AlphaNetWarning, FitResult
-from ..utils.checks import check_integer, check_number
+from ..utils.checks import check_choice, check_integer, check_number
 from ..utils.linear import make_linear
 from .estimators import (
     Array,
@@ -89,7 +92,10 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             LogisticRegression (default), LinearSVC, SGDClassifier or RidgeClassifier; or a Pipeline that ends in one, whose
             transformers make the features, also one with a resampling step (imbalanced-learn's); or a FrozenEstimator around a
             fitted one, which is not fitted again.
-        preset: ``"few"`` (default) or ``"paper"`` (:data:`alphaext.training.PRESETS`).
+        preset: ``"few"`` (default) or ``"paper"`` (:data:`alphaext.training.PRESETS`); or ``"all"``: every row becomes a
+            combination of all rows, by preset few averaged with a discriminant of the scores and with balanced re-training.
+        method: ``"auto"``: the one of these, of cheaper ones and of the plain estimator that :func:`alphaext.recommend` takes.
+            None (default) for ``preset``. Neither it nor preset ``"all"`` goes with options of a training.
         max_base_drop: points (0.5 is half a percent) that the mean accuracy of base classes may lose on samples not seen; a
             constant on the few scores keeps to it. None (default) for any.
         folds: parts of the samples, at least 2, default 5; a copy of the estimator is fitted to all but each of them.
@@ -110,8 +116,10 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         estimator_: the fitted estimator.
         repaired_: whether the new rows are kept.
         composed_estimator_: the estimator with the new rows; ``estimator_`` itself where they are not kept.
-        head_: the trained :class:`alphaext.AlphaNet`, or None. Its inputs are scores, times ``score_scale_``, less their mean.
-        result_: the :class:`alphaext.FitResult`, or None.
+        head_: the trained :class:`alphaext.AlphaNet`, or None, as with preset ``"all"`` and ``method="auto"``. Its inputs are
+            scores, times ``score_scale_``, less their mean.
+        result_: the :class:`alphaext.FitResult`, or None likewise.
+        recommendation_: with ``method="auto"`` the :class:`alphaext.repairing.Recommendation`, a table; else None.
         few_classes_: labels of the few classes, ``[F]``.
         members_: labels ``[F, K+1]``: each few class and its neighbours, nearest first.
         alphas_: the coefficients, ``[F, K+1]``.
@@ -133,6 +141,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     coef_: Array
     intercept_: Array
     head_: AlphaNet | None
+    recommendation_: Recommendation | None
     result_: FitResult | None
 
     pool: str | None
@@ -145,6 +154,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         estimator: Any = None,
         *,
         preset: str = "few",
+        method: str | None = None,
         max_base_drop: float | None = None,
         folds: int = 5,
         few_below: int = 20,
@@ -156,6 +166,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     ) -> None:
         self.estimator = estimator
         self.preset = preset
+        self.method = method
         self.max_base_drop = max_base_drop
         self.folds = folds
         self.few_below = few_below
@@ -205,7 +216,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
                 setattr(self, name, getattr(self.estimator_, name))
         if not reason and not np.array_equal(self.classes_, classes):
             reason = f"the estimator's {len(self.classes_)} classes are not the {len(classes)} of y"
-        self.head_, self.result_, self.accuracies_, self.score_scale_ = None, None, {}, 1.0
+        self.head_, self.result_, self.accuracies_, self.score_scale_, self.recommendation_ = None, None, {}, 1.0, None
         self.few_classes_ = self.classes_[:0]
         self.members_, self.alphas_ = np.empty((0, 0), dtype=self.classes_.dtype), np.empty((0, 0))
         if reason:
@@ -228,30 +239,72 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         eye = torch.eye(len(classes), dtype=torch.float64, device="cpu")
         layer = make_linear(eye, torch.zeros_like(eye[0]))
 
+        val = None if validation is None else (unseen, unseen_labels)
+        if self._compares():
+            if val is None and not refitted:
+                raise ValueError("X_val and y_val must be given, which a FrozenEstimator has not seen, to choose a method by")
+            reason = self._compare(rows, layer, (logits, labels), val, split, seed)
+            return self._keep_plain(reason) if reason else self
+
         def repaired(some: Array, **more: Any) -> Repair:
             return repair(layer, logits[some], labels[some], preset=self.preset, split=split, **options, **more)
 
-        data = {} if validation is None else {"val_features": unseen, "val_labels": unseen_labels}
+        data = {} if val is None else {"val_features": unseen, "val_labels": unseen_labels}
         made = repaired(np.ones(len(labels), dtype=bool), progress=bool(self.verbose), **data)
         after = _apply(made, unseen)
         if validation is None:
             for fold in range(folds.max() + 1):
                 own = folds[~seen] == fold
                 after[own] = _apply(repaired(folds != fold, progress=False), unseen[own])
-        constant = self._constant(unseen, after, unseen_labels, split)
-        after[:, split.few.numpy()] += constant
-        self.accuracies_ = {
-            "before": _accuracies(unseen, unseen_labels, split),
-            "after": _accuracies(after, unseen_labels, split),
-        }
-        gain, noise = gain_and_noise(unseen, after, unseen_labels)
-        self._compose(rows, made, constant)
+        self.head_, self.result_ = made.head, made.result
+        assert made.head is not None
+        self.members_, self.alphas_ = self.classes_[made.head.members.numpy()], made.head.alphas().detach().numpy()
+        reason = self._take(rows, made.linear, split.few.numpy(), (unseen, after, unseen_labels), split)
+        return self._keep_plain(reason) if reason else self
+
+    def _compare(
+        self, rows: Rows, layer: Any, data: tuple[Array, Array], val: tuple[Array, Array] | None, split: ClassSplit, seed: int
+    ) -> str:
+        """Take what a comparison of methods takes; or say why not."""
+        self.few_classes_ = self.classes_[split.few.numpy()]
+        logits, labels = val or data
+        val_features, val_labels = val or (None, None)
+        builder = Builder(layer, *data, val_features=val_features, val_labels=val_labels, split=split)
+        auto = self.method == "auto"
+        try:
+            methods, bound = (tuple(METHODS), self.max_base_drop) if auto else (("original", "all"), None)
+            found = compare(layer, builder, methods=methods, max_base_drop=bound, refit=False, seed=seed)
+        except ValueError as error:
+            return str(error)
+        self.recommendation_ = found.recommendation if auto else None
+        taken = next(each for each in found.recommendation.candidates if each.method == found.recommendation.method)
+        if taken.method == "original":
+            errors = "; ".join(dict.fromkeys(each.error for each in found.recommendation.candidates if each.error))
+            return f"no method is better on samples not seen{errors and f' ({errors})'}"
+        changed = split.few.numpy() if taken.few_rows_only else np.arange(split.num_classes)
+        places = found.places.numpy()
+        measured = (logits[places], found.logits.numpy(), labels[places])
+        return self._take(rows, found.recommendation.linear, changed, measured, split)
+
+    def _take(self, rows: Rows, linear: Any, changed: Array, measured: tuple[Array, Array, Array], split: ClassSplit) -> str:
+        """Take the ``changed`` rows of a layer; or say why not: its scores are to be better on samples not seen.
+
+        ``measured`` are scores before and after, and labels.
+        """
+        before, after, labels = measured
+        few = split.few.numpy()
+        constant = self._constant(before, after, labels, split)
+        after[:, few] += constant
+        self.accuracies_ = {"before": _accuracies(before, labels, split), "after": _accuracies(after, labels, split)}
+        gain, noise = gain_and_noise(before, after, labels)
+        self._compose(rows, linear, changed, constant * np.isin(changed, few))
+        self.few_classes_ = self.classes_[few]
         if gain <= noise:
-            self._keep_plain(
+            return (
                 f"the repaired rows are no better on samples not seen: {100 * gain:+.1f} points over all classes, where "
                 f"{100 * noise:.1f} are noise"
             )
-        return self
+        return ""
 
     def add_classes(self, X: Any, y: Any, X_new: Any, y_new: Any) -> AlphaNetClassifier:
         """Add classes that the fitted classifier has never seen; the rows of its own classes stay as they are, to the bit.
@@ -317,6 +370,10 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.composed_estimator_ = with_rows(fitted, self.coef_, self.intercept_, classes)
         return self
 
+    def _compares(self) -> bool:
+        """Whether methods are compared, with settings of their own."""
+        return self.method == "auto" or self.preset == "all"
+
     def _given(self) -> dict[str, Any]:
         """The options that take the place of the preset's."""
         return {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) is not None}
@@ -339,24 +396,18 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
                 break
         return float(constant)
 
-    def _compose(self, rows: Rows, made: Repair, constant: float) -> None:
-        """Put the new rows where the few classes' own were."""
-        head = made.head
-        assert head is not None
-        few, (mix, shift) = head.few_classes.numpy(), (each.detach().numpy() for each in made.linear.parameters())
-        new = rows.mixed(mix[few], (shift[few] + constant) / self.score_scale_)
+    def _compose(self, rows: Rows, linear: Any, changed: Array, constants: Array) -> None:
+        """Put new rows where the ``changed`` classes' own were."""
+        mix, shift = (each.detach().numpy() for each in linear.parameters())
+        new = rows.mixed(mix[changed], (shift[changed] + constants) / self.score_scale_)
         coef, intercept = own_rows(self.estimator_)
         if len(self.classes_) == 2:
-            rows.weight[few], rows.bias[few] = new.weight, new.bias
+            rows.weight[changed], rows.bias[changed] = new.weight, new.bias
             coef[:], intercept[:] = rows.weight[1] - rows.weight[0], rows.bias[1] - rows.bias[0]
         else:
-            coef[few], intercept[few] = new.weight, new.bias
+            coef[changed], intercept[changed] = new.weight, new.bias
         self.coef_, self.intercept_ = coef, intercept
         self.composed_estimator_ = with_rows(self.estimator_, coef, intercept)
-        self.head_, self.result_ = head, made.result
-        self.few_classes_ = self.classes_[few]
-        self.members_ = self.classes_[head.members.numpy()]
-        self.alphas_ = head.alphas().detach().numpy()
         self.repaired_ = True
 
     def _keep_plain(self, reason: str) -> AlphaNetClassifier:
@@ -368,7 +419,14 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
     def _check_parameters(self) -> HeadOptions:
         """Check all parameters before any work is done; what the head's options are."""
-        head, _ = read_options(preset_options(self.preset, validation=False) | self._given())
+        check_choice(self.preset, "preset", (*PRESETS, "all"))
+        check_choice(self.method or "auto", "method", ("auto",))
+        if self.method == "auto" and self.preset != "few":
+            raise ValueError(f"preset={self.preset!r} does not go with method='auto'")
+        for name in self._given() if self._compares() else ():
+            raise ValueError(f"{name} does not go with preset='all' or method='auto'")
+        of_few_rows = "few" if self.preset == "all" else self.preset
+        head, _ = read_options(preset_options(of_few_rows, validation=False) | self._given())
         split_classes([1], few_below=self.few_below, many_above=self.many_above)
         check_integer(self.folds, "folds", minimum=2)
         if self.score_scale != "auto":

@@ -97,7 +97,8 @@ BASES = (
 
 @parametrize_with_checks(
     [AlphaNetClassifier(base, epochs=3, top_k=2) for base in BASES]
-    + [LastClassFew(base, epochs=1, top_k=2) for base in (None, LinearSVC(random_state=0), BASES[-1])],
+    + [LastClassFew(base, epochs=1, top_k=2) for base in (None, LinearSVC(random_state=0), BASES[-1])]
+    + [LastClassFew(preset="all"), AlphaNetClassifier(method="auto")],
     expected_failed_checks=expected_failed_checks,
 )
 @pytest.mark.filterwarnings("ignore")
@@ -518,6 +519,39 @@ def test_validation_samples_that_are_given():
     assert found.result_.after["all"] == pytest.approx(found.score(X_val, y_val))
 
 
+@pytest.mark.parametrize("options", [{"preset": "all"}, {"method": "auto"}])
+def test_every_row_may_change_where_that_is_better_on_samples_not_seen(options):
+    X, y, X_test, y_test = long_tailed_digits()
+    model = AlphaNetClassifier(LinearSVC(C=0.01, random_state=0), random_state=0, few_below=46, **options).fit(X, y)
+    assert model.repaired_ and model.accuracies_["after"]["all"] > model.accuracies_["before"]["all"] + 0.05
+    assert model.score(X_test, y_test) > model.estimator_.score(X_test, y_test) + 0.05
+    assert model.head_ is None and len(model.few_classes_) == 5
+    found = model.recommendation_
+    assert (found is None) == ("preset" in options) and (found is None or found.method in str(found))
+    if found is None or not found.method.startswith("few"):
+        assert (model.coef_ != model.estimator_.coef_).any(axis=1).all()
+    again = AlphaNetClassifier(LinearSVC(C=0.01, random_state=0), random_state=0, few_below=46, **options).fit(X, y)
+    assert_array_equal(again.coef_, model.coef_)
+
+
+@pytest.mark.parametrize("options", [{"preset": "all"}, {"method": "auto"}])
+def test_methods_by_validation_samples_that_are_given(options):
+    X, y, X_test, y_test = long_tailed_digits()
+    fitted = FrozenEstimator(LinearSVC(C=0.01, random_state=0).fit(X, y))
+    with pytest.raises(ValueError, match="X_val and y_val must be given, which a FrozenEstimator has not seen"):
+        AlphaNetClassifier(fitted, **options).fit(X, y)
+    model = AlphaNetClassifier(fitted, few_below=46, random_state=0, **options)
+    model.fit(X, y, X_val=X_test[::2], y_val=y_test[::2])
+    assert model.score(X_test[1::2], y_test[1::2]) > fitted.score(X_test[1::2], y_test[1::2])
+
+
+def test_samples_that_cannot_choose_leave_the_plain_estimator():
+    X, y = make_blobs()
+    with pytest.warns(AlphaNetWarning, match="no method is better on samples not seen .*of few classes, and less than 10"):
+        model = AlphaNetClassifier(preset="all", random_state=0).fit(X, y)
+    assert not model.repaired_ and model.composed_estimator_ is model.estimator_
+
+
 def test_frozen_estimator_is_repaired_without_a_fit():
     X, y = make_blobs()
     fitted = make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y)
@@ -660,7 +694,10 @@ def test_another_fit_leaves_nothing_behind():
         ({"epochs": -1}, ValueError, "epochs"),
         ({"lr": "fast"}, TypeError, "lr must be a number"),
         ({"select": "best_few"}, ValueError, "select='best_few' needs X_val and y_val"),
-        ({"preset": "best"}, ValueError, "preset must be one of few, paper, got 'best'"),
+        ({"preset": "best"}, ValueError, "preset must be one of few, paper, all, got 'best'"),
+        ({"method": "best"}, ValueError, "method must be one of auto, got 'best'"),
+        ({"method": "auto", "top_k": None, "preset": "all"}, ValueError, "preset='all' does not go with method='auto'"),
+        ({"method": "auto"}, ValueError, "top_k does not go with preset='all' or method='auto'"),
         ({"folds": 1}, ValueError, "folds must be at least 2, got 1"),
         ({"max_base_drop": -1}, ValueError, "max_base_drop must be finite and at least 0, got -1"),
         ({"score_scale": 0}, ValueError, "score_scale (a number, or 'auto') must be finite and above 0, got 0"),
