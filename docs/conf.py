@@ -22,6 +22,8 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "min_reported_time": 1e9,
     "abort_on_example_error": True,
+    "remove_config_comments": True,
+    "within_subsection_order": "ExampleTitleSortKey",
 }
 myst_heading_anchors = 4  # links to headings, as GitHub makes them
 myst_enable_extensions = ["dollarmath"]

@@ -64,12 +64,11 @@ for name, classes in (("few", rare), ("base", [digit for digit in range(10) if d
 # %%
 # The picture: rare classes are on the left.
 order = [*rare, *(digit for digit in range(10) if digit not in rare)]
-figure, axes = plt.subplots(figsize=(7, 3))
+figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 places = np.arange(10)
 axes.bar(places - 0.2, before[order], 0.4, label="before")
 axes.bar(places + 0.2, after[order], 0.4, label="after")
 axes.axvline(len(rare) - 0.5, color="gray", linestyle=":")
 axes.set_xticks(places, order)
 axes.set(xlabel="digit", ylabel="recognised, % of test images", ylim=(0, 100))
-axes.legend(loc="lower right")
-figure.tight_layout()
+figure.legend(loc="outside upper right", ncols=2)
