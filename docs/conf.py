@@ -23,6 +23,7 @@ sphinx_gallery_conf = {
     "min_reported_time": 1e9,
     "abort_on_example_error": True,
     "remove_config_comments": True,
+    "capture_repr": (),
     "within_subsection_order": "ExampleTitleSortKey",
 }
 myst_heading_anchors = 4  # links to headings, as GitHub makes them

@@ -9,7 +9,8 @@ The questions: Casanueva et al., BANKING77, CC BY 4.0.
 """
 
 # %%
-# Read the questions: pairs of a text and a class.
+# Read the questions: pairs of a text and a class. ``banking77lt.json`` is in ``docs/examples/`` of the repository; a downloaded
+# script or notebook needs it beside it.
 import json
 from pathlib import Path
 
