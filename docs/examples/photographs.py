@@ -7,7 +7,7 @@ training photographs. The features are those of EfficientNet-Lite0, which was tr
 layer is trained in the plain way, and :func:`alphaext.repair` repairs it.
 
 .. image:: /images/photographs.jpg
-   :alt: Twelve test photographs of rare classes, each with what it was taken for before the repair and what it is taken for after
+   :alt: Twelve test photographs of rare classes, each with what it was taken for before the repair and after it
 
 Photographs: Li, Andreeto, Ranzato, Perona, Caltech 101, CC BY 4.0. This page is not run when the site is built, because it
 needs these data. With them in the folder ``ALPHAEXT_DATA`` it runs in a few seconds and draws the picture.
