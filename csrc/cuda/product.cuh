@@ -117,10 +117,13 @@ struct PanelPart {
       if (aligned && room >= 4) {
         held[n] = load_kept<4>(at);
       } else {
+        T elements[4] = {};  // all of them on their way before the first is kept
         ALPHAEXT_UNROLL(4)
         for (int v = 0; v < 4; ++v) {
-          if (v < room) held[n].set(v, at[v]);
+          if (v < room) elements[v] = at[v];
         }
+        ALPHAEXT_UNROLL(4)
+        for (int v = 0; v < 4; ++v) held[n].set(v, elements[v]);
       }
     }
     next += panel_step;
@@ -264,10 +267,12 @@ __device__ __forceinline__ void send(Kept<T, 8>* to, const T* from, int64_t exis
     *to = exist > 0 ? load_kept<8>(from) : Kept<T, 8>{};
 #endif
   } else {
+    T elements[8] = {};
     Kept<T, 8> held{};
     for (int v = 0; v < 8; ++v) {
-      if (v < exist) held.set(v, from[v]);
+      if (v < exist) elements[v] = from[v];
     }
+    for (int v = 0; v < 8; ++v) held.set(v, elements[v]);
     *to = held;
   }
 }
