@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .utils.checks import check_integer, check_kind, check_thresholds, format_ids
+from .utils.checks import check_integer, check_kind, check_thresholds, format_ids, if_given
 from .utils.tensors import (
     LabelledFeatures,
     TensorLike,
@@ -52,8 +52,7 @@ def class_counts(labels: TensorLike, num_classes: int | None = None) -> Tensor:
         >>> class_counts([0, 2, 2], num_classes=4)
         tensor([1, 0, 2, 0])
     """
-    if num_classes is not None:
-        num_classes = check_integer(num_classes, "num_classes", minimum=1)
+    num_classes = if_given(check_integer, num_classes, "num_classes", minimum=1)
     class_ids = check_labels(labels, num_classes)
     if num_classes is None and class_ids.numel() == 0:
         raise ValueError("labels is empty, so the number of classes is unknown: give num_classes")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..classes import ClassSplit, class_sums, split_classes
 from ..head.composition import closed_form_alphas
 from ..head.neighbors import nearest_classes
-from ..utils.checks import check_choice, check_integer, check_number
+from ..utils.checks import check_choice, check_integer, check_number, if_given
 from ..utils.linear import make_linear
 from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_finite, features_and_labels
 
@@ -98,8 +98,8 @@ def discriminant(
         >>> made.members, made.alphas
         (tensor([[2, 1, 0]]), tensor([[0.5000, 0.2500, 0.2500]], dtype=torch.float64))
     """
-    tau = None if tau is None else check_number(tau, "tau", minimum=0)
-    shrinkage = None if shrinkage is None else check_number(shrinkage, "shrinkage", minimum=0, maximum=1)
+    tau = if_given(check_number, tau, "tau", minimum=0)
+    shrinkage = if_given(check_number, shrinkage, "shrinkage", minimum=0, maximum=1)
     top_k = check_integer(top_k, "top_k", minimum=1)
     check_choice(compose, "compose", COMPOSED)
     features, labels = features_and_labels(features, labels)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..models.split import run_model, split_model
-from ..utils.checks import check_number
+from ..utils.checks import check_choice, check_kind, check_number, if_given
 from ..utils.files import PathLike, check_output_file, whole_file
 from ..utils.modules import evaluating
 from ..utils.packages import require
@@ -157,10 +157,8 @@ def export(
         >>> report.few_classes, report.batch, report.largest_base_difference
         (1, 'random features', 0.0)
     """
-    if not isinstance(checkpoint, Checkpoint):
-        raise TypeError(f"checkpoint must be a Checkpoint, got {type(checkpoint).__name__}")
-    if format not in EXPORT_FORMATS:
-        raise ValueError(f"format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
+    check_kind(checkpoint, Checkpoint, "checkpoint", what="a Checkpoint")
+    check_choice(format, "format", EXPORT_FORMATS)
     target = check_output_file(output, "output", overwrite=overwrite)
     if target.suffix == ".safetensors":
         require_safetensors()
@@ -176,7 +174,7 @@ def export(
         if needless is not None or format == "onnx":
             raise ValueError(f"model must be given {'for ' + repr(format) if needless is None else 'with ' + needless}")
     few, weight, bias = check_repaired(checkpoint, linear, few_classes)
-    allowed = None if tolerance is None else check_number(tolerance, "tolerance", above=0)
+    allowed = if_given(check_number, tolerance, "tolerance", above=0)
     if model is None:
         batch: _Batch = _Features(checkpoint, weight, bias, few)
     else:
@@ -312,8 +310,7 @@ class _Images(_Batch):
         example: Tensor | None,
     ) -> None:
         super().__init__(checkpoint, weight, bias, few)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+        check_kind(model, nn.Module, "model", what="a torch module")
         duplicate = copy.deepcopy(model).cpu().eval()
         self.what = "random images" if example is None else "images"
         self.images = _random_images(duplicate) if example is None else _check_example(example)
@@ -358,8 +355,7 @@ class _Images(_Batch):
 
 
 def _check_example(example: Tensor) -> Tensor:
-    if not isinstance(example, Tensor):
-        raise TypeError(f"example must be a tensor of images [n, C, H, W], got {type(example).__name__}")
+    check_kind(example, Tensor, "example", what="a tensor of images [n, C, H, W]")
     check_floating(example, "example")
     if example.dim() < 2 or len(example) == 0:
         raise ValueError(f"example must be images [n, C, H, W], at least one, got {list(example.shape)}")

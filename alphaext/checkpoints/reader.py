@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..utils.checks import check_integer, check_number
+from ..utils.checks import check_integer, check_kind, check_number, check_text, if_given
 from ..utils.files import PathLike, read_json
 from ..utils.linear import make_linear
-from ..utils.tensors import check_finite, check_floating, check_shape
+from ..utils.tensors import check_finite, floating_tensor
 from .files import Payload, read_payload
 from .layouts import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, is_no_weight, listed, tensor_at
 from .names import aligned
@@ -190,8 +190,7 @@ class Checkpoint:
         return self.weight.new_zeros(self.num_classes) if self.bias is None else self.bias
 
     def _classifier_of(self, model: nn.Module, classifier: str) -> nn.Linear:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+        check_kind(model, nn.Module, "model", what="a torch module")
         try:
             layer = model.get_submodule(classifier)
         except AttributeError:
@@ -272,10 +271,9 @@ def open_checkpoint(
     path: PathLike, *, classifier: str | None, num_classes: int | None = None, scale: float = 30.0, state: str | None = None
 ) -> Checkpoint:
     """:func:`read_checkpoint` without warnings."""
-    if num_classes is not None:
-        num_classes = check_integer(num_classes, "num_classes", minimum=1)
-    _check_text(classifier, "classifier")
-    _check_text(state, "state")
+    num_classes = if_given(check_integer, num_classes, "num_classes", minimum=1)
+    check_text(classifier, "classifier")
+    check_text(state, "state")
     scale = check_number(scale, "scale", above=0)
     file_path = Path(path)
     payload = read_payload(file_path)
@@ -333,17 +331,11 @@ def normalize_expert_features(features: Tensor, experts: int) -> Tensor:
         tensor([[0.6000, 0.8000, 0.0000, 1.0000]])
     """
     experts = check_integer(experts, "experts", minimum=1)
-    check_floating(features, "features")
-    check_shape(features, "features", ("n", "D"))
+    floating_tensor(features, "features", ("n", "D"))
     if features.shape[1] % experts:
         raise ValueError(f"features must have a multiple of experts={experts} columns, got {features.shape[1]}")
     parts = features.reshape(len(features), experts, features.shape[1] // experts)
     return functional.normalize(parts, dim=2).reshape(features.shape)
-
-
-def _check_text(value: object, name: str) -> None:
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} must be text or None, got {value!r}")
 
 
 def _effective(layout: Layout, stored: Mapping[KeyPath, Tensor], scale: float) -> tuple[Tensor, Tensor | None]:

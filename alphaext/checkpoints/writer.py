@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head.alphanet import AlphaNet
+from ..utils.checks import check_kind
 from ..utils.files import PathLike, check_output_file, whole_file, without_nan
 from ..utils.linear import linear_parameters
 from ..utils.tensors import TensorLike, check_class_ids
@@ -135,8 +136,7 @@ def write_verified(
     Returns:
         How many bytes of the file are those of the original; None of a file that was written anew.
     """
-    if not isinstance(checkpoint, Checkpoint):
-        raise TypeError(f"checkpoint must be a Checkpoint, got {type(checkpoint).__name__}")
+    check_kind(checkpoint, Checkpoint, "checkpoint", what="a Checkpoint")
     few, weight, bias = check_repaired(checkpoint, linear, few_classes)
     target = check_output_file(path, "path", overwrite=overwrite)
     in_safetensors = container(checkpoint.path) == "safetensors"

@@ -13,11 +13,11 @@ import alphaext
 
 from . import results
 from .options import option
-from .shared import CheckpointOptions, CommonOptions, FeaturesOptions
+from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, OutputOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddClasses(CommonOptions, FeaturesOptions, CheckpointOptions):
+class AddClasses(CommonOptions, FeaturesOptions, OutputOptions, ClassifierOptions):
     """Give a trained classifier rows for classes that it has never seen; its own rows stay as they are.
 
     The new rows start from near classes' rows and are trained on the new classes' samples, one of each or more, beside samples
@@ -28,15 +28,9 @@ class AddClasses(CommonOptions, FeaturesOptions, CheckpointOptions):
     """
 
     section: ClassVar[str] = "add-classes"
-    classifier: Path | None = option(
-        None,
-        help="the trained classifier: a checkpoint of any layout, or a folder that a command wrote; without, --checkpoint",
-    )
     new_features: Path = option(
         metavar="FOLDER", help="the folder of the new classes' features, numbered from 0 (train in it), of the same network"
     )
-    output: Path = option(metavar="FOLDER", help="where the classifier goes")
-    overwrite: bool = option(False, help="replace results that are there")
 
     def run(self, console: Console | None = None) -> dict[str, Any]:
         """Make the rows and write the classifier; returns what result.json holds."""
@@ -63,9 +57,7 @@ class AddClasses(CommonOptions, FeaturesOptions, CheckpointOptions):
                 "neighbors": {str(own): others for own, *others in made.head.members.tolist()},
                 "seconds": time.monotonic() - started,
             }
-            folder.clear()
-            alphaext.checkpoints.save_linear(made.linear, folder.path / results.CLASSIFIER, overwrite=True)
-            folder.write(result)
+            folder.write_classifier(made.linear, result)
         text = f"{new.num_classes} classes added to {train.num_classes}: {self.output / results.CLASSIFIER}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return result

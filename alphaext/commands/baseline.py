@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import alphaext
 
@@ -16,7 +16,7 @@ from ..baselines.choices import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS
 from ..utils.text import percent
 from . import results
 from .options import option
-from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
+from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ _SHOWN = 15  # candidates, around the chosen one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Baseline(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
+class Baseline(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, CheckpointOptions):
     """Make a classifier by another method, from cached features.
 
     What a method leaves open (the tau, the strength, the bias) is chosen on validation features, never on test ones. The result
@@ -50,8 +50,6 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     classifier: Path | None = option(
         None, help="the trained classifier, which all but ncm, crt and discriminant start from; without, --checkpoint"
     )
-    output: Path = option(metavar="FOLDER", help="where results go")
-    overwrite: bool = option(False, help="replace results that are there")
     select: str | None = option(
         None,
         choices=("best_all", "best_few", "last"),
@@ -102,9 +100,7 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
                 (folder.path / _CHECKPOINT).unlink(missing_ok=True)
             made = self._make(train, val, split, linear, folder.path)
             result = made.to_dict()
-            folder.clear()
-            alphaext.checkpoints.save_linear(made.linear, folder.path / results.CLASSIFIER, overwrite=True)
-            folder.write(result)
+            folder.write_classifier(made.linear, result)
             (folder.path / _CHECKPOINT).unlink(missing_ok=True)
         self._print(console, result, self.output)
         return result
@@ -140,15 +136,15 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
 
     def _print(self, console: Console, result: dict[str, Any], folder: Path) -> None:
         if result.get("table"):
-            table = Table(title=f"{self.name}: top-1 accuracy on validation features, %")
-            names = [name for name in result["table"][0] if name not in ("few", "medium", "many", "all")]
-            for name in (*names, "few", "medium", "many", "all"):
-                table.add_column(name, justify="right")
+            parts = ("few", "medium", "many", "all")
+            names = [name for name in result["table"][0] if name not in parts]
+            columns = (Column(name, justify="right") for name in (*names, *parts))
+            table = Table(*columns, title=f"{self.name}: top-1 accuracy on validation features, %")
             is_chosen = [all(result["chosen"].get(name) == row[name] for name in names) for row in result["table"]]
             first = max(0, is_chosen.index(True) - _SHOWN // 2) if True in is_chosen else 0
             for row, chosen in list(zip(result["table"], is_chosen, strict=True))[first : first + _SHOWN]:
                 own = (f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in names)
-                cells = (percent(row.get(split)) for split in ("few", "medium", "many", "all"))
+                cells = (percent(row.get(part)) for part in parts)
                 table.add_row(*own, *cells, style="bold" if chosen else None)
             if len(result["table"]) > _SHOWN:
                 table.caption = f"{_SHOWN} of {len(result['table'])} candidates; all are in {results.RESULT}"

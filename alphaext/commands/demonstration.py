@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from ..classes import class_counts, split_classes
@@ -143,10 +143,9 @@ def run_demo(draws: int = 8, seed: int = 0, output: Path | None = None, console:
 
 
 def accuracy_table(draws: list[Draw]) -> Table:
-    table = Table(title=f"Top-1 accuracy on test images in %, mean +- standard deviation over {len(draws)} draws")
-    table.add_column("")
-    for split in SPLITS_AND_ALL:
-        table.add_column(split, justify="right")
+    columns = (Column(split, justify="right") for split in SPLITS_AND_ALL)
+    title = f"Top-1 accuracy on test images in %, mean +- standard deviation over {len(draws)} draws"
+    table = Table("", *columns, title=title)
     before, after = (
         100 * torch.tensor([[accuracy[split] for split in SPLITS_AND_ALL] for accuracy in accuracies], dtype=torch.float64)
         for accuracies in ([draw.before for draw in draws], [draw.after for draw in draws])
@@ -178,13 +177,11 @@ def summary(draws: list[Draw]) -> str:
 def alpha_table(draw: Draw) -> Table:
     head = draw.head
     table = Table(
-        title=f"Learned alphas of draw {draw.seed} (gamma {draw.gamma:g}): nearest neighbours (NN), each with its coefficient"
+        "few digit",
+        *(Column(name, justify="right") for name in ("images", "own")),
+        *(Column(f"NN{k + 1}", justify="right", no_wrap=True) for k in range(head.top_k)),
+        title=f"Learned alphas of draw {draw.seed} (gamma {draw.gamma:g}): nearest neighbours (NN), each with its coefficient",
     )
-    table.add_column("few digit")
-    table.add_column("images", justify="right")
-    table.add_column("own", justify="right")
-    for k in range(head.top_k):
-        table.add_column(f"NN{k + 1}", justify="right", no_wrap=True)
     for members, alphas in zip(head.members.tolist(), head.alphas().tolist(), strict=True):
         cells = [f"{member} {alpha:+.2f}" for member, alpha in zip(members[1:], alphas[1:], strict=True)]
         table.add_row(str(members[0]), str(int(draw.counts[members[0]])), f"{alphas[0]:+.2f}", *cells)

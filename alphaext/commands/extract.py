@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import alphaext
@@ -142,9 +142,8 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
 
 
 def _print(console: Console, found: dict[str, Any]) -> None:
-    table = Table(title="Cached features")
-    for name in ("part", "samples", "width", "skipped", "folder"):
-        table.add_column(name, justify="left" if name in ("part", "folder") else "right", overflow="fold")
+    numbers = (Column(name, justify="right", overflow="fold") for name in ("samples", "width", "skipped"))
+    table = Table(Column("part", overflow="fold"), *numbers, Column("folder", overflow="fold"), title="Cached features")
     for part, result in found.items():
         numbers = (str(result["samples"]), str(result["width"]), str(len(result["skipped"])))
         table.add_row(part, *numbers, Text(result["folder"]))

@@ -9,11 +9,10 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import Field, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import alphaext
@@ -25,7 +24,7 @@ from ..utils.checks import check_number, format_ids
 from ..utils.text import percent
 from . import results
 from .options import from_table, option, type_of
-from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
+from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +59,7 @@ def _may_be_none(entry: Field[Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 @from_table([OPTIONS[name] for name in PRESETS["paper"]], _tried_or_given)
-class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
+class Fit(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, ClassifierOptions):
     """Rebuild the few rows of a classifier: train an Alpha Net on cached features and fold it.
 
     With several gammas each is trained, and validation features choose. Writes classifier.pth (a plain weight and bias),
@@ -71,12 +70,6 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
     """
 
     section: ClassVar[str] = "fit"
-    classifier: Path | None = option(
-        None,
-        help="the trained classifier: a checkpoint of any layout, or a folder that a command wrote; without, --checkpoint",
-    )
-    output: Path = option(metavar="FOLDER", help="where results go")
-    overwrite: bool = option(False, help="replace results that are there")
     preset: str = option(
         "few",
         choices=(*PRESETS, "all"),
@@ -220,11 +213,9 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
 
     def _print(self, console: Console, result: dict[str, Any], name_before: str) -> None:
         if result["before"] is not None:
-            table = Table(title="Top-1 accuracy on validation features, %")
             parts = ("few", "medium", "many", "all")
-            table.add_column()
-            for part in parts:
-                table.add_column(part, justify="right")
+            columns = (Column(part, justify="right") for part in parts)
+            table = Table(Column(), *columns, title="Top-1 accuracy on validation features, %")
             after = "preset all" if self.preset == "all" else f"Alpha Net, gamma {result['gamma']:g}"
             for name, metrics in ((name_before, result["before"]), (after, result["after"])):
                 table.add_row(Text(name), *(percent(metrics[part]) for part in parts))

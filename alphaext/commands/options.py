@@ -179,11 +179,11 @@ class Kind:
 
 
 def kinds_of(cls: type[Options]) -> list[Kind]:
-    """The options of a class, those of its own section last."""
+    """The options of a class, those of its own section last; of bases without a section they are in its own."""
     sections: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         for name in inspect.get_annotations(base):
-            sections[name] = base.__dict__.get("section", "")
+            sections[name] = base.__dict__.get("section", cls.section)
     hints = typing.get_type_hints(cls)
     kinds = []
     for entry in dataclasses.fields(cls):

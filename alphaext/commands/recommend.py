@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
@@ -14,11 +13,11 @@ import alphaext
 from ..utils.files import without_nan
 from . import results
 from .options import option
-from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
+from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recommend(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
+class Recommend(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, ClassifierOptions):
     """Measure cheap rivals, baselines and presets alike, and say which does most for a classifier.
 
     What a method leaves open is chosen on four fifths of the validation features, and it is measured on the rest, in turn;
@@ -30,11 +29,6 @@ class Recommend(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions)
     """
 
     section: ClassVar[str] = "recommend"
-    classifier: Path | None = option(
-        None, help="the trained classifier: a checkpoint, or a folder that a command wrote; without, --checkpoint"
-    )
-    output: Path = option(metavar="FOLDER", help="where the recommended classifier goes")
-    overwrite: bool = option(False, help="replace results that are there")
     policy: str = option(
         "best_all", choices=("best_all", "best_few"), help="accuracy over all, or few accuracy of those that keep --min-all"
     )
@@ -64,9 +58,7 @@ class Recommend(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions)
             )
             candidates = [without_nan(asdict(candidate)) for candidate in found.candidates]
             result = {"method": found.method, "advice": found.advice, "candidates": candidates}
-            folder.clear()
-            alphaext.checkpoints.save_linear(found.linear, folder.path / results.CLASSIFIER, overwrite=True)
-            folder.write(result)
+            folder.write_classifier(found.linear, result)
         for line in (str(found), f"Classifier: {self.output / results.CLASSIFIER}"):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return result

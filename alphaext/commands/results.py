@@ -54,6 +54,12 @@ class OutputFolder:
             if Path(name).name == name:
                 (self.path / name).unlink(missing_ok=True)
 
+    def write_classifier(self, linear: nn.Linear, result: dict[str, Any]) -> None:
+        """Write a classifier, as :func:`read_classifier` reads it, and what came of the command."""
+        self.clear()
+        alphaext.checkpoints.save_linear(linear, self.path / CLASSIFIER, overwrite=True)
+        self.write(result)
+
     def write(self, result: dict[str, Any]) -> None:
         """Write what came of the command beside how it came about."""
         write_results(self.path, self.options, result, self.started)

@@ -241,6 +241,24 @@ class CheckpointOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(CheckpointOptions):
+    """The trained classifier, in the command's own section."""
+
+    classifier: Path | None = option(
+        None,
+        help="the trained classifier: a checkpoint of any layout, or a folder that a command wrote; without, --checkpoint",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(Options):
+    """Where results go, in the command's own section."""
+
+    output: Path = option(metavar="FOLDER", help="where results go")
+    overwrite: bool = option(False, help="replace results that are there")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions(CheckpointOptions):
     """The network and its trained weights, and how an image becomes what the network takes."""
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import alphaext
@@ -17,14 +16,14 @@ from ..study.plans import EXPERIMENTS, StudyOptions
 from ..utils.text import percent
 from . import results
 from .options import from_table, option
-from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
+from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
 
 _TABLE = [entry for entry in fields(StudyOptions) if entry.metadata["help"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 @from_table(_TABLE)
-class Study(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
+class Study(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, ClassifierOptions):
     """Run the paper's experiments on a classifier, each with several seeds, into one table.
 
     Gamma, neighbours, their pool, weight sharing, negative samples, rule, start, controls, fewer samples, and the comparison
@@ -38,11 +37,6 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
 
     section: ClassVar[str] = "study"
     goes_on: ClassVar[bool] = True
-    classifier: Path | None = option(
-        None,
-        help="the trained classifier: a checkpoint of any layout, or a folder that a command wrote; without, --checkpoint",
-    )
-    output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="start anew where there are results")
     jobs: int | None = option(None, help="trainings at a time; without, one a core")
     attribution: str | None = option(None, help="a text for results.json, such as the data set's licence")
@@ -75,12 +69,10 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
 
 
 def _table(experiment: str, entries: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=f"{experiment}: {EXPERIMENTS[experiment]}", caption="top-1 accuracy on test features, %; ± over seeds")
     names = list(dict.fromkeys(name for entry in entries for name in entry["configuration"]))
-    for name in ("method", *names):
-        table.add_column(name)
-    for name in ("few", "gain", "all", "gain"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = (Column(name, justify="right", no_wrap=True) for name in ("few", "gain", "all", "gain"))
+    title, caption = f"{experiment}: {EXPERIMENTS[experiment]}", "top-1 accuracy on test features, %; ± over seeds"
+    table = Table("method", *names, *numbers, title=title, caption=caption)
     for entry in entries:
         cells = [_shown(entry["configuration"].get(name)) for name in names]
         for name in ("few", "all"):

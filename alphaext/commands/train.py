@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
@@ -14,7 +13,7 @@ import alphaext
 from ..pretraining.options import JointOptions
 from . import results
 from .options import from_table, option
-from .shared import CommonOptions, DataOptions, ModelOptions
+from .shared import CommonOptions, DataOptions, ModelOptions, OutputOptions
 
 _TABLE = [entry for entry in fields(JointOptions) if entry.metadata["help"]]
 # What train_model writes, and goes on from.
@@ -23,7 +22,7 @@ _OF_THE_TRAINING = ("training.pt", "model.pth", "history.json")
 
 @dataclass(frozen=True, kw_only=True)
 @from_table(_TABLE)
-class Train(CommonOptions, DataOptions, ModelOptions):
+class Train(CommonOptions, DataOptions, OutputOptions, ModelOptions):
     """Train a network on images in the plain way: the joint classifier that everything else starts from.
 
     The defaults are those of Kang et al. (ICLR 2020) on ImageNet-LT. After each epoch training.pt is rewritten, from which the
@@ -36,7 +35,6 @@ class Train(CommonOptions, DataOptions, ModelOptions):
 
     section: ClassVar[str] = "train"
     goes_on: ClassVar[bool] = True
-    output: Path = option(metavar="FOLDER", help="where results go")
     overwrite: bool = option(False, help="start anew and replace what is there; without, an interrupted training goes on")
     workers: int | None = option(None, metavar="N", help="processes that read images; without, one a processor, at most twelve")
 

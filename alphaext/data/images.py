@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..utils.checks import check_class_names, check_integer
+from ..utils.checks import check_class_names, check_integer, if_given
 from ..utils.files import open_file
+from ..utils.packages import require
 from ..utils.tensors import TensorLike, check_labels
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ class LabelledImages(Dataset["tuple[Image, int]"], ABC):
         if class_names is not None:
             class_names = check_class_names(class_names, num_classes)
             num_classes = len(class_names)
-        if num_classes is not None:
-            num_classes = check_integer(num_classes, "num_classes", minimum=1, maximum=MOST_CLASSES)
+        num_classes = if_given(check_integer, num_classes, "num_classes", minimum=1, maximum=MOST_CLASSES)
         checked = check_labels(labels, MOST_CLASSES if num_classes is None else num_classes)
         if num_classes is None:
             if checked.numel() == 0:
@@ -389,11 +389,7 @@ def _reason(error: Exception) -> str:
 
 
 def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(f"reading images needs Pillow ({error}): pip install 'alphaext[vision]'") from error
-    return Image
+    return require("PIL.Image", "reading images needs", "'alphaext[vision]'")
 
 
 def update_digest(digest: Any, part: bytes) -> None:

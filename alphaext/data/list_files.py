@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.checks import check_class_names
+from ..utils.checks import check_class_names, if_given
 from ..utils.files import PathLike, check_output_file, open_file, whole_file
 from ..utils.tensors import TensorLike, check_labels
 from .images import MOST_CLASSES, FileImages
@@ -50,7 +50,7 @@ def read_list(
         ('val/a cat.jpg', tensor([0, 2]), 3)
     """
     file = os.fspath(path)
-    names = None if class_names is None else check_class_names(class_names, num_classes)
+    names = if_given(check_class_names, class_names, num_classes)
     classes = num_classes if names is None else len(names)
     lines = [(number, line) for number, line in enumerate(_read_text(file).split("\n"), start=1) if line.strip()]
     if not lines:

@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from ..utils.checks import check_choice, check_class_names
 from ..utils.files import PathLike, open_file
+from ..utils.packages import require
 from ..utils.text import did_you_mean
 from .images import ArrayImages, DatasetImages, FileImages, LabelledImages
 from .list_files import existing_folder, read_list
@@ -383,10 +384,7 @@ def read_cifar(name: str, root: PathLike, part: str, download: bool = False) -> 
     """
     check_choice(name, "name", ("cifar10", "cifar100"))
     check_choice(part, "part", ("train", "test"))
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise ImportError(f"CIFAR needs torchvision ({error}): pip install 'alphaext[vision]'") from error
+    datasets = require("torchvision.datasets", "CIFAR needs", "'alphaext[vision]'")
     make = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     try:
         dataset = make(os.fspath(root), train=part == "train", download=download)

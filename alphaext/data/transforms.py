@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..utils.checks import check_choice, check_flag, check_integer, check_number
+from ..utils.checks import check_choice, check_flag, check_integer, check_kind, check_number
+from ..utils.packages import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -266,8 +267,7 @@ _RANDOM = ("train", "small train")
 
 def _checked(description: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name and the options of a description, each in one form only, so that equal transforms have equal descriptions."""
-    if not isinstance(description, Mapping):
-        raise TypeError(f"description must be a dict, got {type(description).__name__}")
+    check_kind(description, Mapping, "description", what="a dict")
     kind: Any = description.get("name")
     check_choice(kind, "a transform's name", [*_OPTIONS])
     usual = _USUAL.get(kind, {})
@@ -312,10 +312,7 @@ def _per_channel(values: object, name: str, channels: int, above: float | None =
 
 
 def _compose(kind: str, options: Mapping[str, Any]) -> Callable[[Any], Any]:
-    try:
-        from torchvision.transforms import v2
-    except ImportError as error:
-        raise ImportError(f"image transforms need torchvision ({error}): pip install 'alphaext[vision]'") from error
+    v2 = require("torchvision.transforms.v2", "image transforms need", "'alphaext[vision]'")
     size = options["image_size"]
     way = v2.InterpolationMode(options.get("interpolation", "bilinear"))
     # All but the last three work on the PIL image, as the published models' pipelines did: Pillow's resize differs from that of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..classes import class_means, split_classes
 from ..data.images import LabelledImages
-from ..utils.checks import check_class_names, check_integer, check_kind, check_thresholds
+from ..utils.checks import check_class_names, check_integer, check_kind, check_thresholds, if_given
 from ..utils.linear import linear_parameters
 from ..utils.tensors import LabelledFeatures, TensorLike, check_labels, features_and_labels, finite_tensor
 from .images import content_problems, missing_problems, read_all, reading_problems, repeat_problems, truncation_problems
@@ -85,11 +85,9 @@ def check_data(
     parts = _check_parts(train, val, test)
     few_below, many_above = check_thresholds(check_integer(few_below, "few_below", minimum=1), many_above)
     top_k = check_integer(top_k, "top_k", minimum=1)
-    if workers is not None:
-        workers = check_integer(workers, "workers", minimum=1)
-    if num_classes is not None:
-        num_classes = check_integer(num_classes, "num_classes", minimum=1)
-    checkpoint_names = None if class_names is None else check_class_names(class_names, num_classes)
+    workers = if_given(check_integer, workers, "workers", minimum=1)
+    num_classes = if_given(check_integer, num_classes, "num_classes", minimum=1)
+    checkpoint_names = if_given(check_class_names, class_names, num_classes)
     if num_classes is None:
         num_classes = train.num_classes if checkpoint_names is None else len(checkpoint_names)
 
@@ -165,8 +163,7 @@ def check_classifier_order(
     """
     weight, bias = linear_parameters(classifier)
     num_classes, width = weight.shape
-    if class_names is not None:
-        class_names = check_class_names(class_names, num_classes)
+    class_names = if_given(check_class_names, class_names, num_classes)
     means, classes = _means(features, labels, num_classes)
     if means.shape[1] != width:
         raise ValueError(f"features must have the classifier's {width} columns, got {means.shape[1]}")

@@ -25,7 +25,7 @@ from .. import classes
 from ..data.images import LabelledImages
 from ..data.loading import Transform
 from ..models.split import SplitModel
-from ..utils.checks import check_choice, check_class_names, check_integer
+from ..utils.checks import check_choice, check_class_names, check_integer, if_given
 from ..utils.files import PathLike, check_output_folder, file_digest, read_json, whole_file, without_nan, write_json
 from ..utils.tensors import TensorLike, as_tensor, check_finite, check_labels, check_rows
 from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done
@@ -241,7 +241,7 @@ def write_features(
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"folder must be new or empty, got {str(path)!r}, which exists already")
     num_classes = check_integer(num_classes, "num_classes", minimum=1)
-    names = None if class_names is None else check_class_names(class_names, num_classes)
+    names = if_given(check_class_names, class_names, num_classes)
     label_ids = check_labels(labels, num_classes).cpu()
     source, empty = check_rows(features, "features", "D")
     if 0 in source.shape:
@@ -395,7 +395,7 @@ def _opened(path: Path, metadata: dict[str, Any]) -> Features:
     num_classes = check_integer(metadata["num_classes"], "num_classes", minimum=1)
     dtype, names = metadata["dtype"], metadata["class_names"]
     check_choice(dtype, "dtype", DTYPES)
-    class_names = None if names is None else check_class_names(names, num_classes)
+    class_names = if_given(check_class_names, names, num_classes)
     passes = check_integer(metadata.get("passes", 1), "passes", minimum=1)
     if rows % passes:
         raise ValueError(f"rows must be a multiple of the {passes} passes, got {rows}")

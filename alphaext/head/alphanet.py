@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..ops import head as ops
-from ..utils.checks import check_choice, check_integer, check_number
+from ..utils.checks import check_choice, check_integer, check_kind, check_number
 from ..utils.linear import check_classifier, check_fits, linear_parameters, make_linear
-from ..utils.tensors import TensorLike, as_tensor, check_same_device, check_shape
+from ..utils.tensors import TensorLike, as_tensor, check_floating, check_same_device, check_shape
 from .choices import FIRST_LAYERS, INITS, LEARNED_COEFFICIENTS
 from .composition import choose_directions, choose_members, closed_form_alphas
 from .first_layer import first_layer_scale, initial_first_layer, move_first_layer
@@ -110,8 +110,7 @@ class AlphaNet(nn.Module):
         check_choice(first_layer, "first_layer", FIRST_LAYERS)
         check_choice(coefficients, "coefficients", LEARNED_COEFFICIENTS)
         for name, value in (("weight", weight), ("members", members)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            check_kind(value, Tensor, name, what="a tensor")
         check_same_device(weight=weight, bias=bias, members=members)
         check_classifier(weight, bias)
         members = check_members(members, len(weight))
@@ -596,14 +595,12 @@ class AlphaNet(nn.Module):
         return ops.evaluate(*arguments, num_classes=self.out_features, gamma=self.gamma, rule=self.rule)
 
     def _check_input(self, x: Tensor, name: str, width: int) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_kind(x, Tensor, name, what="a tensor")
         if x.dim() < 1 or x.shape[-1] != width:
             raise ValueError(f"{name} must have shape [..., {width}], got {list(x.shape)}")
         if x.device != self.weight.device:
             raise ValueError(f"{name} must be on the head's device, {self.weight.device}, got {x.device}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {x.dtype}; convert with .float()")
+        check_floating(x, name)
         if x.dtype != self.weight.dtype and not ops.autocast_enabled(x.device.type):
             raise TypeError(f"{name} must have the head's dtype, {self.weight.dtype}, got {x.dtype}")
 
@@ -614,7 +611,6 @@ def _read_extra_state(state: Tensor) -> dict[str, Any]:
     ops.rule_number(stored["rule"])
     stored |= {
         "gamma": check_number(stored["gamma"], "gamma", above=0, maximum=1),
-        "projected_gradient": bool(stored["projected_gradient"]),
+        **{name: bool(stored[name]) for name in ("projected_gradient", "keeps_original")},
     }
-    stored["keeps_original"] = bool(stored["keeps_original"])
     return stored | {name: float(stored[name]) for name in ("few_bias", "first_layer_decay")}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..classes import ClassSplit
-from ..utils.tensors import TensorLike, as_tensor, check_floating, check_same_device, check_shape, check_targets
+from ..utils.tensors import TensorLike, check_same_device, check_targets, floating_tensor
 
 SPLITS = ("few", "medium", "many")
 SPLITS_AND_ALL = (*SPLITS, "all")
@@ -43,9 +43,7 @@ def label_ranks(logits: TensorLike, labels: TensorLike) -> Tensor:
         tensor([1, 1])
     """
     check_same_device(logits=logits, labels=labels)
-    scores = as_tensor(logits, "logits").detach()
-    check_shape(scores, "logits", ("n", "N"))
-    check_floating(scores, "logits")
+    scores = floating_tensor(logits, "logits", ("n", "N"))
     samples, num_classes = scores.shape
     label_ids = check_targets(labels, num_classes, samples, "logits").to(scores.device)
     class_ids = torch.arange(num_classes, device=scores.device)

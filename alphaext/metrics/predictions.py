@@ -25,6 +25,7 @@ from ..utils.tensors import (
     check_shape,
     check_targets,
     features_and_labels,
+    floating_tensor,
 )
 from .accuracy import label_ranks
 
@@ -312,9 +313,7 @@ def _scores(classifier: nn.Module, block: Tensor, num_classes: int | None) -> Te
 
 
 def _check_confidence(confidence: TensorLike, samples: int) -> Tensor:
-    values = as_tensor(confidence, "confidence").detach().cpu()
-    check_floating(values, "confidence")
-    check_shape(values, "confidence", (samples,))
+    values = floating_tensor(confidence, "confidence", (samples,)).cpu()
     outside = ~((values >= 0) & (values <= 1))  # NaN too
     if bool(outside.any()):
         index = int(outside.nonzero()[0, 0])

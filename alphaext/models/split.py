@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..utils.checks import check_kind
 from ..utils.modules import evaluating
 from ..utils.seeds import noise
 from ..utils.tensors import check_floating, tensor_bytes
@@ -296,8 +297,7 @@ def _check_logits(logits: object, linears: dict[str, nn.Linear]) -> None:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of a model by their names, in the order of its modules; a ValueError if it has none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_kind(model, nn.Module, "model", what="an nn.Module")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linears:
         raise ValueError(f"model must end in an nn.Linear, but this {type(model).__name__} has none")
@@ -318,10 +318,9 @@ def _equal(output: Tensor, logits: Tensor) -> bool:
     return output is logits or torch.allclose(output, logits, rtol=0, atol=0, equal_nan=True)
 
 
-def _to_model(model: nn.Module, images: object, name: str) -> Tensor:
+def _to_model(model: nn.Module, images: Tensor, name: str) -> Tensor:
     """A batch of images where the model is, in the dtype it computes in."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"{name} must be a tensor of images [n, ...], got {type(images).__name__}")
+    check_kind(images, Tensor, name, what="a tensor of images [n, ...]")
     check_floating(images, name)
     if images.dim() < 2:
         raise ValueError(f"{name} must be a batch of images [n, ...], got shape {list(images.shape)}")

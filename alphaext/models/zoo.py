@@ -147,13 +147,7 @@ def _make_small(_: str, num_classes: int, in_channels: int, pretrained: bool, op
 
 
 def _torchvision_models() -> Any:
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise ImportError(
-            f"models by name, other than 'small', need torchvision ({error}): pip install 'alphaext[vision]'"
-        ) from error
-    return models
+    return require("torchvision.models", "models by name, other than 'small', need", "'alphaext[vision]'")
 
 
 def _make_torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:

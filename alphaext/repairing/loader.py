@@ -22,7 +22,7 @@ from ..metrics.predictions import predict
 from ..models.huggingface import class_names_of
 from ..models.split import check_used_once, compare_scores, find_classifier, linear_layers, plain_scores, unwrapped
 from ..training.result import AlphaNetWarning
-from ..utils.checks import check_class_names, check_integer, check_kind
+from ..utils.checks import check_class_names, check_integer, check_kind, if_given
 from ..utils.linear import make_linear, wide
 from ..utils.modules import evaluating
 from ..utils.progress import task_bar
@@ -113,9 +113,8 @@ def extract_features(
     available = layers[classifier].out_features
     if num_classes is not None and num_classes != available:
         raise ValueError(f"num_classes must be that of the model's classifier, {available}, got {num_classes}")
-    names = _class_names(data, model, available) if class_names is None else class_names
-    if names is not None:
-        names = check_class_names(names, available, distinct=False)
+    found = _class_names(data, model, available) if class_names is None else class_names
+    names = if_given(check_class_names, found, available, distinct=False)
     return Features(torch.cat(rows).numpy(), torch.cat(labels), available, names, {"classifier": classifier})
 
 

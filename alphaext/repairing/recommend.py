@@ -29,7 +29,7 @@ from ..metrics.scale import best_scale
 from ..training.builder import Builder
 from ..training.result import AlphaNetWarning
 from ..training.selection import BaselineResult
-from ..utils.checks import check_choice, check_number
+from ..utils.checks import check_choice, check_number, if_given
 from ..utils.linear import make_linear
 from ..utils.seeds import seeded_generator
 from ..utils.tensors import LabelledFeatures, TensorLike
@@ -149,8 +149,7 @@ def compare(
     """Compare some methods, the first of which is ``"original"``, as :func:`recommend` does all."""
     check_choice(policy, "policy", POLICIES)
     for name, bound, most in (("min_all", min_all, 1.0), ("max_base_drop", max_base_drop, 100.0)):
-        if bound is not None:
-            check_number(bound, name, minimum=0, maximum=most)
+        if_given(check_number, bound, name, minimum=0, maximum=most)
     if min_all is not None and policy != "best_few":
         raise ValueError(f"min_all goes with policy 'best_few', got {min_all!r} with {policy!r}")
     if builder.validation is None:

@@ -32,7 +32,7 @@ from ..training.builder import Builder
 from ..training.options import OPTIONS, HeadOptions, check_known, read_options, takes_options
 from ..training.presets import PRESETS, preset_options
 from ..training.result import AlphaNetWarning, FitResult
-from ..utils.checks import check_choice, check_integer, check_number
+from ..utils.checks import check_choice, check_integer, check_number, if_given
 from ..utils.linear import make_linear
 from .estimators import (
     Array,
@@ -431,8 +431,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         check_integer(self.folds, "folds", minimum=2)
         if self.score_scale != "auto":
             check_number(self.score_scale, "score_scale (a number, or 'auto')", above=0)
-        if self.max_base_drop is not None:
-            check_number(self.max_base_drop, "max_base_drop", minimum=0)
+        if_given(check_number, self.max_base_drop, "max_base_drop", minimum=0)
         return head
 
     def _check_samples(

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..classes import split_classes
 from ..features.store import as_json, differences, read_parts
-from ..utils.checks import check_integer
+from ..utils.checks import check_integer, if_given
 from ..utils.environment import versions
 from ..utils.files import PathLike, folder_lock, read_json, write_json
 from ..utils.linear import linear_parameters, make_linear
@@ -94,8 +94,7 @@ def run_study(
         [('original', {}, 1), ('Alpha Net, preset few', {'top_k': 1}, 2), ('Alpha Net, preset few', {'top_k': 2}, 2)]
     """
     settings = options if options is not None else StudyOptions()
-    if jobs is not None:
-        check_integer(jobs, "jobs", minimum=1)
+    if_given(check_integer, jobs, "jobs", minimum=1)
     parts = read_parts(features, "train", "val", "test")
     weight, bias = linear_parameters(linear)
     train = parts["train"]

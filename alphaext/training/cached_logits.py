@@ -21,12 +21,10 @@ from ..ops import training as ops
 from ..utils.tensors import (
     LabelledFeatures,
     TensorLike,
-    as_tensor,
     check_finite,
-    check_floating,
-    check_shape,
     check_targets,
     features_and_labels,
+    floating_tensor,
     tensor_digest,
 )
 from .augmentation import DrawnFeatures
@@ -80,9 +78,7 @@ def check_samples(
 ) -> Samples:
     """Features and labels for a classifier ``weight`` ``[N, D]``, checked for all but their values."""
     features, labels = features_and_labels(features, labels, features_name, labels_name)
-    data = as_tensor(features, features_name).detach()
-    check_floating(data, features_name)
-    check_shape(data, features_name, ("n", weight.shape[1]))
+    data = floating_tensor(features, features_name, ("n", weight.shape[1]))
     targets = check_targets(labels, len(weight), len(data), features_name, labels_name).cpu()
     if len(data) == 0:
         raise ValueError(f"{features_name} must not be empty")

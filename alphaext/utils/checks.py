@@ -10,7 +10,10 @@ import math
 import numbers
 import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+_Checked = TypeVar("_Checked")
 
 PRECISIONS = ("float32", "bfloat16")
 """What a network computes in. ``"bfloat16"`` is that of products and convolutions; weights stay as they are."""
@@ -65,10 +68,21 @@ def check_flag(value: object, name: str) -> bool:
     return value
 
 
-def check_kind(value: object, kind: type, name: str, *, hint: str = "") -> None:
+def check_kind(value: object, kind: type, name: str, *, what: str = "", hint: str = "") -> None:
     """Check that ``value`` is a ``kind``; the error ends with ``hint``, which says how to make one."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__}{hint and '; '}{hint}")
+        raise TypeError(f"{name} must be {what or kind.__name__}, got {type(value).__name__}{hint and '; '}{hint}")
+
+
+def check_text(value: object, name: str) -> None:
+    """Check that ``value`` is a text, or None."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be text or None, got {value!r}")
+
+
+def if_given(check: Callable[..., _Checked], value: Any, *how: Any, **bounds: Any) -> _Checked | None:
+    """An argument that may be left out: what ``check`` makes of it, or None."""
+    return None if value is None else check(value, *how, **bounds)
 
 
 def check_number(

@@ -17,7 +17,8 @@ def require(module: str, purpose: str, install: str) -> Any:
     Raises:
         ImportError: it is not installed; the message has the command.
     """
+    name = module.partition(".")[0].replace("PIL", "Pillow")
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{purpose} {module.partition('.')[0]} ({error}): pip install {install}") from error
+        raise ImportError(f"{purpose} {name} ({error}): pip install {install}") from error

@@ -116,11 +116,17 @@ def check_shape(tensor: Tensor, name: str, shape: Sequence[int | str]) -> None:
     raise ValueError(f"{name} must have shape [{wanted}], got {list(sizes)}")
 
 
-def finite_tensor(value: TensorLike, name: str, shape: Sequence[int | str]) -> Tensor:
-    """Return ``value`` as a tensor without gradient after checking that it is floating point, finite and of this shape."""
+def floating_tensor(value: TensorLike, name: str, shape: Sequence[int | str]) -> Tensor:
+    """``value`` as a tensor of floating point numbers in that shape."""
     tensor = as_tensor(value, name).detach()
     check_shape(tensor, name, shape)
     check_floating(tensor, name)
+    return tensor
+
+
+def finite_tensor(value: TensorLike, name: str, shape: Sequence[int | str]) -> Tensor:
+    """Return ``value`` as a tensor without gradient after checking that it is floating point, finite and of this shape."""
+    tensor = floating_tensor(value, name, shape)
     check_finite(tensor, name)
     return tensor
 

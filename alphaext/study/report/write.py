@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...metrics.accuracy import SPLITS
+from ...utils.checks import check_text
 from ...utils.figures import clean_text, require_matplotlib
 from ...utils.files import PathLike, file_digest, folder_lock, read_json, whole_file, write_json
 from ...utils.packages import require
@@ -78,8 +79,7 @@ def write_report(
         >>> files.html.name, files.tables.name, [path.suffix for path in files.figures[:2]]
         ('report.html', 'tables.md', ['.png', '.svg'])
     """
-    if title is not None and not isinstance(title, str):
-        raise TypeError(f"title must be text or None, got {title!r}")
+    check_text(title, "title")
     folders = [study] if isinstance(study, (str, os.PathLike)) else list(study)
     target = Path(output)
     if target.exists() and not target.is_dir():
