@@ -118,6 +118,13 @@ class ClassSplit:
         empty = empty & ~few
         return cls(*(torch.nonzero(mask)[:, 0] for mask in (few, ~(few | many | empty), many, empty)))
 
+    @classmethod
+    def of_few(cls, few_classes: TensorLike, counts: Tensor, many_above: int) -> ClassSplit:
+        """The split in which these classes are few however many samples they have, and the others go by ``counts``."""
+        few = torch.zeros(len(counts), dtype=torch.bool, device="cpu")
+        few[check_class_ids(few_classes, len(counts), "few_classes").cpu()] = True
+        return cls.of_masks(few, (counts > many_above) & ~few, counts == 0)
+
     def cpu(self) -> ClassSplit:
         """The same on the CPU."""
         return ClassSplit(*(getattr(self, name).cpu() for name in _PARTS))

@@ -14,7 +14,7 @@ from rich.text import Text
 import alphaext
 
 from ..utils.checks import PRECISIONS
-from ..utils.files import read_json
+from ..utils.files import check_no_file, read_json
 from . import results
 from .options import option
 from .shared import PARTS, CommonOptions, DataOptions, FeaturesOptions, ModelOptions
@@ -131,8 +131,7 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
 
     def _earlier_results(self) -> dict[str, Any]:
         """What an earlier extraction into this folder found, of other parts too."""
-        if self.features.exists() and not self.features.is_dir():
-            raise ValueError(f"features must be a folder, got the file {str(self.features)!r}")
+        check_no_file(self.features, "features")
         if not (self.features / results.RUN).is_file():
             return {}
         command = read_json(self.features / results.RUN, "a run of alphaext").get("command")

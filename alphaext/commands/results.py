@@ -19,7 +19,7 @@ from rich.console import Console
 import alphaext
 
 from ..utils.environment import RESULT_DEPENDS_ON, versions
-from ..utils.files import folder_lock, open_file, read_json, remove_leftovers, whole_file, write_json
+from ..utils.files import check_no_file, folder_lock, open_file, read_json, remove_leftovers, whole_file, write_json
 from ..utils.text import percent
 from .options import Options
 
@@ -82,8 +82,7 @@ def output_folder(
         started: when the command began.
         lock: hold the folder; not for commands whose work does so itself.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output must be a folder, got the file {str(folder)!r}")
+    check_no_file(folder, "output")
     there = [name for name in (RESULT, RUN, *files) if (folder / name).exists()]
     interrupted = not (folder / RESULT).exists() and ((folder / RUN).exists() or (folder / _BEGUN).exists())
     if there and not overwrite and not interrupted:

@@ -8,7 +8,8 @@ import operator
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,15 +138,17 @@ class LabelledImages(Dataset["tuple[Image, int]"], ABC):
 
         Image files are not read, and where the data lie does not count. Pixels that are in memory are taken instead of names.
         """
-        digest = hashlib.sha256()
-        names = "\0".join(self.name(index) for index in range(len(self)))
-        update_digest(digest, self.kind.encode())
-        update_digest(digest, names.encode("utf-8", "surrogateescape"))
-        update_digest(digest, self._label_bytes())
+        digest, labels = hashlib.sha256(), self.labels.numpy().astype("<i8", copy=False)
+        for part in chain([self.kind.encode()], self._contents(), [labels.tobytes()]):
+            # With its length, so that what ends one part cannot begin the next.
+            digest.update(struct.pack("<q", len(part)))
+            digest.update(part)
         return digest.hexdigest()
 
-    def _label_bytes(self) -> bytes:
-        return self.labels.numpy().astype("<i8", copy=False).tobytes()
+    def _contents(self) -> Iterator[bytes]:
+        """What tells the images from others."""
+        names = "\0".join(self.name(index) for index in range(len(self)))
+        yield names.encode("utf-8", "surrogateescape")
 
     def _position(self, index: int) -> int:
         """``index`` as a position from the start, -1 being the last; IndexError where there is none."""
@@ -276,15 +279,11 @@ class ArrayImages(RowImages):
         pixels = np.frombuffer(stored, dtype=np.uint8).reshape(self.pixels.shape[1:])
         return _pillow().fromarray(pixels)
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        update_digest(digest, self.kind.encode())
-        update_digest(digest, repr((len(self), *self.pixels.shape[1:])).encode())
+    def _contents(self) -> Iterator[bytes]:
+        yield repr((len(self), *self.pixels.shape[1:])).encode()
         rows = self.rows.numpy()
         for start in range(0, len(rows), 1024):
-            update_digest(digest, self.pixels[rows[start : start + 1024]].tobytes())
-        update_digest(digest, self._label_bytes())
-        return digest.hexdigest()
+            yield self.pixels[rows[start : start + 1024]].tobytes()
 
 
 class DatasetImages(RowImages):
@@ -390,9 +389,3 @@ def _reason(error: Exception) -> str:
 
 def _pillow() -> Any:
     return require("PIL.Image", "reading images needs", "'alphaext[vision]'")
-
-
-def update_digest(digest: Any, part: bytes) -> None:
-    """Add ``part`` with its length, so that what ends one part cannot begin the next."""
-    digest.update(struct.pack("<q", len(part)))
-    digest.update(part)

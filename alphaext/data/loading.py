@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..utils.seeds import derived_seed
 from .images import ImageReadError, LabelledImages
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ class ImageBatch:
 
 def image_seed(seed: int, pass_number: int, index: int) -> int:
     """The seed of a random transform, which depends on nothing but the extraction's seed, the pass and the image's index."""
-    digest = hashlib.sha256(f"{seed}/{pass_number}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return derived_seed(seed, pass_number, index)
 
 
 @contextmanager

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..utils.checks import check_class_names
 from ..utils.files import PathLike, open_file
 from ..utils.text import did_you_mean
-from .images import RowImages, update_digest
+from .images import RowImages
 
 TEXT_SUFFIXES = (".csv", ".json", ".jsonl")
 
@@ -31,13 +30,8 @@ class Texts(RowImages):
     def decode(self, index: int, stored: bytes) -> Any:
         return stored.decode("utf-8", "surrogatepass")
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        update_digest(digest, self.kind.encode())
-        for index in range(len(self)):
-            update_digest(digest, self.stored(index))
-        update_digest(digest, self._label_bytes())
-        return digest.hexdigest()
+    def _contents(self) -> Iterator[bytes]:
+        yield from map(self.stored, range(len(self)))
 
 
 def read_texts(

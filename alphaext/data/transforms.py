@@ -6,6 +6,7 @@ cached features keep it, so that they are never mistaken for those of another tr
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
@@ -62,8 +63,7 @@ class ImageTransform:
     @property
     def description(self) -> dict[str, Any]:
         """All that says what the transform does; JSON can hold it, and :func:`make_transform` makes the same again."""
-        copy: dict[str, Any] = json.loads(json.dumps(self._description))
-        return copy
+        return copy.deepcopy(self._description)
 
     def __call__(self, image: Image) -> Tensor:
         """Transform ``image``, of any number of channels; a random transform draws from torch's global generator."""
@@ -133,8 +133,18 @@ def test_transform(
         >>> transform(Image.new("RGB", (400, 300))).shape, transform.random
         (torch.Size([3, 224, 224]), False)
     """
-    options = {"image_size": image_size, "resize": resize, "mean": mean, "std": std, "channels": channels}
-    return ImageTransform({"name": "test", **options, "interpolation": interpolation, "squash": squash})
+    return ImageTransform(
+        dict(
+            name="test",
+            image_size=image_size,
+            resize=resize,
+            mean=mean,
+            std=std,
+            channels=channels,
+            interpolation=interpolation,
+            squash=squash,
+        )
+    )
 
 
 # pytest takes whatever begins with test_, in any test file that imports it.
@@ -173,8 +183,18 @@ def train_transform(
         >>> torch.equal(transform.seeded(image, 1), transform.seeded(image, 1)), transform.random
         (True, True)
     """
-    options = {"image_size": image_size, "mean": mean, "std": std, "channels": channels, "flip": flip, "jitter": jitter}
-    return ImageTransform({"name": "train", **options, "interpolation": interpolation})
+    return ImageTransform(
+        dict(
+            name="train",
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            channels=channels,
+            flip=flip,
+            jitter=jitter,
+            interpolation=interpolation,
+        )
+    )
 
 
 def small_test_transform(
@@ -231,8 +251,9 @@ def small_train_transform(
     """
     size = check_integer(image_size, "image_size", minimum=1)
     pad = size // 8 if padding is None else padding
-    options = {"image_size": size, "mean": mean, "std": std, "channels": channels, "padding": pad, "flip": flip}
-    return ImageTransform({"name": "small train", **options})
+    return ImageTransform(
+        dict(name="small train", image_size=size, mean=mean, std=std, channels=channels, padding=pad, flip=flip)
+    )
 
 
 def make_transform(description: Mapping[str, Any]) -> ImageTransform:

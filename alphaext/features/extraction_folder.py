@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from ..utils.environment import versions
-from ..utils.files import folder_lock, read_json, write_json
+from ..utils.files import check_no_file, folder_lock, read_json, write_json
 from .shards import (
     FORMAT,
     IDENTITY_FILE,
@@ -151,8 +151,7 @@ class ExtractionFolder:
 
     def _check_same_as_begun(self) -> bool:
         """Whether the folder has begun just what is asked for. An error where it holds something else."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"folder must be a folder, got the file {str(self.path)!r}")
+        check_no_file(self.path, "folder")
         if (self.path / IDENTITY_FILE).exists():
             found = differences(self.identity, read_identity(self.path))
             if found:

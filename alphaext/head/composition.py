@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..classes import ClassSplit, split_classes
 from ..utils.checks import check_integer
-from ..utils.tensors import as_tensor, check_class_ids, check_shape
+from ..utils.tensors import as_tensor, check_shape
 from .neighbors import build_members, check_members, pool_classes, residual_directions
 
 
@@ -62,10 +62,8 @@ def _split(
     if few_classes is None or class_counts is not None:
         got = "neither" if class_counts is None else "both"
         raise ValueError(f"give class_counts or few_classes, to say which classes are few (or members); got {got}")
-    few = torch.zeros(num_classes, dtype=torch.bool, device="cpu")
-    few[check_class_ids(few_classes, num_classes, "few_classes").cpu()] = True
-    none = torch.zeros_like(few)
-    return ClassSplit.of_masks(few, none, none)
+    one_each = torch.ones(num_classes, dtype=torch.int64, device="cpu")
+    return ClassSplit.of_few(few_classes, one_each, many_above=1)
 
 
 def choose_directions(
@@ -74,8 +72,12 @@ def choose_directions(
     """The arguments of :class:`AlphaNet` that let its few rows move along ``count`` principal directions of the class means."""
     if class_means is None:
         raise ValueError("class_means must be given for a residual")
-    directions, direction_bias = residual_directions(weight, class_means, count, empty)
-    if bias is None:  # the first direction is the constant, of no use without a bias
+    return direction_options(*residual_directions(weight, class_means, count, empty), bias)
+
+
+def direction_options(directions: Tensor, direction_bias: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
+    """Directions as arguments of a head: the first is the constant, of no use without a bias."""
+    if bias is None:
         return {"directions": directions[1:], "direction_bias": None}
     return {"directions": directions, "direction_bias": direction_bias}
 

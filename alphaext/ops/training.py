@@ -203,29 +203,38 @@ def unpack_state(state: Tensor, num_few: int, hidden: int) -> tuple[Tensor, Tens
 
 
 @dataclass(frozen=True)
-class StepOptions:
+class SgdNumbers:
+    """The numbers of SGD.
+
+    Attributes:
+        lr: learning rate.
+        momentum: what the direction before is multiplied by.
+        dampening: of the momentum.
+        weight_decay: times the weights, added to their gradient.
+        nesterov: Nesterov's form of the momentum.
+    """
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+
+
+@dataclass(frozen=True)
+class StepOptions(SgdNumbers):
     """The numbers of the steps of an epoch.
 
     Attributes:
         gamma: upper end of the interval of ``alpha_0``.
         rule: the coefficient rule's name.
         projected_gradient: let a clamped coefficient's gradient through when descent would move it back inside.
-        lr: learning rate.
-        momentum: of SGD, as the next three.
-        dampening: of the momentum.
-        weight_decay: times the weights, added to their gradient.
-        nesterov: Nesterov's form of the momentum.
         first_step: whether no step was done before, so that there is no momentum yet.
     """
 
     gamma: float
     rule: str
     projected_gradient: bool
-    lr: float
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
     first_step: bool
 
 

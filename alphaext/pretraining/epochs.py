@@ -17,7 +17,7 @@ from ..data.images import LabelledImages
 from ..data.loading import image_batches
 from ..data.transforms import ImageTransform
 from ..utils.processes import Group, processors_per_process
-from ..utils.seeds import derived_seed
+from ..utils.seeds import derived_seed, seeded_generator
 
 # Kang et al. (ICLR 2020) load with as many.
 _MOST_WORKERS = 12
@@ -42,7 +42,7 @@ def epoch_order(labels: Tensor, sampling: str, seed: int, epoch: int) -> Tensor:
         >>> labels[epoch_order(labels, "class_balanced", seed=0, epoch=1)].sum()
         tensor(3)
     """
-    generator = torch.Generator("cpu").manual_seed(derived_seed(seed, "order", epoch))
+    generator = seeded_generator(seed, "order", epoch)
     samples = len(labels)
     if sampling == "instance":
         return torch.randperm(samples, generator=generator, device="cpu")

@@ -22,7 +22,7 @@ from ..classes import split_classes
 from ..features.store import as_json, differences, read_parts
 from ..utils.checks import check_integer, if_given
 from ..utils.environment import versions
-from ..utils.files import PathLike, folder_lock, read_json, write_json
+from ..utils.files import PathLike, check_no_file, folder_lock, read_json, write_json
 from ..utils.linear import linear_parameters, make_linear
 from ..utils.tensors import tensor_digest
 from .plans import EXPERIMENTS, StudyOptions
@@ -180,8 +180,7 @@ def run_study(
 
 def _check_output(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """What ``results.json`` says where the folder is of the same study and goes on; None where it begins."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output must be a folder, got the file {str(folder)!r}")
+    check_no_file(folder, "output")
     there = [name for name in (RESULTS, ROWS, CLASSES, CONFUSIONS) if (folder / name).exists()]
     if overwrite or not there:
         return None

@@ -10,11 +10,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..classes import ClassSplit, check_split, class_counts, class_means, split_classes
 from ..head.alphanet import AlphaNet
+from ..head.composition import direction_options
 from ..head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from ..utils.linear import linear_parameters
 from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, class_ids
@@ -61,9 +61,8 @@ class Builder:
         if few_classes is not None:
             if split is not None:
                 raise ValueError("split already says which classes are few; do not give few_classes as well")
-            few = torch.zeros(len(counts), dtype=torch.bool, device="cpu")
-            few[class_ids(few_classes, len(counts), "few_classes", getattr(features, "class_names", None)).cpu()] = True
-            split = ClassSplit.of_masks(few, (counts > many_above) & ~few, counts == 0)
+            few = class_ids(few_classes, len(counts), "few_classes", getattr(features, "class_names", None))
+            split = ClassSplit.of_few(few, counts, many_above)
         below = "" if split is not None else f", few are those below {few_below}"
         if split is None:
             split = split_classes(counts, few_below=few_below, many_above=many_above)
@@ -150,9 +149,7 @@ class Builder:
         if self._directions is None or len(self._directions[0]) < count + 1:
             self._directions = residual_directions(self.weight, self.means(), count, empty=self.split.empty)
         directions, bias = (part[: count + 1] for part in self._directions)
-        if self.bias is None:
-            return {"directions": directions[1:], "direction_bias": None}
-        return {"directions": directions, "direction_bias": bias}
+        return direction_options(directions, bias, self.bias)
 
 
 def check_all_samples(

@@ -123,16 +123,12 @@ class NativeEngine:
 
     def step_options(self, lr: float) -> ops.StepOptions:
         """The numbers of the next epoch's steps."""
-        head, sgd = self.head, self.sgd
+        head, numbers = self.head, vars(self.sgd) | {"lr": lr}
         return ops.StepOptions(
+            **numbers,
             gamma=head.gamma,
             rule=head.rule,
             projected_gradient=head.projected_gradient,
-            lr=lr,
-            momentum=sgd.momentum,
-            dampening=sgd.dampening,
-            weight_decay=sgd.weight_decay,
-            nesterov=sgd.nesterov,
             first_step=self.steps == 0,
         )
 

@@ -7,23 +7,18 @@ from typing import Any
 
 import torch
 
+from ..ops.training import SgdNumbers
 from .options import TrainingOptions
 
 
 @dataclass(frozen=True)
-class Sgd:
+class Sgd(SgdNumbers):
     """The numbers of ``torch.optim.SGD``."""
-
-    lr: float
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
 
     @classmethod
     def of_options(cls, options: TrainingOptions) -> Sgd:
         """Those of a training's options."""
-        return cls(options.lr, options.momentum, options.dampening, options.weight_decay, options.nesterov)
+        return cls(**{entry.name: getattr(options, entry.name) for entry in fields(cls)})
 
     def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.SGD:
         """The optimiser of these numbers."""

@@ -429,9 +429,7 @@ class Run(ResumableTraining):
 def split_of(head: AlphaNet, data: TrainingData, many_above: int) -> ClassSplit:
     """The split that a head's few classes and its training samples make."""
     counts = torch.bincount(data.samples.labels[: data.samples.num_real], minlength=head.out_features)
-    few = torch.zeros(head.out_features, dtype=torch.bool, device="cpu")
-    few[head.few_classes.cpu()] = True
-    return ClassSplit.of_masks(few, (counts > many_above) & ~few, counts == 0)
+    return ClassSplit.of_few(head.few_classes, counts, many_above)
 
 
 def _check_optimizer(head: AlphaNet, optimizer: torch.optim.Optimizer) -> None:

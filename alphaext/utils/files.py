@@ -138,11 +138,17 @@ def check_output_file(path: PathLike, name: str, *, overwrite: bool = False) -> 
     return target
 
 
-def check_output_folder(path: PathLike, name: str) -> Path:
-    """Check before any work that ``path`` can be a folder: in one that exists, and no file."""
+def check_no_file(path: PathLike, name: str) -> Path:
+    """The path of a folder, which may be there or not, but not as a file."""
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name} must be a folder, got the file {str(target)!r}")
+    return target
+
+
+def check_output_folder(path: PathLike, name: str) -> Path:
+    """Check before any work that ``path`` can be a folder: in one that exists, and no file."""
+    target = check_no_file(path, name)
     if not target.absolute().parent.is_dir():
         raise ValueError(f"{name} must be in a folder that exists, got {str(target)!r}")
     return target

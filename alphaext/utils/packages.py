@@ -17,8 +17,9 @@ def require(module: str, purpose: str, install: str) -> Any:
     Raises:
         ImportError: it is not installed; the message has the command.
     """
-    name = module.partition(".")[0].replace("PIL", "Pillow")
+    package = module.partition(".")[0]
     try:
+        importlib.import_module(package)
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{purpose} {name} ({error}): pip install {install}") from error
+        raise ImportError(f"{purpose} {package.replace('PIL', 'Pillow')} ({error}): pip install {install}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...metrics.accuracy import SPLITS
 from ...utils.checks import check_text
 from ...utils.figures import clean_text, require_matplotlib
-from ...utils.files import PathLike, file_digest, folder_lock, read_json, whole_file, write_json
+from ...utils.files import PathLike, check_no_file, file_digest, folder_lock, read_json, whole_file, write_json
 from ...utils.packages import require
 from ..plans import EXPERIMENTS
 from .advice import advice_blocks
@@ -81,9 +81,7 @@ def write_report(
     """
     check_text(title, "title")
     folders = [study] if isinstance(study, (str, os.PathLike)) else list(study)
-    target = Path(output)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"output must be a folder, got the file {str(target)!r}")
+    target = check_no_file(output, "output")
     studies = read_studies(folders)
     require_matplotlib()
     require("jinja2", "a report needs", "'alphaext[report]'")
