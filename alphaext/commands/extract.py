@@ -141,8 +141,8 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
 
 
 def _print(console: Console, found: dict[str, Any]) -> None:
-    numbers = (Column(name, justify="right", overflow="fold") for name in ("samples", "width", "skipped"))
-    table = Table(Column("part", overflow="fold"), *numbers, Column("folder", overflow="fold"), title="Cached features")
+    counted = (Column(name, justify="right", overflow="fold") for name in ("samples", "width", "skipped"))
+    table = Table(Column("part", overflow="fold"), *counted, Column("folder", overflow="fold"), title="Cached features")
     for part, result in found.items():
         numbers = (str(result["samples"]), str(result["width"]), str(len(result["skipped"])))
         table.add_row(part, *numbers, Text(result["folder"]))
