@@ -6,7 +6,7 @@ Each has one number, which a ``choose_...`` function finds on validation feature
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -122,16 +122,19 @@ def choose_tau(
         >>> choose_tau(nn.Linear(4, 2), torch.randn(20, 4), [0, 1] * 10, split, taus=[0.5]).chosen
         {'tau': 0.5}
     """
-    started = time.monotonic()
     weight, bias = linear_parameters(linear)
-    validation = Validation(val_features, val_labels, split, weight)
-    candidates = _check_taus(taus)
     shift = None if bias is None or not keep_bias else wide(bias)
-    changes = [Rescaling(_tau_factors(weight, tau).to(wide(weight[:0]).dtype), shift) for tau in candidates]
-    settings = {"keep_bias": bool(keep_bias)}
-    result = _chosen_tau("tau", linear, validation, candidates, changes, settings, select, min_all, started)
-    result.linear = tau_normalized(linear, result.chosen["tau"], keep_bias=keep_bias)
-    return result
+    return _chosen_tau(
+        "tau",
+        linear,
+        Validation(val_features, val_labels, split, weight),
+        taus,
+        lambda tau: Rescaling(_tau_factors(weight, tau).to(wide(weight[:0]).dtype), shift),
+        lambda tau: tau_normalized(linear, tau, keep_bias=keep_bias),
+        {"keep_bias": bool(keep_bias)},
+        select,
+        min_all,
+    )
 
 
 def choose_logit_adjustment(
@@ -167,41 +170,46 @@ def choose_logit_adjustment(
         >>> choose_logit_adjustment(nn.Linear(4, 2), [150, 5], torch.randn(20, 4), [0, 1] * 10, taus=[1]).chosen
         {'tau': 1.0}
     """
-    started = time.monotonic()
     weight, bias = linear_parameters(linear)
     shares = _log_shares(class_counts, len(weight))
     if split is None:
         split = split_classes(as_tensor(class_counts, "class_counts"))
-    validation = Validation(val_features, val_labels, split, weight)
-    candidates = _check_taus(taus)
-    dtype = wide(weight[:0]).dtype
-    changes = [Rescaling(None, _adjusted_bias(weight, bias, shares, tau).to(dtype)) for tau in candidates]
-    result = _chosen_tau("logit-adjustment", linear, validation, candidates, changes, {}, select, min_all, started)
-    result.linear = logit_adjusted(linear, class_counts, result.chosen["tau"])
-    return result
+    return _chosen_tau(
+        "logit-adjustment",
+        linear,
+        Validation(val_features, val_labels, split, weight),
+        taus,
+        lambda tau: Rescaling(None, _adjusted_bias(weight, bias, shares, tau).to(wide(weight[:0]).dtype)),
+        lambda tau: logit_adjusted(linear, class_counts, tau),
+        {},
+        select,
+        min_all,
+    )
 
 
 def _chosen_tau(
     name: str,
     linear: nn.Module,
     validation: Validation,
-    taus: list[float],
-    changes: list[Rescaling],
+    taus: Sequence[float],
+    change: Callable[[float], Rescaling],
+    made: Callable[[float], nn.Linear],
     settings: dict[str, Any],
     select: str | None,
     min_all: float | None,
-    started: float,
 ) -> BaselineResult:
-    """The result of a choice among taus, its layer still the original one."""
+    """The result of a choice among taus: ``change`` is what each makes of products, ``made`` the layer that does so."""
+    started = time.monotonic()
     weight, bias = linear_parameters(linear)
+    candidates = sorted({check_number(tau, "taus", minimum=0) for tau in check_list(taus, "taus")})
     own = Rescaling(None, None if bias is None else wide(bias))
-    original, *accuracies = validation.accuracies(wide(weight), [own, *changes])
+    original, *accuracies = validation.accuracies(wide(weight), [own, *map(change, candidates)])
     policy = Policy.of(select, min_all, validation.samples.labels, validation.split.few, CHOOSING).bounded(original)
     validation.check_fit_to_choose("tau")
-    best = policy.choose(accuracies, taus)
-    table = [{"tau": tau, **accuracy} for tau, accuracy in zip(taus, accuracies, strict=True)]
-    seconds = time.monotonic() - started
-    return BaselineResult(name, make_linear(weight, bias), {"tau": taus[best]}, table, str(policy), settings, seconds, original)
+    tau = candidates[policy.choose(accuracies, candidates)]
+    table = [{"tau": each, **accuracy} for each, accuracy in zip(candidates, accuracies, strict=True)]
+    layer, seconds = made(tau), time.monotonic() - started
+    return BaselineResult(name, layer, {"tau": tau}, table, str(policy), settings, seconds, original)
 
 
 def _tau_factors(weight: Tensor, tau: float) -> Tensor:
@@ -230,7 +238,3 @@ def _adjusted_bias(weight: Tensor, bias: Tensor | None, log_shares: Tensor, tau:
     """The bias of a logit-adjusted classifier, float64 ``[N]`` where ``weight`` is."""
     adjustment = -tau * log_shares.to(weight.device)
     return adjustment if bias is None else bias.double() + adjustment
-
-
-def _check_taus(taus: Sequence[float]) -> list[float]:
-    return sorted({check_number(tau, "taus", minimum=0) for tau in check_list(taus, "taus")})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..utils.checks import check_integer, check_kind, check_number
+from ..utils.tensors import first_true
 from .images import LabelledImages
 
 
@@ -78,9 +79,7 @@ def make_long_tailed(
         generator = torch.Generator(device="cpu").manual_seed(check_integer(seed, "seed", minimum=0))
         counts = counts[torch.randperm(images.num_classes, generator=generator, device="cpu")]
         order = torch.randperm(len(images), generator=generator, device="cpu")
-    short = torch.nonzero(available < counts)
-    if len(short):
-        label = int(short[0, 0])
+    if (label := first_true(available < counts)) is not None:
         raise ValueError(f"images must have {int(counts[label])} images of class {label} to keep, got {int(available[label])}")
     # Images by class, within a class in `order`; each then stays if its place among its class is below the class's count.
     by_class = order[images.labels[order].argsort(stable=True)]

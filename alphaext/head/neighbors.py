@@ -15,7 +15,7 @@ from torch import Tensor
 from ..classes import ClassSplit
 from ..utils.checks import check_choice, check_integer, format_ids
 from ..utils.seeds import seeded_generator
-from ..utils.tensors import TensorLike, as_tensor, check_class_ids, check_integral, check_shape, finite_tensor
+from ..utils.tensors import TensorLike, as_tensor, check_class_ids, check_integral, check_shape, finite_tensor, first_true
 from .choices import METRICS, POOLS
 
 
@@ -249,8 +249,7 @@ def check_members(members: TensorLike, num_classes: int) -> Tensor:
         "name each class once in a row": (in_order[:, 1:] == in_order[:, :-1]).any(dim=1),
     }
     for wanted, is_wrong in faults.items():
-        if bool(is_wrong.any()):
-            row = int(is_wrong.nonzero()[0, 0])
+        if (row := first_true(is_wrong)) is not None:
             raise ValueError(f"members must {wanted}, got {ids[row].tolist()} in row {row}")
     own, counts = torch.unique(ids[:, 0], return_counts=True)
     if bool((counts > 1).any()):

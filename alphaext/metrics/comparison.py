@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..classes import ClassSplit
 from ..utils.checks import check_integer, check_number
+from ..utils.tensors import first_true
 from .accuracy import SPLITS, SplitMetrics
 from .bootstrap import bootstrap_percentiles
 from .evaluation import check_predictions, part_of_class
@@ -216,9 +217,7 @@ def check_pair(before: Predictions, after: Predictions, split: ClassSplit) -> Cl
     check_predictions(after, split, "after")
     if len(before) != len(after):
         raise ValueError(f"before and after must be of the same samples, got {len(before)} and {len(after)} samples")
-    different = before.labels != after.labels
-    if bool(different.any()):
-        index = int(different.nonzero()[0, 0])
+    if (index := first_true(before.labels != after.labels)) is not None:
         raise ValueError(
             f"before and after must be of the same samples with the same labels, got labels {int(before.labels[index])} and "
             f"{int(after.labels[index])} at index {index}"

@@ -25,6 +25,7 @@ from ..utils.tensors import (
     check_shape,
     check_targets,
     features_and_labels,
+    first_true,
     floating_tensor,
 )
 from .accuracy import label_ranks
@@ -83,9 +84,7 @@ class Predictions:
             object.__setattr__(self, name, values)
             if len(values) != len(self.labels):
                 raise ValueError(f"{name} and labels must have one entry a sample, got {len(values)} and {len(self.labels)}")
-        disagree = (self.ranks == 0) != (self.predicted == self.labels)
-        if bool(disagree.any()):
-            index = int(disagree.nonzero()[0, 0])
+        if (index := first_true((self.ranks == 0) != (self.predicted == self.labels))) is not None:
             raise ValueError(
                 f"ranks must be 0 exactly where predicted is the label, got rank {int(self.ranks[index])}, predicted "
                 f"{int(self.predicted[index])}, label {int(self.labels[index])} at index {index}"
@@ -268,10 +267,8 @@ class _Collected:
         """Take up the scores of the next samples; ``targets`` are the labels of all."""
         part = slice(self._done, self._done + len(logits))
         best, predicted = logits.max(dim=1)  # NaN where there is one
-        unknown = best.isnan()
-        if bool(unknown.any()):
-            row = int(unknown.nonzero()[0, 0])
-            column = int(logits[row].isnan().nonzero()[0, 0])
+        if (row := first_true(best.isnan())) is not None:
+            column = first_true(logits[row].isnan())
             raise ValueError(f"{name} must give no NaN, got nan for sample {part.start + row}, class {column}")
         self._ranks[part] = label_ranks(logits, targets[part].to(logits.device)).cpu()
         self._predicted[part] = predicted.cpu()
@@ -314,9 +311,7 @@ def _scores(classifier: nn.Module, block: Tensor, num_classes: int | None) -> Te
 
 def _check_confidence(confidence: TensorLike, samples: int) -> Tensor:
     values = floating_tensor(confidence, "confidence", (samples,)).cpu()
-    outside = ~((values >= 0) & (values <= 1))  # NaN too
-    if bool(outside.any()):
-        index = int(outside.nonzero()[0, 0])
+    if (index := first_true(~((values >= 0) & (values <= 1)))) is not None:  # NaN too
         raise ValueError(f"confidence must be in [0, 1], got {float(values[index])} at index {index}")
     return values.float()
 

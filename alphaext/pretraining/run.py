@@ -29,7 +29,7 @@ from ..utils.processes import Group
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining
 from ..utils.seeds import derived_seed
-from ..utils.tensors import tensor_bytes
+from ..utils.tensors import first_true, tensor_bytes
 from .epochs import EpochBatches, image_reader
 from .options import JointOptions
 
@@ -248,9 +248,8 @@ class JointRun(ResumableTraining):
         """A last step may ruin the weights after a loss that was finite; what is not finite is never saved."""
         state = {name: tensor for name, tensor in _tensors(self.model).items() if tensor.is_floating_point()}
         finite = torch.stack([torch.isfinite(tensor).all() for tensor in state.values()])
-        if not bool(finite.all()):
-            name = list(state)[int((~finite).nonzero()[0, 0])]
-            raise _diverged(f"{name} is no longer finite after epoch {epoch}, step {len(self.batches)}", rate)
+        if (place := first_true(~finite)) is not None:
+            raise _diverged(f"{list(state)[place]} is no longer finite after epoch {epoch}, step {len(self.batches)}", rate)
 
     def _validate(self, epoch: int, rate: float) -> Tensor:
         """Of each class, validation images ranked first, and among the first five: int64 ``[2, N]``, over all processes."""

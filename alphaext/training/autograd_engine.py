@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..head.alphanet import AlphaNet
 from ..metrics.accuracy import label_ranks
-from ..utils.tensors import check_finite
+from ..utils.tensors import check_finite, first_true
 from .cached_logits import Samples
 from .engine import TrainingData, TrainingDiverged, _hits
 from .options import TrainingOptions
@@ -117,9 +117,8 @@ class AutogradEngine:
 
     def _check_finite(self, loss: float, epoch: int, lr: float) -> None:
         finite = self.head._evaluate()[1].isfinite().all(dim=1)
-        if not bool(finite.all()):
-            number = int(self.head.few_classes[int((~finite).nonzero()[0, 0])])
-            raise TrainingDiverged(f"class {number} is no longer finite", epoch, lr)
+        if (place := first_true(~finite)) is not None:
+            raise TrainingDiverged(f"class {int(self.head.few_classes[place])} is no longer finite", epoch, lr)
         with torch.no_grad():
             if not math.isfinite(loss) or not bool(self._scores(self._few_inputs[:1]).isfinite().all()):
                 raise TrainingDiverged("the loss is no longer finite", epoch, lr)

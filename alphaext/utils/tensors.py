@@ -107,6 +107,11 @@ def check_finite(tensor: Tensor, name: str, first_row: int | None = None) -> Non
     raise ValueError(f"{name} must be finite, got {value} at index {place}{more}")
 
 
+def first_true(mask: Tensor) -> int | None:
+    """Where a mask ``[n]`` is first true; None where it nowhere is."""
+    return int(mask.int().argmax()) if bool(mask.any()) else None
+
+
 def check_shape(tensor: Tensor, name: str, shape: Sequence[int | str]) -> None:
     """Check the shape of ``tensor``: a number in ``shape`` must match, a letter such as ``"N"`` stands for any size."""
     sizes = tuple(tensor.shape)
@@ -153,8 +158,7 @@ def check_labels(labels: TensorLike, num_classes: int | None, name: str = "label
     outside = tensor < 0
     if num_classes is not None:
         outside = outside | (tensor >= num_classes)
-    if bool(outside.any()):
-        index = int(torch.nonzero(outside)[0, 0])
+    if (index := first_true(outside)) is not None:
         allowed = "at least 0" if num_classes is None else f"in 0..{num_classes - 1}"
         raise ValueError(f"{name} must be {allowed}, got {int(tensor[index])} at index {index}")
     return tensor
