@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -122,9 +123,7 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
             console.print(f"Before all: {finding.detail}", markup=False, highlight=False)
         self.refuse_chance(finding)
 
-    def _open(
-        self, parts: list[str], num_classes: int, names: tuple[str, ...] | None
-    ) -> dict[str, alphaext.data.LabelledImages]:
+    def _open(self, parts: list[str], num_classes: int, names: Sequence[str] | None) -> dict[str, alphaext.data.LabelledImages]:
         """The images of all parts, before any of them is extracted."""
         order = self.class_order(names, num_classes)
         return {part: self.need(part, num_classes=num_classes, class_names=order) for part in parts}

@@ -137,8 +137,8 @@ class DataOptions(SplitOptions):
         classes["class_names"] = class_names if source.is_dir() or _is_table(source) else None
         try:
             if _is_table(source):
-                columns = {"text_column": self.text_column, "label_column": self.label_column}
-                images: alphaext.data.LabelledImages = alphaext.data.read_texts(source, **columns, **classes)
+                classes |= {"text_column": self.text_column, "label_column": self.label_column}
+                images: alphaext.data.LabelledImages = alphaext.data.read_texts(source, **classes)
             else:
                 root = None if source.is_dir() or source.suffix == ".npz" else self.root
                 images = alphaext.data.open_images(os.fspath(source), root=root, part=part, **classes)
@@ -357,7 +357,7 @@ class ModelOptions(CheckpointOptions):
         description = ", ".join(f"{name} {value}" for name, value in transform.description.items() if name != "name")
         console.print(f"Images are transformed ({source}): {description}", markup=False, highlight=False, soft_wrap=True)
 
-    def _tokens(self, model: nn.Module) -> alphaext.data.Transform | None:
+    def _tokens(self, model: nn.Module) -> Any:
         """How a model of texts wants them; None of a model of images."""
         from ..models.huggingface import HuggingFaceTexts, Tokens
 

@@ -57,13 +57,14 @@ class Train(CommonOptions, DataOptions, OutputOptions, ModelOptions):
             if self.overwrite and results.is_main_process():
                 for name in _OF_THE_TRAINING:
                     (folder.path / name).unlink(missing_ok=True)
+            val_transform: Any = None if val is None else self.test_transform(model)
             result = alphaext.pretraining.train_model(
                 model,
                 images,
                 folder.path,
                 transform=self.train_transform(model),
                 val_images=val,
-                val_transform=None if val is None else self.test_transform(model),
+                val_transform=val_transform,
                 few_below=self.few_below,
                 many_above=self.many_above,
                 device=self.device,

@@ -234,7 +234,7 @@ def write_features(
     if isinstance(features, Features):
         num_classes = features.num_classes if num_classes is None else num_classes
         class_names = features.class_names if class_names is None else class_names
-        features, labels = features.features, features.labels if labels is None else labels
+        labels, features = features.labels if labels is None else labels, features.features
     if labels is None or num_classes is None:
         raise ValueError("labels and num_classes must be given, or features that know them: alphaext.features.Features")
     path = check_output_folder(folder, "folder")

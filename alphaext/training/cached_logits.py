@@ -71,7 +71,7 @@ class Samples:
 
 def check_samples(
     weight: Tensor,
-    features: TensorLike | LabelledFeatures,
+    features: TensorLike | LabelledFeatures | None,
     labels: TensorLike | None,
     features_name: str = "features",
     labels_name: str = "labels",
