@@ -28,7 +28,7 @@ from ..metrics.predictions import predict_logits
 from ..metrics.scale import best_scale
 from ..training.builder import Builder
 from ..training.result import AlphaNetWarning
-from ..training.selection import BaselineResult
+from ..training.selection import BaselineResult, unfit_to_choose
 from ..utils.checks import check_choice, check_number, if_given
 from ..utils.linear import make_linear
 from ..utils.seeds import seeded_generator
@@ -59,6 +59,8 @@ _FEW_ROWS_ONLY = ("original", "few-bias", "few")
 _FOLDS = 5
 # So many standard errors of the difference between two methods are noise: of accuracy, and of likelihood.
 _NOISE, _LIKELIHOOD_NOISE = 1.0, 0.5
+# Samples of a class, at most, by which something is chosen within the training samples.
+_MOST_OF_A_CLASS = 40
 # Of so many training samples, at most twice as many, the spread of scores is measured.
 _SPREAD_SAMPLES = 4096
 _TRAINED = ("few", "discriminant", "crt", "all")
@@ -88,8 +90,8 @@ def recommend(
     one that changes less, where that is behind by half a standard error at most. Then it is made with all validation samples.
 
     Without validation samples, two fifths of the training samples take no part in training, in turn: one to choose by, one to
-    measure on. The classifier has seen them all, so a layer trained plainly on the others stands in for it. The only
-    sample of a class is always trained on. The result has the means over the folds of the numbers chosen.
+    measure on. The classifier has seen them all, so a layer trained plainly on the others stands in for it. Each class counts
+    alike, however many samples it has; its only one is always trained on. The result has means over folds of what was chosen.
 
     Args:
         linear: the trained classifier, such as ``nn.Linear``, in float32 or float64; it is not changed.
@@ -160,13 +162,14 @@ def compare(
         trials = _validation_trials(builder, folds, seed)
     measured: list[Measured] = []
     for method in methods:
-        measured.append(measure(method, trials, builder.split, measured[0].right if measured else None))
+        original = measured[0].right if measured else None
+        measured.append(measure(method, trials, builder.split, original, alike=builder.validation is None))
     if not bool(torch.isin(measured[0].labels, builder.split.few).any()):
         name = "labels" if builder.validation is None else "val_labels"
         raise ValueError(f"{name} must have two samples of a few class or more, by which methods are compared; got none")
     how, candidates = "validation samples", [each.candidate for each in measured]
     if builder.validation is None:
-        how = "cross-validated training samples"
+        how = "cross-validated training samples, each class counting alike"
     method, reason = _choose(measured, builder.split, policy, min_all, max_base_drop, how)
     if builder.validation is None:
         alone = int((builder.counts()[builder.split.few] == 1).sum())
@@ -307,12 +310,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Trial:
-    """What makes layers, features and labels to choose by, and those to measure on, with their places among all samples."""
+    """What makes layers, features and labels to choose by, and those to measure on.
+
+    Attributes:
+        places: of the samples measured on, among all.
+        doubt: why nothing can be chosen; empty where something can.
+    """
 
     makers: Makers
     chosen_by: tuple[Tensor, Tensor]
     measured_on: tuple[Tensor, Tensor]
     places: Tensor
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -323,12 +332,14 @@ class Measured:
         candidate: for the table.
         labels: of the samples, ``[n]``.
         logits: ``[n, N]``, of each sample by a layer that it had no part in; empty where there is none.
+        weights: what each sample counts, float64 ``[n]``.
         numbers: what each trial has chosen.
     """
 
     candidate: Candidate
     labels: Tensor
     logits: Tensor
+    weights: Tensor
     numbers: list[dict[str, Any]]
 
     @functools.cached_property
@@ -365,15 +376,32 @@ def _training_trial(builder: Builder, folds: Tensor, fold: int, refit: bool, see
     if refit:
         layer = plainly_trained(features[rest], labels[rest], len(builder.weight), seed).to(builder.weight)
     makers = Makers(layer, Builder(layer, features[rest], labels[rest], split=builder.split), seed)
-    return Trial(makers, (features[chosen_by], labels[chosen_by]), (features[own], labels[own]), own)
+    doubt = unfit_to_choose(labels[chosen_by], builder.split)
+    alike = _classes_alike(chosen_by.nonzero().flatten(), labels)
+    return Trial(makers, (features[alike], labels[alike]), (features[own], labels[own]), own, doubt)
 
 
-def measure(method: str, trials: Sequence[Trial], split: ClassSplit, original: Tensor | None = None) -> Measured:
-    """Measure a method on each trial's samples; ``original`` says which of them the original classifier recognises."""
+def _classes_alike(places: Tensor, labels: Tensor) -> Tensor:
+    """Places of samples such that each class has equally many: some again where it has fewer, not all where it has more."""
+    of_class = [places[labels[places] == label] for label in labels[places].unique().tolist()]
+    count = min(max(map(len, of_class), default=0), _MOST_OF_A_CLASS)
+    return torch.cat([own[torch.arange(count, device="cpu") % len(own)] for own in of_class]) if of_class else places
+
+
+def measure(
+    method: str, trials: Sequence[Trial], split: ClassSplit, original: Tensor | None = None, *, alike: bool = False
+) -> Measured:
+    """Measure a method on each trial's samples.
+
+    ``original`` says which of them the original classifier recognises; with ``alike`` each class counts alike, not each sample.
+    """
     labels, few_rows_only = torch.cat([trial.measured_on[1] for trial in trials]), method in _FEW_ROWS_ONLY
+    weights = torch.bincount(labels)[labels].double().reciprocal() if alike else torch.ones(len(labels), dtype=torch.float64)
     logits, numbers, seconds = [], [], 0.0
     try:
         for trial in trials:
+            if trial.doubt and method not in _TRAINED_ONCE:
+                raise ValueError(trial.doubt)
             trial.makers.prepare(method)
             started = time.monotonic()
             numbers.append(trial.makers.numbers(method, *trial.chosen_by))
@@ -381,13 +409,13 @@ def measure(method: str, trials: Sequence[Trial], split: ClassSplit, original: T
             seconds += (time.monotonic() - started + trial.makers.seconds(method)) / len(trials)
             logits.append(_scores(layer, trial.measured_on[0]))
     except (ValueError, FloatingPointError) as error:
-        return Measured(Candidate(method, few_rows_only=few_rows_only, error=str(error)), labels, torch.empty(0), [])
+        return Measured(Candidate(method, few_rows_only=few_rows_only, error=str(error)), labels, torch.empty(0), weights, [])
     scores = torch.cat(logits)
     predictions = predict_logits(scores, labels)
     metrics = split_metrics(predictions, split)
     right, base = (scores.argmax(dim=1) == labels).double(), torch.isin(labels, split.base)
-    change = 0.0 if original is None else (right[base].mean() - original[base].mean()).item()
-    accuracies: dict[str, Any] = {part: metrics[part] for part in SPLITS_AND_ALL}
+    change = 0.0 if original is None else _mean((right - original)[base], weights[base])
+    accuracies: dict[str, Any] = {part: metrics[f"{part}_class_mean" if alike else part] for part in SPLITS_AND_ALL}
     candidate = Candidate(
         method,
         **accuracies,
@@ -396,7 +424,7 @@ def measure(method: str, trials: Sequence[Trial], split: ClassSplit, original: T
         seconds=seconds,
         few_rows_only=few_rows_only,
     )
-    return Measured(candidate, labels, scores, numbers)
+    return Measured(candidate, labels, scores, weights, numbers)
 
 
 def _made(
@@ -443,12 +471,14 @@ def _choose(
     ] or ["original"]
     few = torch.isin(found[0].labels, split.few)
     part = few if policy == "best_few" else torch.ones_like(few)
+    weights = measured["original"].weights[part]
     right = {method: measured[method].right[part] for method in allowed}
-    best = max(allowed, key=lambda method: right[method].mean().item())
-    tied = [method for method in allowed if not _exceeds(right[best], right[method], _NOISE)]
+    best = max(allowed, key=lambda method: _mean(right[method], weights))
+    tied = [method for method in allowed if not _exceeds(right[best], right[method], weights, _NOISE)]
     likelihood = {method: measured[method].log_likelihood[part] for method in tied}
-    likeliest = max(tied, key=lambda method: likelihood[method].mean().item())
-    method = next(each for each in tied if not _exceeds(likelihood[likeliest], likelihood[each], _LIKELIHOOD_NOISE))
+    likeliest = max(tied, key=lambda method: _mean(likelihood[method], weights))
+    beaten = [method for method in tied if _exceeds(likelihood[likeliest], likelihood[method], weights, _LIKELIHOOD_NOISE)]
+    method = next(method for method in tied if method not in beaten)
     taken = measured[method].candidate
     gains = [percent(getattr(taken, name) - getattr(original, name), sign=True) for name in ("few", "all")]
     said = f"few {percent(taken.few)}% ({gains[0]}), all {percent(taken.all)}% ({gains[1]}) on {how}"
@@ -459,7 +489,12 @@ def _choose(
     return method, f"{said}; {best} has no more beyond the noise, and {method} knows the labels as well or better"
 
 
-def _exceeds(one: Tensor, other: Tensor, noise: float) -> bool:
+def _mean(values: Tensor, weights: Tensor) -> float:
+    return ((values * weights).sum() / weights.sum()).item()
+
+
+def _exceeds(one: Tensor, other: Tensor, weights: Tensor, noise: float) -> bool:
     """Whether the mean of ``one`` is larger than that of ``other`` by more than so many standard errors."""
-    difference = one - other
-    return difference.mean().item() > noise * difference.std(correction=0).item() / math.sqrt(len(difference))
+    difference, shares = one - other, weights / weights.sum()
+    mean = _mean(difference, weights)
+    return mean > noise * (shares * (difference - mean)).square().sum().sqrt().item()

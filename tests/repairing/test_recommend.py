@@ -15,7 +15,7 @@ from alphaext.classes import ClassSplit
 from alphaext.commands.recommend import Recommend
 from alphaext.commands.results import read_classifier
 from alphaext.features import Features, write_features
-from alphaext.repairing.recommend import METHODS, Measured, _choose, deal
+from alphaext.repairing.recommend import METHODS, Measured, _choose, _classes_alike, deal
 from alphaext.repairing.recommendation import Candidate
 
 COUNTS = [60, 50, 40, 30, 25, 9, 7, 5]
@@ -94,7 +94,7 @@ def candidates(**right):
         base = (hits[:80].sum() - right["original"][0]).item() / 80
         own = hits.double()
         made = Candidate(name, few=own[80:].mean().item(), all=own.mean().item(), base_change=base)
-        found.append(Measured(made, labels, logits, []))
+        found.append(Measured(made, labels, logits, torch.ones(100).double(), []))
     return found
 
 
@@ -120,7 +120,7 @@ def test_of_equal_accuracies_the_likeliest_is_taken_and_of_nearly_as_likely_ones
     surer = torch.where(all_rows.right[:, None].bool(), 1.5 * all_rows.logits, all_rows.logits)
     split = ClassSplit(few=[2], medium=[0, 1], many=[])
     assert _choose([original, few, all_rows], split, "best_all", None, None)[0] == "few"
-    likelier = Measured(all_rows.candidate, all_rows.labels, surer, [])
+    likelier = Measured(all_rows.candidate, all_rows.labels, surer, all_rows.weights, [])
     method, reason = _choose([original, few, likelier], split, "best_all", None, None)
     assert method == "all" and "few has no more beyond the noise" in reason
 
@@ -135,6 +135,18 @@ def test_without_validation_samples_training_samples_take_their_place():
     _, _, _, test, ids = problem()
     right = [layer(test).argmax(dim=1).eq(ids).float().mean() for layer in (linear, found.linear)]
     assert right[1] > right[0]
+
+
+def test_each_class_counts_alike_within_the_training_samples():
+    """Else few classes' samples, rare among training samples, would hardly count in a choice, or in a measure."""
+    labels = torch.tensor([0] * 60 + [1] * 6 + [2])
+    places = _classes_alike(torch.arange(67), labels)
+    assert labels[places].bincount().tolist() == [40] * 3 and set(places[40:80].tolist()) == set(range(60, 66))
+    linear, features, labels, _, _ = problem()
+    found = recommend(linear, features, labels, few_below=10, many_above=45)
+    original = found.candidates[0]
+    parts = {"few": 3, "medium": 3, "many": 2}
+    assert original.all == pytest.approx(sum(count * getattr(original, part) for part, count in parts.items()) / 8)
 
 
 def test_classes_of_one_or_two_samples_are_told_and_trained_on():
