@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import textwrap
 from importlib.metadata import version as installed_version
 from pathlib import Path
+
+from alphaext.commands.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +59,21 @@ def name_repository_files(app: object, name: str, source: list[str]) -> None:
     source[0] = _TO_REPOSITORY.sub(named, source[0])
 
 
+def add_help(app: object, name: str, source: list[str]) -> None:
+    """Put the help of every command where the page of commands has its comment."""
+    if name != "reference/commands":
+        return
+    width = 90  # of the site's column
+    os.environ["COLUMNS"] = str(width)  # argparse breaks lines by it, but for descriptions
+    parsers = next(iter(build_parser()._subparsers._group_actions)).choices  # type: ignore[union-attr]
+    texts = []
+    for command, parser in parsers.items():
+        lines = (textwrap.fill(line, width) if len(line) > width else line for line in parser.format_help().splitlines())
+        texts.append("\n".join([f"## alphaext {command}", "", "```text", *lines, "```", ""]))
+    source[0] = source[0].replace("<!-- the help of every command -->", "\n".join(texts))
+
+
 def setup(app: object) -> None:
     """Called by Sphinx."""
     app.connect("source-read", name_repository_files)  # type: ignore[attr-defined]
+    app.connect("source-read", add_help)  # type: ignore[attr-defined]

@@ -106,6 +106,8 @@ def test_links_lead_somewhere(page):
             continue
         assert other.exists(), target
         assert not anchor or anchor in anchors(other.read_text()), target
+    for script in re.findall(r"python ((?:bench|tests)/[\w/]+\.py)", path.read_text()):
+        assert (ROOT / script).exists(), script
 
 
 def layer_and_samples() -> dict:

@@ -132,6 +132,7 @@ def draw_bars(axes: Any, gains: Sequence[float]) -> None:
     colors = [series_color(1) if gain >= 0 else series_color(0) for gain in gains]
     axes.bar(places, gains, width=0.8 if len(gains) < 60 else 1.0, color=colors)
     axes.axhline(0, color=MUTED, linewidth=1.0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="few classes, by their gain", ylabel="gain, points")
     axes.margins(x=0.01)
 
