@@ -12,7 +12,6 @@ from rich.console import Console
 
 import alphaext
 
-from ..data.texts import TEXT_SUFFIXES, read_rows
 from ..utils.files import check_output_file, whole_file
 from . import results
 from .options import Options, option
@@ -74,7 +73,9 @@ class Init(Options):
     def _look(self) -> dict[str, Any]:
         entries = sorted(self.folder.iterdir())
         parts = {part: _named(entries, names) for part, names in _PART_NAMES.items()}
-        columns = next((_columns(path) for path in parts.values() if path is not None and path.suffix in TEXT_SUFFIXES), {})
+        columns = next(
+            (_columns(path) for path in parts.values() if path is not None and path.suffix in alphaext.data.TEXT_SUFFIXES), {}
+        )
         classes = next((self.folder / name for name in _CLASSES if (self.folder / name).is_file()), None)
         root = next((_root(path, self.folder) for path in parts.values() if path is not None and path.is_file()), None)
         saved = next((path for path in [self.folder, *entries] if (path / "config.json").is_file()), None)
@@ -90,7 +91,7 @@ class Init(Options):
 
 def _named(entries: Iterable[Path], names: Sequence[str]) -> Path | None:
     """The folder, list or array file of one of these names; or a list in whose name one stands."""
-    lists = [path for path in entries if path.is_file() and path.suffix in (".txt", ".npz", *TEXT_SUFFIXES)]
+    lists = [path for path in entries if path.is_file() and path.suffix in (".txt", ".npz", *alphaext.data.TEXT_SUFFIXES)]
     # A list comes before a folder, which may be what the list is of.
     exact = [path for path in [*lists, *filter(Path.is_dir, entries)] if path.stem.lower() in names]
     within = [path for path in lists if set(path.stem.lower().replace("-", "_").split("_")) & set(names)]
@@ -109,7 +110,7 @@ def _root(path: Path, folder: Path) -> Path | None:
 
 def _columns(path: Path) -> dict[str, str]:
     """Which columns of a table hold texts and labels, where they are called otherwise than the options suppose."""
-    names = list(read_rows(path)[0])
+    names = list(alphaext.data.texts.read_rows(path)[0])
     likely = {"text_column": _TEXT_COLUMNS, "label_column": _LABEL_COLUMNS}
     found = {option: next((name for name in names if name.lower() in known), None) for option, known in likely.items()}
     return {option: name for option, name in found.items() if name is not None and name != likely[option][0]}
