@@ -68,8 +68,8 @@ def add_help(app: object, name: str, source: list[str]) -> None:
     parsers = next(iter(build_parser()._subparsers._group_actions)).choices  # type: ignore[union-attr]
     texts = []
     for command, parser in parsers.items():
-        lines = (textwrap.fill(line, width) if len(line) > width else line for line in parser.format_help().splitlines())
-        texts.append("\n".join([f"## alphaext {command}", "", "```text", *lines, "```", ""]))
+        parts = (part if "\n " in part else textwrap.fill(part, width) for part in parser.format_help().split("\n\n"))
+        texts.append(f"## alphaext {command}\n\n```text\n" + "\n\n".join(parts) + "\n```\n")
     source[0] = source[0].replace("<!-- the help of every command -->", "\n".join(texts))
 
 
