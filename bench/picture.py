@@ -47,17 +47,17 @@ def draw(output: Path, names: list[str], few: np.ndarray, before: np.ndarray, af
 
     order = few[np.argsort(before[few] + 1e-3 * after[few], kind="stable")]
     places = np.arange(len(order))
-    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 4.6), layout="constrained")
     better, worse = after[order] > before[order], after[order] < before[order]
     axes.vlines(places[better], before[order][better], after[order][better], color="#2a9d8f", linewidth=3)
     axes.vlines(places[worse], before[order][worse], after[order][worse], color="#d1495b", linewidth=3)
     axes.plot(places, before[order], "o", color="#8d99ae", markersize=5, label=f"before: {before[few].mean():.0f}%")
     axes.plot(places, after[order], "o", color="#1d3557", markersize=5, label=f"repaired: {after[few].mean():.0f}%")
-    axes.set_xticks(places, [names[class_id] for class_id in order], rotation=90, fontsize=7)
+    axes.set_xticks(places, [names[class_id] for class_id in order], rotation=90, fontsize=9)
     axes.set(ylabel="recognised, % of test photographs", ylim=(-3, 103), xlim=(-1, len(order)))
-    axes.set_title(f"The {len(few)} rare classes of Caltech-101, long-tailed", fontsize=10)
-    axes.legend(loc="lower right", fontsize=9)
-    axes.text(0.995, 0.33, ATTRIBUTIONS["caltech"], transform=axes.transAxes, ha="right", fontsize=6, color="gray")
+    axes.set_title(f"The {len(few)} rare classes of Caltech-101, long-tailed", fontsize=12)
+    axes.legend(loc="lower right", fontsize=11)
+    axes.text(0.995, 0.33, ATTRIBUTIONS["caltech"], transform=axes.transAxes, ha="right", fontsize=8, color="gray")
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as file:
         figure.savefig(file, format="png", dpi=130)
