@@ -14,7 +14,11 @@ _OTHER_RELEASES = ((r"\.(norm|relu|conv)\.(\d+)\.", r".\1\2."), (r"\.gamma$", ".
 
 
 def aligned(
-    given: Mapping[str, Tensor], given_classifier: str, wanted: Mapping[str, Tensor], wanted_classifier: str
+    given: Mapping[str, Tensor],
+    given_classifier: str,
+    wanted: Mapping[str, Tensor],
+    wanted_classifier: str,
+    in_files: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """The given tensors under the wanted names: of all ways to rename them, that by which most are found, with their shapes.
 
@@ -26,6 +30,7 @@ def aligned(
         given_classifier: the classifier's name in the file.
         wanted: tensors of the model, without its classifier's.
         wanted_classifier: the classifier's name in the model.
+        in_files: what the model's library calls its tensors in files, where that differs.
 
     Example:
         >>> import torch
@@ -42,6 +47,12 @@ def aligned(
                 renamed = {places.get(rest, name): given[name] for rest, name in names.items()}
                 if len(renamed) == len(given) and len(places) == len(wanted) and _fits(renamed, wanted) > _fits(best, wanted):
                     best = renamed
+    if in_files:
+        own = {in_files.get(name, name): name for name in wanted}
+        in_file = aligned(given, given_classifier, {name: wanted[place] for name, place in own.items()}, wanted_classifier)
+        renamed = {own.get(name, name): tensor for name, tensor in in_file.items()}
+        if _fits(renamed, wanted) > _fits(best, wanted):
+            best = renamed
     return best
 
 

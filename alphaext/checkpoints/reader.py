@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..models.huggingface import HuggingFaceModel
 from ..utils.checks import check_integer, check_kind, check_number, check_text, if_given
 from ..utils.files import PathLike, read_json
 from ..utils.linear import make_linear
@@ -130,7 +131,7 @@ class Checkpoint:
         state = model.state_dict()
         own = {f"{classifier}.weight", f"{classifier}.bias"}
         wanted = {name: tensor for name, tensor in state.items() if name not in own}
-        given = self._fitting(wanted, classifier)
+        given = self._fitting(wanted, classifier, model)
         state.update(given)
         state[f"{classifier}.weight"] = self.weight
         if layer.bias is not None:
@@ -148,7 +149,7 @@ class Checkpoint:
             raise ValueError(f"{self.path} holds a classifier alone, no backbone for model")
         own = f"{classifier}."
         wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
-        model.load_state_dict(self._fitting(wanted, classifier), strict=False)
+        model.load_state_dict(self._fitting(wanted, classifier, model), strict=False)
         self._set_input_transform(model)
 
     def _set_input_transform(self, model: nn.Module) -> None:
@@ -167,9 +168,10 @@ class Checkpoint:
             stacklevel=3,
         )
 
-    def _fitting(self, wanted: Mapping[str, Tensor], classifier: str) -> dict[str, Tensor]:
+    def _fitting(self, wanted: Mapping[str, Tensor], classifier: str, model: nn.Module) -> dict[str, Tensor]:
         """The backbone's tensors under the names of a model; those that take no part in what it computes may be missing."""
-        given = aligned(self.backbone, self.classifier, wanted, classifier)
+        in_files = model.names_in_files() if isinstance(model, HuggingFaceModel) else None
+        given = aligned(self.backbone, self.classifier, wanted, classifier, in_files)
         given = {name: tensor for name, tensor in given.items() if name in wanted or not is_no_weight(name)}
         _check_names(self.path, given, wanted, self.format)
         return {name: tensor for name, tensor in given.items() if name in wanted and tensor.shape == wanted[name].shape}

@@ -37,6 +37,21 @@ class HuggingFaceModel(nn.Module):
         self.model = model
         self.config: Any = model.config
 
+    def names_in_files(self) -> dict[str, str]:
+        """What ``save_pretrained`` calls tensors of the state dict otherwise than the module does, by their names here.
+
+        transformers 5 has modules of other names than 4, and keeps writing those of 4.
+        """
+        try:
+            from transformers.core_model_loading import revert_weight_conversion
+        except ImportError:
+            return {}
+        own = self.model.state_dict()
+        name_of = {id(tensor): name for name, tensor in own.items()}
+        renamed = revert_weight_conversion(self.model, own)
+        pairs = ((name_of.get(id(tensor)), name) for name, tensor in renamed.items())
+        return {f"model.{name}": f"model.{other}" for name, other in pairs if name is not None and name != other}
+
 
 class HuggingFaceImages(HuggingFaceModel):
     """An image classifier: of images ``[n, C, H, W]``."""

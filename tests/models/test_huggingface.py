@@ -81,6 +81,41 @@ def test_a_saved_model_is_repaired_into_a_folder(kind, tmp_path, capsys):
     assert cli.main([*export, "--overwrite"]) == 0
 
 
+def test_a_saved_model_is_trained_and_loaded_by_the_names_of_any_release(tmp_path):
+    write_digits(tmp_path)
+    save_model(tmp_path / "saved", "vit")
+    (tmp_path / "mine.toml").write_text(
+        'features = "features"\ndevice = "cpu"\nprogress = false\n'
+        '[data]\ntrain = "train.txt"\nval = "val.txt"\nroot = "."\n'
+        '[model]\nbackbone = "hf:saved"\nallow_chance = true\n'
+        '[train]\noutput = "joint"\nepochs = 1\nbatch_size = 64\nlr = 0.01\nworkers = 0\n'
+    )
+    config = ["--config", str(tmp_path / "mine.toml")]
+    assert cli.main(["train", *config]) == 0
+    trained = torch.load(tmp_path / "joint" / "model.pth", weights_only=True)
+    model = make_model(f"hf:{tmp_path / 'saved'}", 10)
+    assert set(trained) == set(model.state_dict()) and not torch.equal(
+        trained["model.classifier.weight"], model.state_dict()["model.classifier.weight"]
+    )
+    # The same weights as files have them: the module's names, transformers' own in files, and those of its first releases.
+    in_files = model.names_in_files()
+    named = {
+        "module": trained,
+        "files": {in_files.get(name, name).removeprefix("model."): tensor for name, tensor in trained.items()},
+    }
+    named["first"] = {
+        name.replace("before.weight", "before.gamma").replace("before.bias", "before.beta"): tensor
+        for name, tensor in named["files"].items()
+    }
+    rows = []
+    for release, tensors in named.items():
+        torch.save(tensors, tmp_path / f"{release}.bin")
+        files = ["--checkpoint", str(tmp_path / f"{release}.bin"), "--features", str(tmp_path / release)]
+        assert cli.main(["extract", *config, *files]) == 0
+        rows.append(read_features(tmp_path / release / "train").features)
+    assert all((rows[0] == other).all() for other in rows[1:]) and any(name.endswith("gamma") for name in named["first"])
+
+
 QUESTIONS = {"lost card": 30, "exchange rate": 25, "top up": 24, "age limit": 3}  # not in the order of the alphabet
 
 
