@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import alphaext
 
+from ..doctor.labels import find_class_folders, names_of_classes
 from ..utils.checks import check_class_names, check_integer
 from ..utils.text import did_you_mean
 from .options import Options, option
@@ -160,11 +161,18 @@ class DataOptions(SplitOptions):
         return images
 
     def class_order(self, names: Sequence[str] | None, num_classes: int | None = None) -> Sequence[str] | None:
-        """The order of classes that data know by their names (class folders, a column of names): the model's ``names``, where
-        these are among them, or else that of the training data."""
-        if self.train is None or not (self.train.is_dir() or _is_table(self.train)):
+        """The classes' names in the order of their labels: the model's ``names``, or else those of the training data.
+
+        Data that know classes by their names alone (class folders, a column of names) follow the model's order where they can.
+        """
+        if self.train is None:
             return names
-        own = self.need("train", num_classes=num_classes).class_names
+        train = self.need("train", num_classes=num_classes)
+        own = train.class_names
+        if not (self.train.is_dir() or _is_table(self.train)):
+            parts = {"train": train}
+            folders = find_class_folders(parts)
+            return names or names_of_classes(parts, folders, own, num_classes or train.num_classes)
         unknown = [name for name in own or () if name not in (names or ())]
         if names and unknown and own and len(unknown) < len(own):
             warnings.warn(

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from ..data.images import ImageReadError, LabelledImages
 from ..data.loading import Transform
 from ..models.split import SplitModel
 from ..utils.checks import PRECISIONS, check_choice, check_integer, check_kind
-from ..utils.files import PathLike, read_json
+from ..utils.files import PathLike, read_json, write_json
 from ..utils.processes import Group, process_group
 from ..utils.progress import task_bar
 from .computing import Computed, Computing, Task
 from .extraction_folder import ExtractionFolder, wait_for
 from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable, read_identity
-from .store import DTYPES, SIDECAR_FILE, Features, as_json, differences, read_features
+from .store import DTYPES, SIDECAR_FILE, Features, as_json, differences, printable, read_features
 
 # How long processes work before they tell each other how far they are and whether all is well: far below the time after which a
 # waiting process gives another up, far above what the telling takes.
@@ -153,6 +154,11 @@ def extract(
         with group.together():
             wait_for(place.path / SIDECAR_FILE, several=several)
             features = read_features(place.path)
+            if class_names is not None and features.class_names != class_names:
+                # Features do not depend on what classes are called: names that came later are taken.
+                if group.is_main:
+                    write_json(place.path / SIDECAR_FILE, {**features.metadata, "class_names": class_names})
+                features = replace(features, class_names=class_names)
         skipped = features.metadata["skipped"]
         if skipped and group.is_main:
             names = ", ".join(repr(image["name"]) for image in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
@@ -338,7 +344,7 @@ def _check_labels(images: LabelledImages, num_classes: int) -> None:
 def _class_names(images: LabelledImages, num_classes: int) -> tuple[str, ...] | None:
     names = images.class_names
     if names is None or len(names) == num_classes:
-        return names
+        return None if names is None else tuple(map(printable, names))
     warnings.warn(
         f"images have names for {len(names)} classes and the model has {num_classes}: the features are kept without names",
         stacklevel=3,

@@ -14,6 +14,7 @@ from digit_images import write_digits
 
 from alphaext.commands import Init, Repair, Train
 from alphaext.commands import main as cli
+from alphaext.features import read_features
 from alphaext.utils.text import percent
 
 CONFIG = """
@@ -53,6 +54,16 @@ def test_one_command_repairs_and_goes_on(project, capsys):
     assert cli.main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["evaluate"]["part"] == "test" and result["fit"]["chosen_on"] == "val"
+    names = tuple(map(str, range(10)))  # of the class folders in the list
+    assert all(read_features(project / "repaired" / "features" / part).class_names == names for part in ("train", "test"))
+    # Names that come later need no new features.
+    (project / "classes.txt").write_text("\n".join(f"digit {name}" for name in names))
+    extract = ["extract", "--config", str(project / "mine.toml"), "--features", str(project / "repaired" / "features")]
+    assert cli.main([*extract, "--classes", str(project / "classes.txt")]) == 0
+    (project / "classes.txt").unlink()
+    assert read_features(project / "repaired" / "features" / "val").class_names[3] == "digit 3"
+    assert cli.main(extract) == 0
+    capsys.readouterr()
     repaired = project / "repaired"
     text = (repaired / "report.html").read_text()
     assert text.startswith("<!DOCTYPE html>") and result["page"].endswith("report.html")
