@@ -91,7 +91,7 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Chec
                 f"--{_CHOOSE[self.name]} must be given for {self.name} where there are no validation features to choose it by: "
                 f"there is no {str(self.features / 'val')!r}"
             )
-        split = self.split(train)
+        split = self.split_to_repair(train) if self.name == "few-bias" else self.split(train)
         linear = None
         if self.classifier is not None or self.name in _NEED_A_CLASSIFIER:
             linear, _ = self.classifier_or_checkpoint(self.classifier, train.num_classes)

@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -49,10 +49,18 @@ that diverged), 2 wrong arguments or data that are not as they must be, 130 inte
 _WIDTH_OF_FILES = 140
 
 
-def build_parser() -> argparse.ArgumentParser:
+class _JsonParser(argparse.ArgumentParser):
+    """A parser whose errors are on standard output as well, as those of commands under ``--json``."""
+
+    def error(self, message: str) -> NoReturn:
+        _print_error(message, "ArgumentError", 2)
+        super().error(message)
+
+
+def build_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser of all commands; each option comes from a field of the command's options class."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="alphaext", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
+    parser = kind(prog="alphaext", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"alphaext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, cls in COMMANDS.items():
@@ -77,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _parse(arguments: Sequence[str]) -> dict[str, Any]:
     """The command and its flags by name; ends with a message on what there is none of, and what was probably meant."""
-    parser = build_parser()
+    parser = build_parser(_JsonParser if "--json" in arguments else argparse.ArgumentParser)
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if command is not None and command not in COMMANDS:
         parser.error(f"unknown command {command!r}{did_you_mean(command, COMMANDS)}")
@@ -139,8 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code is None:
             raise
         if as_json and is_main_process():
-            failed = {"error": _message(error), "kind": type(error).__name__, "exit_code": code}
-            print(json.dumps(failed, indent=2), flush=True)
+            _print_error(_message(error), type(error).__name__, code)
         errors.print(f"alphaext: {_message(error)}", markup=False, highlight=False)
         return code
     return int(result.get("exit_code", 0)) if isinstance(result, dict) else 0
@@ -154,6 +161,10 @@ def _exit_code(error: Exception) -> int | None:
         return 1
     # torch says by RuntimeError that memory ran out, and much else.
     return 1 if isinstance(error, RuntimeError) else None
+
+
+def _print_error(message: str, kind: str, code: int) -> None:
+    print(json.dumps({"error": message, "kind": kind, "exit_code": code}, indent=2), flush=True)
 
 
 def _message(error: Exception) -> str:

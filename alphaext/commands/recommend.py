@@ -43,6 +43,7 @@ class Recommend(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Cla
         """Compare, print, write the recommended classifier; returns what result.json holds."""
         console, started = results.console_or_quiet(console), time.monotonic()
         train, val = self.read_train_and_val()
+        self.split_to_repair(train)
         linear, _ = self.classifier_or_checkpoint(self.classifier, train.num_classes)
         with results.output_folder(self.output, self, results.CLASSIFIER, overwrite=self.overwrite, started=started) as folder:
             found = alphaext.recommend(

@@ -56,13 +56,15 @@ class Repair(Options):
         require("jinja2", "the page of a repair needs", "'alphaext[report]'")
         output = self.output or self.config.absolute().parent / "repaired"
         config = read_config(self.config, CONFIGURABLE)
-        steps = _Steps(self.config, config, output, console)
         features = Path(config.get("", {}).get("features", output / "features"))
         data = from_flags(Extract, {"features": features}, config)
         if data.backbone is None:
             raise ValueError(
                 f"backbone must be given in [model] of {self.config}: torchvision's name, timm:NAME, or module:function"
             )
+        if data.checkpoint is None and data.saved_model is None:
+            raise ValueError(f"checkpoint must be given in [model] of {self.config}: the trained weights")
+        steps = _Steps(self.config, config, output, console)
         part = next((part for part in reversed(PARTS) if getattr(data, part) is not None), "test")
         method = self.method or ("fit" if data.val is None else "recommend")
         made, evaluation = output / method, output / "evaluation"

@@ -111,7 +111,10 @@ def check_accuracy(
     best = max(better, key=lambda name: int(hits[name].sum()), default=None)
     more = "" if best is None else f"; with {best} it knows {percent(float(hits[best].double().mean()))}% of {len(some)}"
     if bad:
-        causes = "the transform is another than in training, the classes are in another order, or the paths begin elsewhere"
+        causes = (
+            "the transform (image_size, mean, std) is another than in training, the classes are in another order, or the paths "
+            "begin elsewhere"
+        )
         level = chance_level(bad, len(loaded))
         return Finding(level, "the network is at chance level", f"{said}{more}: {causes}")
     if best is not None:

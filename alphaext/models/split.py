@@ -330,11 +330,16 @@ def _to_model(model: nn.Module, images: Tensor, name: str) -> Tensor:
 
 def run_model(model: nn.Module, images: Tensor) -> Any:
     """What the model makes of the images. What it raises where their shape is wrong becomes a ValueError that names it."""
+    return called(model, lambda: model(images), f"images {list(images.shape)}")
+
+
+def called(model: nn.Module, call: Callable[[], Any], inputs: str) -> Any:
+    """The same of a call with any ``inputs``, in words."""
     try:
-        return model(images)
-    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        return call()
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
             raise
         raise ValueError(
-            f"the model, a {type(model).__name__}, cannot take images {list(images.shape)}: {type(error).__name__}: {error}"
+            f"the model, a {type(model).__name__}, cannot take {inputs}: {type(error).__name__}: {error}"
         ) from error

@@ -20,7 +20,15 @@ from ..doctor.accuracy import at_chance, chance_level
 from ..features.store import Features
 from ..metrics.predictions import predict
 from ..models.huggingface import class_names_of
-from ..models.split import check_used_once, compare_scores, find_classifier, linear_layers, plain_scores, unwrapped
+from ..models.split import (
+    called,
+    check_used_once,
+    compare_scores,
+    find_classifier,
+    linear_layers,
+    plain_scores,
+    unwrapped,
+)
 from ..training.result import AlphaNetWarning
 from ..utils.checks import check_class_names, check_integer, check_kind, if_given
 from ..utils.linear import make_linear, wide
@@ -106,7 +114,12 @@ def extract_features(
             if not rows:
                 compare_scores(plain_scores(layers[classifier], features), logits, classifier, "the model's output")
             rows.append(features.float().cpu())
-            labels.append(_labels(targets, len(features), layers[classifier].out_features))
+            try:
+                labels.append(_labels(targets, len(features), layers[classifier].out_features))
+            except (TypeError, ValueError) as error:
+                if not isinstance(batch, (tuple, list)) or len(batch) == 2:
+                    raise
+                raise type(error)(f"{error}; of a batch of {len(batch)} entries the last is taken for the labels") from error
             report()
     if classifier is None or not rows:
         raise ValueError("data must hold at least one batch, got none")
@@ -369,7 +382,7 @@ def _watched(
 
     hooks = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        output = _call(model, inputs)
+        output = called(model, lambda: _call(model, inputs), _shapes(inputs))
     finally:
         for hook in hooks:
             hook.remove()
@@ -380,6 +393,15 @@ def _watched(
         seen = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise ValueError(f"model must return logits [n, N], or an object with such logits, got {seen}")
     return passed, logits
+
+
+def _shapes(inputs: Any) -> str:
+    """What goes into a model, for an error."""
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name}: {_shapes(value)}" for name, value in inputs.items()) or "nothing by name"
+    if isinstance(inputs, tuple):
+        return f"{', '.join(map(_shapes, inputs))} (of a batch's entries the last is taken for the labels)"
+    return f"inputs {list(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

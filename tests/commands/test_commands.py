@@ -696,5 +696,9 @@ def test_errors_are_json_under_json(digits, tmp_path, capsys):
     failed = json.loads(capsys.readouterr().out)
     assert failed["kind"] == "ValueError" and failed["exit_code"] == 2
     assert "few are those below few_below = 2 training images" in failed["error"]
-    run(digits, "fit", "--few-below", "900", "--many-above", "1000", "--output", tmp_path / "alpha", code=2)
-    assert "every class is few" in capsys.readouterr().err
+    for command in (["fit"], ["recommend"], ["baseline", "few-bias"]):
+        run(digits, *command, "--few-below", "900", "--many-above", "1000", "--output", tmp_path / "alpha", code=2)
+        assert "every class is few: few are those below few_below = 900" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--prset", "few", "--json"])
+    assert json.loads(capsys.readouterr().out)["error"] == "unknown option --prset; did you mean '--preset'?"

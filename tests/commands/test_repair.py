@@ -120,6 +120,12 @@ def test_init_sees_data_and_checkpoint(project, tmp_path, capsys):
     for line in ('train = "train.txt"', 'val = "val.txt"', 'test = "test.txt"', 'root = "."', 'checkpoint = "trained.pth"'):
         assert f"\n{line} " in text
     assert '# backbone = ""' in text  # the small network is none of torchvision's
+    assert "backbone must be written in: the checkpoint's tensors are those of no common" in capsys.readouterr().out
+    assert cli.main(["repair", "--config", str(project / "seen.toml"), "--output", str(tmp_path / "none")]) == 2
+    assert "backbone must be given in [model] of" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    (project / "classes.txt").write_text("\n".join(map(str, range(10))))
+    assert Init(folder=project, output=project / "named.toml").run()["classes"] == project / "classes.txt"
+    (project / "classes.txt").unlink()
     assert cli.main(["init", str(project), "--output", str(project / "seen.toml")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert Init(folder=tmp_path).run()["train"] is None and (tmp_path / "mine.toml").is_file()
