@@ -46,9 +46,10 @@ class HuggingFaceModel(nn.Module):
             from transformers.core_model_loading import revert_weight_conversion
         except ImportError:
             return {}
-        own = self.model.state_dict()
+        model: Any = self.model
+        own = model.state_dict()
         name_of = {id(tensor): name for name, tensor in own.items()}
-        renamed = revert_weight_conversion(self.model, own)
+        renamed = revert_weight_conversion(model, own)
         pairs = ((name_of.get(id(tensor)), name) for name, tensor in renamed.items())
         return {f"model.{name}": f"model.{other}" for name, other in pairs if name is not None and name != other}
 
