@@ -150,14 +150,14 @@ def repair_by_preset(
         # The average is to beat the original, not the repaired layer: that one looks better than it is on the samples that its
         # constant was chosen by, and would be kept where the average is better on other samples (as on BANKING77).
         if run.final_policy.score(after) > run.final_policy.score(run.before):
-            made, errors = average.linear, run.calibration_errors(average.linear)
+            made = average.linear
             notes = run.notes(after, made)
             result = replace(
                 result,
                 metrics_after=after,
                 kept_original=False,
                 notes=notes,
-                calibration_errors=errors,
+                calibration=run.calibration(made),
                 few_bias=average.settings["few_bias"],
             )
     warn_of(result.notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,7 @@ class FitResult:
             learned is still in its parameters.
         verified: validation samples have shown what was gained; False without them, and where they show too little.
         notes: what to know of the result, in sentences: that it is not verified, that the original is kept, what is lost.
-        calibration_errors: of the original classifier and of the head as it is now, on validation samples, some thousand at
-            most (:func:`alphaext.metrics.expected_calibration_error` over all); None without, and in :func:`fit_many`.
+        calibration: what measures ``calibration_errors``; None without validation samples, and in :func:`fit_many`.
     """
 
     history: list[dict[str, float]] = field(repr=False)
@@ -67,7 +67,15 @@ class FitResult:
     kept_original: bool = False
     verified: bool = False
     notes: list[str] = field(default_factory=list)
-    calibration_errors: tuple[float, float] | None = None
+    calibration: Callable[[], tuple[float, float]] | None = field(default=None, repr=False, compare=False)
+
+    @functools.cached_property
+    def calibration_errors(self) -> tuple[float, float] | None:
+        """Of the original classifier and of the head as training left it, measured when first asked for.
+
+        On validation samples, some thousand at most (:func:`alphaext.metrics.expected_calibration_error` over all).
+        """
+        return None if self.calibration is None else self.calibration()
 
     @property
     def before(self) -> dict[str, float] | None:

@@ -8,12 +8,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from torch import nn
+from torch import Tensor, nn
 
 from ..classes import ClassSplit
 from ..head.alphanet import AlphaNet
@@ -147,7 +148,7 @@ def train(
     with task_bar(progress, "epoch", *columns, total=run.options.epochs, done=len(run.history) - 1) as report:
         run.train(checkpoint, report)
     result = run.result(reason or "", time.monotonic() - started)
-    result.calibration_errors = run.calibration_errors(run.head.fold())
+    result.calibration = run.calibration(run.head.fold())
     return result
 
 
@@ -367,18 +368,17 @@ class Run(ResumableTraining):
         unseen = classes[~torch.isin(classes, self.data.validation.labels)].tolist()
         return [f"No validation sample shows what became of the classes {format_ids(unseen)}."] if unseen else []
 
-    def calibration_errors(self, linear: nn.Linear) -> tuple[float, float] | None:
-        """The calibration error of the original classifier, and of ``linear``, which takes its place."""
+    def calibration(self, linear: nn.Linear) -> Callable[[], tuple[float, float]] | None:
+        """Measures the calibration error of the original classifier, and of ``linear``, which takes its place.
+
+        On copies: it may be asked for long after the features have changed.
+        """
         head, validation = self.head, self.data.validation
         if validation is None or head.weight.requires_grad:
             return None
         some = slice(None, None, -(-len(validation.labels) // _MOST_CALIBRATED))
-        features, labels = validation.real()[some], validation.labels[some]
-        original, made = (
-            expected_calibration_error(predict(layer, features, labels, progress=False), self.split)["all"]
-            for layer in (make_linear(head.weight, head.bias), linear)
-        )
-        return original, made
+        layers = make_linear(head.weight, head.bias), linear
+        return partial(_calibration_errors, layers, validation.real()[some].clone(), validation.labels[some], self.split)
 
     def _blown_up(self) -> TrainingDiverged | None:
         """Whether the training ended in numbers that are finite, but far too large."""
@@ -424,6 +424,15 @@ class Run(ResumableTraining):
             entry.update(self.metrics.of(hits))
         if self.add_epoch(entry, self.policy.score(entry)):
             self.selected = self.decay.factor, self.engine.snapshot()
+
+
+def _calibration_errors(
+    layers: tuple[nn.Linear, nn.Linear], features: Tensor, labels: Tensor, split: ClassSplit
+) -> tuple[float, float]:
+    before, after = (
+        expected_calibration_error(predict(layer, features, labels, progress=False), split)["all"] for layer in layers
+    )
+    return before, after
 
 
 def split_of(head: AlphaNet, data: TrainingData, many_above: int) -> ClassSplit:

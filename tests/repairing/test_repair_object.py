@@ -13,6 +13,7 @@ from torch import nn
 from alphaext import fit_many, repair
 from alphaext.checkpoints import read_checkpoint
 from alphaext.metrics import expected_calibration_error, predict
+from alphaext.training import single
 
 COUNTS = torch.tensor([40, 30, 25, 22, 6, 4])
 CENTRES = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
@@ -43,6 +44,18 @@ def model() -> nn.Sequential:
 @pytest.fixture(scope="module")
 def made():
     return repair(model()[1], FEATURES, LABELS, **VAL, **QUICK)
+
+
+def test_calibration_errors_wait_until_they_are_asked_for_and_are_of_what_there_was(made, monkeypatch):
+    features, layer, asked = VAL["val_features"].clone(), model()[1], []
+    monkeypatch.setattr(single, "predict", lambda *given, **options: asked.append(1) or predict(*given, **options))
+    late = repair(layer, FEATURES, LABELS, **VAL | {"val_features": features}, **QUICK)
+    assert not asked
+    for tensor in (features, layer.weight.data, late.linear.weight.data, late.head.weight.data):
+        tensor.zero_()
+    measured = late.result.calibration_errors
+    assert str(late).count("calibration error") == 1 and len(asked) == 2
+    assert measured == made.result.calibration_errors
 
 
 def test_print_and_show(made):
