@@ -264,12 +264,13 @@ def class_sums(
     sum_rows = list(sums)
     rows = max(1, _BLOCK_ELEMENTS // max(1, width))
     for start in range(0, samples, rows):
-        block = as_tensor(source[start : start + rows], "features").detach().cpu()
-        check_finite(block, "features", first_row=start)
         # Row by row: index_add_ would leave the order, and so the last bit, to the device and the number of threads.
-        with np.errstate(over="ignore"):  # an infinite sum is found below
-            wide: FeatureRows = block.to(torch.float64).numpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
+            wide: FeatureRows = as_tensor(source[start : start + rows], "features").detach().cpu().double().numpy()
             summed = wide if transform is None else transform(wide)
             for label, row in zip(label_list[start : start + rows], summed, strict=True):
                 sum_rows[label] += row
+    # A feature that is not finite leaves no sum finite: only then are all looked at.
+    for start in range(0, 0 if np.isfinite(sums).all() else samples, rows):
+        check_finite(as_tensor(source[start : start + rows], "features").detach(), "features", first_row=start)
     return sums, counts, empty if empty.dtype.itemsize >= 4 else empty.float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +18,10 @@ from ..utils.checks import check_choice, check_integer, format_ids
 from ..utils.seeds import seeded_generator
 from ..utils.tensors import TensorLike, as_tensor, check_class_ids, check_integral, check_shape, finite_tensor, first_true
 from .choices import METRICS, POOLS
+
+# Where the last direction wanted has a smaller share of the first one's spread than this, products of rows, which square it,
+# leave too few digits: then the rows themselves are decomposed, many times slower.
+_LEAST_SHARE = 1e-4
 
 
 def nearest_classes(
@@ -265,8 +270,8 @@ def check_members(members: TensorLike, num_classes: int) -> Tensor:
 def reduce_classifiers(weight: TensorLike, pca_dim: int | None = 500) -> Tensor:
     """Reduce the rows of a classifier by principal component analysis.
 
-    The analysis is fitted on all N rows (scikit-learn, full singular value decomposition, which also fixes the signs)
-    and only feeds the alpha sub-modules: the composed classifiers keep their full width.
+    The analysis is fitted on all N rows (in float64, with scikit-learn's signs) and only feeds the alpha sub-modules: the
+    composed classifiers keep their full width.
 
     Args:
         weight: floating point [N, D], one row per class.
@@ -292,13 +297,27 @@ def reduce_classifiers(weight: TensorLike, pca_dim: int | None = 500) -> Tensor:
     if rows.shape[0] < 2 or rows.shape[1] < 1:
         raise ValueError(f"weight must have at least two rows and one column for a PCA, got {list(rows.shape)}")
     components = min(pca_dim, rows.shape[0], rows.shape[1])
-    # Here, because importing scikit-learn takes a third of the time that importing all of this package does.
-    from sklearn.decomposition import PCA
+    wide = rows.to("cpu", torch.float64).numpy()
+    centered = wide - wide.mean(axis=0)
+    return torch.from_numpy(centered @ principal_axes(centered, components).T).to(device=rows.device, dtype=rows.dtype)
 
-    # Rows that are all alike have no variance to explain: the ratio 0/0 is of no interest here.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        reduced = PCA(n_components=components, svd_solver="full").fit_transform(rows.to("cpu", torch.float64).numpy())
-    return torch.from_numpy(np.ascontiguousarray(reduced)).to(device=rows.device, dtype=rows.dtype)
+
+def principal_axes(centered: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+    """The directions in which rows ``[n, D]`` around 0 differ most, most important first, ``[count, D]``.
+
+    Of the two signs the one whose largest entry is positive, so that it does not depend on the library.
+    """
+    few_rows = centered.shape[0] < centered.shape[1]
+    squares, vectors = np.linalg.eigh(centered @ centered.T if few_rows else centered.T @ centered)
+    squares, vectors = squares[::-1][:count], vectors[:, ::-1][:, :count]
+    if squares[-1] > _LEAST_SHARE**2 * squares[0]:
+        axes = vectors.T @ centered if few_rows else vectors.T
+        axes = axes / np.linalg.norm(axes, axis=1, keepdims=True)
+    else:
+        axes = np.linalg.svd(centered, full_matrices=False)[2][:count]
+    signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1))
+    result: npt.NDArray[np.float64] = axes * signs
+    return result
 
 
 def submodule_inputs(reduced: TensorLike, members: TensorLike) -> Tensor:
@@ -362,11 +381,8 @@ def residual_directions(
     wide = means.cpu().double()[seen]
     count = min(check_integer(count, "count", minimum=1), len(wide) - 1, means.shape[1])
     center = wide.mean(dim=0)
-    axes = np.linalg.svd((wide - center).numpy(), full_matrices=False)[2][:count]
-    # Of the two signs the one whose largest entry is positive, so that it does not depend on the library.
-    signs = np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1))
     length = float(rows.cpu().double().norm(dim=1).mean())
-    principal = length * torch.from_numpy(axes * signs)
+    principal = length * torch.from_numpy(principal_axes((wide - center).numpy(), count))
     directions = torch.cat([principal.new_zeros(1, means.shape[1]), principal])
     bias = torch.cat([principal.new_full((1,), length), -(principal @ center)])
     return directions.to(rows), bias.to(rows)

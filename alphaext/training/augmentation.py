@@ -55,6 +55,11 @@ class DrawnFeatures:
     def dtype(self) -> torch.dtype:
         return self.real.dtype
 
+    def origin(self, index: Tensor) -> Tensor:
+        """The real samples that some rows are, or are drawn from."""
+        drawn = index.clamp(min=len(self.real)) - len(self.real)
+        return torch.where(index < len(self.real), index, self.source.index_select(0, drawn))
+
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         """Some rows: in the dtype of the real features where only such are asked for, else in that of the means."""
         if isinstance(index, slice):
@@ -66,8 +71,7 @@ class DrawnFeatures:
         if bool(is_real.all()):
             return self.real[index]
         drawn = index.clamp(min=len(self.real)) - len(self.real)
-        wanted = torch.where(is_real, index, self.source.index_select(0, drawn))
-        rows = self.real[wanted].to(self.means.dtype)
+        rows = self.real[self.origin(index)].to(self.means.dtype)
         moved = rows + (
             self.few_means.index_select(0, self.few_of.index_select(0, drawn))
             - self.means.index_select(0, self.base_of.index_select(0, drawn))

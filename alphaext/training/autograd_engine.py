@@ -25,6 +25,7 @@ class AutogradEngine:
     """
 
     name = "autograd"
+    validation_logits = None  # the native engine's
 
     def __init__(
         self,

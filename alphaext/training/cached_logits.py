@@ -48,6 +48,7 @@ CACHE_BYTES = 2 << 30
 _BLOCK_ELEMENTS = 1 << 20
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 _WIDTH_MULTIPLE = 16  # of features, in a product
+_ALIGNMENT = 64  # of the rows of a product, in bytes: what torch allocates has it
 
 
 @dataclass(frozen=True)
@@ -180,20 +181,59 @@ class TrainingLogits:
         self.base_logsumexp = torch.empty(rows, dtype=dtype, device=device)
         self.label_logit = torch.empty(rows, dtype=dtype, device=device)
         self.few_of_label = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self._of_means: tuple[DrawnFeatures, tuple[Tensor, Tensor]] | None = None
 
-    def fill(self, first_row: int, samples: Samples, indices: Tensor) -> None:
-        """Compute the rows from ``first_row`` on for the samples ``indices``."""
+    def fill(self, first_row: int, samples: Samples, indices: Tensor) -> Tensor:
+        """Compute rows from ``first_row`` on for the samples ``indices``; in which order they then lie there.
+
+        The logits of a drawn sample are sums of others: it has no product of its own.
+        """
+        drawn = samples.features if isinstance(samples.features, DrawnFeatures) else None
+        place = indices if drawn is None else drawn.origin(indices)
+        origins, place = place.unique(return_inverse=True)
+        of_drawn = torch.zeros_like(indices) if drawn is None else (indices >= samples.num_real).long()
+        shifts = None if drawn is None or not bool(of_drawn.any()) else self._shifts(drawn)
+        weight, bias = self.columns.weight, self.columns.own_bias
+        size = _block_rows(weight)
+        kinds = place // size * 2 + of_drawn  # block by block, real ones first
+        order = (kinds * size + place % size).argsort(stable=True)
+        counts = torch.bincount(kinds, minlength=2 * -(-len(origins) // size)).view(-1, 2).tolist()
+        indices, place = indices.index_select(0, order), place.index_select(0, order)
         labels = samples.labels[indices]
         rows = slice(first_row, first_row + len(indices))
         self.few_of_label[rows] = self.columns.few_of_class[labels].to(self.few_of_label.device)
-        for part, block_labels, logits in _blocks(self.columns, samples, indices, labels):
-            here = slice(first_row + part.start, first_row + part.stop)
-            ops.cache_logits(
-                logits, block_labels, *self.columns.kept, self.logits[here], self.base_logsumexp[here], self.label_logit[here]
-            )
-            _check_block(self.base_logsumexp[here], samples, indices[part])
-            if self._log_prior is not None:
-                self.label_logit[here] += self._log_prior[block_labels].to(self.label_logit)
+        real = samples if drawn is None else Samples(drawn.real, samples.labels, samples.name)
+        stop = 0
+        for (part, products), of_kinds in zip(_blocks(weight, bias, real, origins), counts, strict=True):
+            for is_drawn, count in enumerate(of_kinds):
+                own = slice(stop, stop + count)
+                here, stop = slice(first_row + own.start, first_row + own.stop), own.stop
+                taken, logits = place[own] - part.start, products
+                if is_drawn or not torch.equal(taken, torch.arange(len(products), device="cpu")):
+                    logits = products.index_select(0, taken.to(products.device))
+                if is_drawn and drawn is not None and shifts is not None:
+                    number = indices[own] - samples.num_real
+                    for sign, shift, of in ((1, shifts[0], drawn.few_of), (-1, shifts[1], drawn.base_of)):
+                        logits.add_(shift.index_select(0, of.index_select(0, number).to(shift.device)), alpha=sign)
+                ops.cache_logits(
+                    logits,
+                    labels[own],
+                    *self.columns.kept,
+                    self.logits[here],
+                    self.base_logsumexp[here],
+                    self.label_logit[here],
+                )
+        if self._log_prior is not None:
+            self.label_logit[rows] += self._log_prior[labels].to(self.label_logit)
+        _check_finite(self.base_logsumexp[rows], samples, indices)
+        return order
+
+    def _shifts(self, drawn: DrawnFeatures) -> tuple[Tensor, Tensor]:
+        """What the few classes' means, and those of all classes, give to logits: ``[F, N + R]`` and ``[N, N + R]``."""
+        if self._of_means is None or self._of_means[0] is not drawn:
+            first, second = (_logits(self.columns.weight, None, means) for means in (drawn.few_means, drawn.means))
+            self._of_means = drawn, (first, second)
+        return self._of_means[1]
 
 
 class ValidationLogits:
@@ -212,13 +252,13 @@ class ValidationLogits:
         self._few_classes = columns.few_classes.to(device)
         base_logsumexp = torch.empty(count, dtype=dtype, device=device)
         indices = torch.arange(count, device="cpu")
-        for part, labels, logits in _blocks(columns, samples, indices, samples.labels):
+        for part, logits in _blocks(columns.weight, columns.own_bias, samples, indices):
             blocks_here = self.logits[ops.blocks_of(part)]
             ops.cache_logits(
-                logits, labels, *columns.kept, blocks_here, base_logsumexp[part], self.label_logit[part],
+                logits, samples.labels[part], *columns.kept, blocks_here, base_logsumexp[part], self.label_logit[part],
                 self.top_logits[part], self.top_ids[part],
             )  # fmt: skip
-            _check_block(base_logsumexp[part], samples, indices[part])
+        _check_finite(base_logsumexp, samples, indices)
 
     def hits(self, alphas: Tensor, member_columns: Tensor) -> Tensor:
         """``[2, N]`` int64: of each class, the samples that it wins, and those that it is among the first five of.
@@ -229,6 +269,33 @@ class ValidationLogits:
         return ops.validate(
             alphas, member_columns, self._few_classes, self.logits, self.label_logit, self.top_logits, self.top_ids,
             self.labels, self.few_of_label, self.columns.num_classes,
+        )  # fmt: skip
+
+    def few_scores(self, weight: Tensor, bias: Tensor | None, samples: Samples) -> Tensor:
+        """The scores of other few rows ``[F, D]``, in blocks as the logits are: ``[blocks, F, BLOCK_SAMPLES]``."""
+        scores = self.logits.new_zeros(len(self.logits), len(weight), ops.BLOCK_SAMPLES)
+        for part, found in _blocks(weight, bias, samples, torch.arange(len(samples.labels), device="cpu")):
+            blocks = scores[ops.blocks_of(part)]
+            missing = len(blocks) * ops.BLOCK_SAMPLES - len(found)
+            found = nn.functional.pad(found, (0, 0, 0, missing)) if missing else found
+            blocks.copy_(found.view(-1, ops.BLOCK_SAMPLES, len(weight)).transpose(1, 2))
+        return scores
+
+    def best(self, few_scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of each sample the best few score and its class, the best base logit and its class, and the label."""
+        few, order = self._few_classes.sort()
+        scores, ids = few_scores.index_select(1, order).max(dim=1)
+        count = len(self.labels)
+        few_ids = few.index_select(0, ids.flatten()[:count]).long()
+        return scores.flatten()[:count], few_ids, self.top_logits[:, 0], self.top_ids[:, 0].long(), self.labels
+
+    def hits_with(self, few_scores: Tensor) -> Tensor:
+        """:meth:`hits` where the few classes have these scores."""
+        columns = torch.arange(few_scores.shape[1], dtype=torch.int32, device=few_scores.device)
+        alpha = few_scores.new_tensor([1.0, 0.0]).repeat(len(columns), 1)
+        return ops.validate(
+            alpha, columns[:, None].repeat(1, 2), self._few_classes, few_scores, self.label_logit, self.top_logits,
+            self.top_ids, self.labels, self.few_of_label, self.columns.num_classes,
         )  # fmt: skip
 
 
@@ -257,36 +324,61 @@ def _available_bytes() -> float:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
-def _blocks(columns: Columns, samples: Samples, indices: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The original logits of the samples, block by block, with the slice of ``indices`` and the labels they belong to."""
-    weight, bias = columns.weight, columns.own_bias
-    # Matrix libraries round a row by its place in the product where rows begin at odd addresses. Zeros change no sum.
-    surplus = -weight.shape[1] % _WIDTH_MULTIPLE
-    weight = nn.functional.pad(weight, (0, surplus))
+def _block_rows(weight: Tensor) -> int:
     elements = _BLOCK_ELEMENTS if weight.is_cpu else _BLOCK_ELEMENTS_ELSEWHERE
-    rows = max(1, elements // len(weight) // ops.BLOCK_SAMPLES) * ops.BLOCK_SAMPLES
+    return max(1, elements // len(weight) // ops.BLOCK_SAMPLES) * ops.BLOCK_SAMPLES
+
+
+def _logits(weight: Tensor, bias: Tensor | None, features: Tensor) -> Tensor:
+    """All logits of some features ``[n, D]``."""
+    rows = torch.arange(len(features), device="cpu")
+    return torch.cat([part for _, part in _blocks(weight, bias, Samples(features, rows), rows)])
+
+
+def _blocks(weight: Tensor, bias: Tensor | None, samples: Samples, indices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of real samples, block by block, with the slice of ``indices`` that they belong to."""
+    source = samples.real()
+    # Matrix libraries round a row by its place in the product where rows begin at odd addresses. Zeros change no sum.
+    width = weight.shape[1] + -weight.shape[1] % _WIDTH_MULTIPLE
+    if width > weight.shape[1]:
+        weight = nn.functional.pad(weight, (0, width - weight.shape[1]))
+    rows = _block_rows(weight)
+    own = weight.new_zeros(min(rows, len(indices) + -len(indices) % ops.BLOCK_SAMPLES), width)
+    # Rows that lie as those of ``own`` do are multiplied where they are.
+    alike = source.dtype == own.dtype and source.device == own.device
+    in_place = alike and source.shape[1] == width and source.is_contiguous() and source.data_ptr() % _ALIGNMENT == 0
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         for start in range(0, len(indices), rows):
             part = slice(start, min(start + rows, len(indices)))
             wanted = indices[part]
+            first, last, count = int(wanted[0]), int(wanted[-1]), len(wanted)
+            contiguous = last - first == count - 1 and bool((wanted.diff() == 1).all())
             # Matrix libraries round the last few rows otherwise than those before; a sample's logits shall not depend on its
             # company.
-            missing = -len(wanted) % ops.BLOCK_SAMPLES
-            if missing > 0:
-                wanted = torch.cat([wanted, wanted[-1:].expand(missing)])
-            contiguous = int(wanted[-1]) - int(wanted[0]) == len(wanted) - 1 and bool((wanted.diff() == 1).all())
-            block = samples.features[int(wanted[0]) : int(wanted[-1]) + 1] if contiguous else samples.features[wanted]
-            block = nn.functional.pad(block.to(device=weight.device, dtype=weight.dtype), (0, surplus))
-            yield part, labels[part], nn.functional.linear(block, weight, bias)[: part.stop - part.start]
+            whole = count + -count % ops.BLOCK_SAMPLES
+            if contiguous and in_place and whole == count:
+                block = source[first : last + 1]
+            else:
+                block = own[:whole]
+                filled = block[:count, : source.shape[1]]
+                if contiguous:
+                    filled.copy_(source[first : last + 1])
+                elif alike:
+                    torch.index_select(source, 0, wanted.to(source.device), out=filled)
+                else:
+                    filled.copy_(source.index_select(0, wanted.to(source.device)))
+                block[count:] = block[count - 1]
+            yield part, nn.functional.linear(block, weight, bias)[:count]
 
 
-def _check_block(base_logsumexp: Tensor, samples: Samples, indices: Tensor) -> None:
-    """A feature that is not finite shows in the base classes' sum, which is cheaper to look at than all features."""
-    if bool(base_logsumexp.isfinite().all()):
+def _check_finite(base_logsumexp: Tensor, samples: Samples, indices: Tensor) -> None:
+    """A feature that is not finite shows in the base classes' sums, which are cheaper to look at than all features."""
+    finite = base_logsumexp.isfinite()
+    if bool(finite.all()):
         return
-    for index in indices.tolist():
-        check_finite(samples.features[index : index + 1], samples.name, first_row=index)
-    row = int(base_logsumexp.isfinite().logical_not().nonzero()[0, 0])
+    row = int(finite.logical_not().nonzero()[0, 0])
+    index = int(indices[row])
+    check_finite(samples.features[index : index + 1], samples.name, first_row=index)
     raise ValueError(
         f"the original classifier's logits must be finite, but those of {samples.name}[{int(indices[row])}] are not: the "
         "classifier's values are too large for its dtype"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from ..utils.linear import linear_parameters, make_linear, wide
 from ..utils.tensors import LabelledFeatures, TensorLike, check_class_ids, check_finite, check_list
 from .options import CHOOSING
 from .selection import BaselineResult, Policy, Validation
+
+# Of each sample the best few logit and its class, the best base logit and its class, and the label.
+_Best: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # Of a choice among thousands of offsets, the rows that the table shows.
 _TABLE_ROWS = 41
@@ -57,6 +61,7 @@ def choose_few_bias(
     select: str | None = None,
     min_all: float | None = None,
     policy: Policy | None = None,
+    best: _Best | None = None,
 ) -> BaselineResult:
     """Choose the ``offset`` of :func:`few_bias` on validation features.
 
@@ -73,6 +78,7 @@ def choose_few_bias(
         select: as for :func:`choose_tau`; of equal offsets, the one nearest to 0.
         min_all: as for :func:`choose_tau`.
         policy: all of that at once.
+        best: what is known of the validation samples' best classes, where it is.
 
     Returns:
         A :class:`alphaext.baselines.BaselineResult`. Of more than 41 candidates its table shows 41, evenly over their order,
@@ -94,7 +100,8 @@ def choose_few_bias(
             raise ValueError(f"split must have a {name} class for a constant on the few logits to matter, got {split!r}")
     given = None if offsets is None else sorted({check_number(offset, "offsets") for offset in check_list(offsets, "offsets")})
     validation = Validation(val_features, val_labels, split, weight)
-    gaps = _Gaps(validation, wide(weight), None if bias is None else wide(bias))
+    known = _best_of(validation, wide(weight), None if bias is None else wide(bias)) if best is None else [best]
+    gaps = _Gaps(validation, known)
     original = gaps.accuracies(np.zeros(1))[0]
     if policy is None:
         policy = Policy.of(select, min_all, validation.samples.labels, split.few, CHOOSING).bounded(original)
@@ -119,6 +126,17 @@ def choose_few_bias(
     )
 
 
+def _best_of(validation: Validation, weight: Tensor, bias: Tensor | None) -> Iterator[_Best]:
+    split = validation.split
+    few = split.few.to(weight.device)
+    base = torch.ones(len(weight), dtype=torch.bool, device="cpu").index_fill(0, split.few, False).nonzero()[:, 0].to(few)
+    for products, labels in validation.products(weight):
+        logits = products if bias is None else products + bias
+        best_few, few_ids = logits.index_select(1, few).max(dim=1)
+        best_base, base_ids = logits.index_select(1, base).max(dim=1)
+        yield best_few, few.index_select(0, few_ids), best_base, base.index_select(0, base_ids), labels
+
+
 class _Gaps:
     """Of each validation sample, by how much its best base logit exceeds its best few logit, and what depends on that.
 
@@ -126,19 +144,14 @@ class _Gaps:
     best base class where it is smaller; where it is equal, the class of lower id.
     """
 
-    def __init__(self, validation: Validation, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, validation: Validation, best: Iterable[_Best]) -> None:
         split = validation.split
         # Few, medium, many, and classes without training samples, which compete as base classes do.
-        part_of_class = torch.full((len(weight),), 3, dtype=torch.int64, device="cpu")
+        part_of_class = torch.full((split.num_classes,), 3, dtype=torch.int64, device="cpu")
         part_of_class[split.few], part_of_class[split.medium], part_of_class[split.many] = 0, 1, 2
-        few, base = split.few.to(weight.device), part_of_class.nonzero()[:, 0].to(weight.device)
         gaps, parts, few_first, matters = [], [], [], []
         self.largest = 0.0  # logit, which rounding is measured by
-        for products, labels in validation.products(weight):
-            logits = products if bias is None else products + bias
-            best_few, few_ids = logits.index_select(1, few).max(dim=1)
-            best_base, base_ids = logits.index_select(1, base).max(dim=1)
-            few_ids, base_ids = few.index_select(0, few_ids), base.index_select(0, base_ids)
+        for best_few, few_ids, best_base, base_ids, labels in best:
             self.largest = max(self.largest, float(best_few.abs().max()), float(best_base.abs().max()))
             part = part_of_class.to(labels.device).index_select(0, labels)
             gaps.append((best_base.double() - best_few.double()).cpu())

@@ -174,6 +174,10 @@ class NativeEngine:
             return TrainingDiverged(f"{where} is no longer finite", epoch, lr)
         return loss / len(self.sampler)
 
+    @property
+    def validation_logits(self) -> ValidationLogits | None:
+        return self.logits.validation
+
     def hits(self) -> Tensor | None:
         """``[2, N]``: of each class the validation samples ranked first and among the first five; None without validation."""
         if self.known_hits is not None:
@@ -274,7 +278,7 @@ class SharedLogits:
             cached_logits.check_memory((rows + measured) * row_bytes, f"the member logits of {rows + measured} samples")
         prior = samplers[0].log_prior if prior_correction else None
         self.training = TrainingLogits(self.columns, rows, self.device, prior)
-        self.training.fill(0, data.samples, used)
+        used = used.index_select(0, self.training.fill(0, data.samples, used))
         self._row_of[used] = torch.arange(len(used), device="cpu")
         self.validation = None if data.validation is None else ValidationLogits(self.columns, data.validation, self.device)
 
@@ -284,6 +288,6 @@ class SharedLogits:
         rows = self._row_of.index_select(0, indices)
         if not self.all_at_once:
             missing = (rows < 0).nonzero().flatten()
-            self.training.fill(self.num_kept, self.samples, indices[missing])
+            missing = missing.index_select(0, self.training.fill(self.num_kept, self.samples, indices[missing]))
             rows[missing] = self.num_kept + torch.arange(len(missing), device="cpu")
         return rows

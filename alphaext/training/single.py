@@ -352,9 +352,21 @@ class Run(ResumableTraining):
         """Give the head the constant on its few scores that validation samples choose, and measure it again."""
         head, validation = self.head, self.data.validation
         assert validation is not None and self.metrics is not None
-        found = choose_few_bias(head.fold(), validation.real(), validation.labels, self.split, policy=self.final_policy)
+        # Base logits are as they were: only the few rows' scores are computed.
+        cached = self.engine.validation_logits
+        scores = None if cached is None else cached.few_scores(*head.composed(), validation)
+        found = choose_few_bias(
+            head.fold(),
+            validation.real(),
+            validation.labels,
+            self.split,
+            policy=self.final_policy,
+            best=None if cached is None or scores is None else cached.best(scores),
+        )
         head.few_bias = float(found.chosen["offset"])
-        return self.metrics.of(hits_of(head.fold(), validation))
+        if cached is None or scores is None:
+            return self.metrics.of(hits_of(head.fold(), validation))
+        return self.metrics.of(cached.hits_with(scores.add_(head.few_bias)).cpu())
 
     def notes(self, after: dict[str, float], linear: nn.Linear) -> list[str]:
         """Sentences on what validation samples do not show, and on what is lost by ``linear``, whose metrics are ``after``."""

@@ -179,14 +179,17 @@ struct Epoch {
     scores = take(p.num_few * width);
     largest = take(width), total = take(width), base = take(width), own = take(width), weight = take(width);
     grad_raw = take(p.num_few * p.members);
+    by_sample = take(2 * kTileWidth * width);
     scratch = take(p.shared ? (p.num_few * p.members + p.num_few + p.members) * kTileWidth : p.members * kTileWidth);
     few = reinterpret_cast<int32_t*>(next);
+    own_members = count_own_members(p.member_columns, p.num_few, p.members);
   }
 
   const TrainParams& p;
   const int64_t width;  // the batch, rounded up to whole vectors
   const int64_t networks;
-  Acc *tile, *scores, *largest, *total, *base, *own, *weight, *grad_raw, *scratch;
+  int64_t own_members;  // a class's first members; those behind them lie in the same columns for all classes
+  Acc *tile, *scores, *largest, *total, *base, *own, *weight, *grad_raw, *by_sample, *scratch;
   int32_t* few;
 };
 
@@ -208,7 +211,17 @@ static inline void gather_batch(const Epoch<Acc>& e, int64_t first, int64_t coun
       e.few[b + j] = p.few_of_label[row];
       e.weight[b + j] = j < here ? Acc(1) / static_cast<Acc>(count) : Acc(0);
     }
-    for (int64_t u = 0; u < p.columns; ++u) {
+    constexpr int kL = kLanes<Acc>;
+    const int64_t whole = p.columns / kL * kL;
+    for (int64_t u = 0; u < whole; u += kL) {
+      for (int j = 0; j < kW; j += kL) {
+        Vector<Acc> square[kL];
+        for (int i = 0; i < kL; ++i) square[i] = load(rows[j + i] + u);
+        transpose<Acc>(square);
+        for (int i = 0; i < kL; ++i) store(e.tile + (u + i) * e.width + b + j, square[i]);
+      }
+    }
+    for (int64_t u = whole; u < p.columns; ++u) {
       Acc* const out = e.tile + u * e.width + b;
       for (int j = 0; j < kW; ++j) out[j] = rows[j][u];
     }
@@ -220,24 +233,24 @@ template <typename Acc>
 static inline double loss_and_gradient(const Epoch<Acc>& e, int64_t count) {
   using V = Vector<Acc>;
   const TrainParams& p = e.p;
-  const Acc* const alpha = static_cast<const Acc*>(p.alpha);
   const Acc* const offsets = static_cast<const Acc*>(p.few_offset);
-  const int64_t width = e.width, members = p.members;
+  const int64_t width = e.width;
   for (int64_t b = 0; b < width; ++b) e.largest[b] = e.base[b];
+  constexpr int kL = kLanes<Acc>;
+  int64_t done = 0;
+  const auto mix = [&](auto vectors) {
+    mix_few<Acc, decltype(vectors)::value>(e.tile + done, width, p.member_columns, static_cast<const Acc*>(p.alpha), p.num_few,
+                                           p.members, e.own_members, e.scores + done, width, [] {});
+  };
+  for (; done + 4 * kL <= width; done += 4 * kL) mix(Count<4>{});
+  for (; done < width; done += kL) mix(Count<1>{});
   for (int64_t f = 0; f < p.num_few; ++f) {
-    const int32_t* const columns = p.member_columns + f * members;
     Acc* const row = e.scores + f * width;
     const Acc offset = offsets ? offsets[f] : Acc(0);
-    for (int64_t b = 0; b < width; b += kTileWidth) {
-      constexpr int kWidth = static_cast<int>(kTileWidth);
-      V sums[kWidth / kLanes<Acc>];
-      mix_columns<Acc, kWidth>(e.tile + b, width, columns, alpha + f * members, members, sums);
-      for (int v = 0; v < kWidth / kLanes<Acc>; ++v) {
-        const int64_t at = b + v * kLanes<Acc>;
-        const V before = load(e.largest + at), score = sums[v] + offset;
-        store(row + at, score);
-        store(e.largest + at, score > before ? score : before);
-      }
+    for (int64_t b = 0; b < width; b += kL) {
+      const V before = load(e.largest + b), score = load(row + b) + offset;
+      store(row + b, score);
+      store(e.largest + b, score > before ? score : before);
     }
   }
   for (int64_t b = 0; b < count; ++b) {
@@ -270,26 +283,83 @@ static inline double loss_and_gradient(const Epoch<Acc>& e, int64_t count) {
   return loss;
 }
 
+// The gradients of class f's own members k to k + kColumns.
+template <typename Acc, int kColumns>
+static ALPHAEXT_INLINE void own_gradients(const Epoch<Acc>& e, int64_t f, int64_t k) {
+  using V = Vector<Acc>;
+  const int32_t* const columns = e.p.member_columns + f * e.p.members + k;
+  const Acc* const scores = e.scores + f * e.width;
+  const Acc* logits[kColumns];
+  for (int i = 0; i < kColumns; ++i) logits[i] = e.tile + columns[i] * e.width;
+  V sums[kColumns] = {};
+  for (int64_t b = 0; b < e.width; b += kLanes<Acc>) {
+    const V score = load(scores + b);
+    for (int i = 0; i < kColumns; ++i) sums[i] += score * load(logits[i] + b);
+  }
+  const V found = lane_sums<Acc, kColumns>(sums);
+  for (int i = 0; i < kColumns; ++i) e.grad_raw[f * e.p.members + k + i] = found[i];
+}
+
+// The gradients of the members from own_members on, which are common to all classes: a product of matrices, for kVectors
+// vectors of classes from f on.
+template <typename Acc, int kVectors>
+static inline void common_gradients(const Epoch<Acc>& e, int64_t f) {
+  using V = Vector<Acc>;
+  constexpr int kL = kLanes<Acc>, kClasses = kVectors * kL, kColumns = ALPHAEXT_VECTOR_BYTES == 64 ? 8 : 4;
+  const TrainParams& p = e.p;
+  // The classes' scores sample by sample: [width, kClasses].
+  for (int v = 0; v < kVectors; ++v) {
+    for (int64_t b = 0; b < e.width; b += kL) {
+      V square[kL] = {};
+      for (int i = 0; i < kL && f + v * kL + i < p.num_few; ++i) square[i] = load(e.scores + (f + v * kL + i) * e.width + b);
+      transpose<Acc>(square);
+      for (int i = 0; i < kL; ++i) store(e.by_sample + (b + i) * kClasses + v * kL, square[i]);
+    }
+  }
+  const auto gradients = [&](auto columns, int64_t k) {
+    constexpr int kHere = decltype(columns)::value;
+    const Acc* logits[kHere];
+    for (int i = 0; i < kHere; ++i) logits[i] = e.tile + p.member_columns[k + i] * e.width;
+    V sums[kHere][kVectors] = {};
+    for (int64_t b = 0; b < e.width; ++b) {
+      V scores[kVectors];
+      for (int v = 0; v < kVectors; ++v) scores[v] = load(e.by_sample + b * kClasses + v * kL);
+      for (int i = 0; i < kHere; ++i) {
+        for (int v = 0; v < kVectors; ++v) sums[i][v] += logits[i][b] * scores[v];
+      }
+    }
+    Acc found[kHere][kClasses];
+    std::memcpy(found, sums, sizeof(found));
+    for (int64_t c = 0; c < kClasses && f + c < p.num_few; ++c) {
+      for (int i = 0; i < kHere; ++i) e.grad_raw[(f + c) * p.members + k + i] = found[i][c];
+    }
+  };
+  int64_t k = e.own_members;
+  for (; k + kColumns <= p.members; k += kColumns) gradients(Count<kColumns>{}, k);
+  for (; k < p.members; ++k) gradients(Count<1>{}, k);
+}
+
 // From the gradient of the few scores to that of the sub-modules' outputs.
 template <typename Acc>
 static inline void coefficient_gradients(const Epoch<Acc>& e) {
-  using V = Vector<Acc>;
+  constexpr int kColumns = kLanes<Acc> < 4 ? 2 : 4;
   const TrainParams& p = e.p;
   const Acc* const penalty = static_cast<const Acc*>(p.penalty);
-  const int64_t width = e.width, members = p.members;
+  const int64_t members = p.members;
+  if (e.own_members < members) {
+    int64_t f = 0;
+    for (; f + kLanes<Acc> < p.num_few; f += 2 * kLanes<Acc>) common_gradients<Acc, 2>(e, f);
+    if (f < p.num_few) common_gradients<Acc, 1>(e, f);
+  }
   for (int64_t f = 0; f < p.num_few; ++f) {
-    const int32_t* const columns = p.member_columns + f * members;
-    const Acc* const row = e.scores + f * width;
     Acc* const gradients = e.grad_raw + f * members;
-    for (int64_t k = 0; k < members; ++k) {
-      const Acc* const logits = e.tile + columns[k] * width;
-      V sum{};
-      for (int64_t b = 0; b < width; b += kLanes<Acc>) sum += load(row + b) * load(logits + b);
-      gradients[k] = lane_sum<Acc>(sum);
-    }
+    int64_t k = 0;
+    for (; k + kColumns <= e.own_members; k += kColumns) own_gradients<Acc, kColumns>(e, f, k);
+    for (; k < e.own_members; ++k) own_gradients<Acc, 1>(e, f, k);
     const Acc* const outputs = static_cast<const Acc*>(p.raw) + f * members;
     rule_backward<Acc>(p.rule, members, outputs, gradients, gradients);
-    for (int64_t k = 0; penalty && k < members; ++k) gradients[k] += penalty[k] * (outputs[k] - penalty[members + k]);
+    if (!penalty) continue;
+    for (k = 0; k < members; ++k) gradients[k] += penalty[k] * (outputs[k] - penalty[members + k]);
   }
 }
 
@@ -319,16 +389,21 @@ static inline int64_t visit_all(const Epoch<Acc>& e, const Sgd<Acc>& sgd, bool p
   const Acc* const scale = static_cast<const Acc*>(p.gradient_scale);
   if (kUpdate) {
     Acc* const b2_momentum = static_cast<Acc*>(p.b2_momentum);
-    for (int64_t n = 0; n < e.networks; ++n) {
+    if (p.shared) {
       for (int64_t k = 0; k < members; ++k) {
         Acc gradient = 0;
-        if (p.shared) {
-          for (int64_t f = 0; f < p.num_few; ++f) gradient += e.grad_raw[f * members + k];
-        } else {
-          gradient = e.grad_raw[n * members + k];
-        }
-        sgd_update<Acc, false>(sgd, gradient, b2[n * members + k], b2_momentum[n * members + k]);
+        for (int64_t f = 0; f < p.num_few; ++f) gradient += e.grad_raw[f * members + k];
+        sgd_update<Acc, false>(sgd, gradient, b2[k], b2_momentum[k]);
       }
+    } else {
+      const int64_t size = p.num_few * members, whole = size / kLanes<Acc> * kLanes<Acc>;
+      for (int64_t i = 0; i < whole; i += kLanes<Acc>) {
+        Vector<Acc> value = load(b2 + i), momentum = load(b2_momentum + i);
+        sgd_update<Acc, false>(sgd, load(e.grad_raw + i), value, momentum);
+        store(b2 + i, value);
+        store(b2_momentum + i, momentum);
+      }
+      for (int64_t i = whole; i < size; ++i) sgd_update<Acc, false>(sgd, e.grad_raw[i], b2[i], b2_momentum[i]);
     }
   }
   if (p.shared) {
@@ -339,16 +414,28 @@ static inline int64_t visit_all(const Epoch<Acc>& e, const Sgd<Acc>& sgd, bool p
                                      : (plain ? visit_class<Acc, 0, kUpdate, true> : visit_class<Acc, 0, kUpdate, false>);
     for (int64_t f = 0; f < p.num_few; ++f) {
       fetch_share(e, next_first, next_count, f);
+      if (p.tiles == 0) {  // coefficients learned directly
+        std::memset(raw + f * members, 0, static_cast<size_t>(members) * sizeof(Acc));
+        continue;
+      }
       visit(state + f * size, p.tiles, members, e.grad_raw + f * members, scale[f], sgd, raw + f * members, e.scratch);
     }
   }
   int64_t failed = -1;
   for (int64_t f = p.num_few - 1; f >= 0; --f) {
     Acc* const outputs = raw + f * members;
-    Acc sum = 0;
-    for (int64_t k = 0; k < members; ++k) {
-      outputs[k] += b2[(p.shared ? 0 : f) * members + k];
-      sum += outputs[k] - outputs[k];  // NaN if one of them is not finite
+    const Acc* const offsets = b2 + (p.shared ? 0 : f) * members;
+    const int64_t whole = members / kLanes<Acc> * kLanes<Acc>;
+    Vector<Acc> not_finite{};
+    for (int64_t k = 0; k < whole; k += kLanes<Acc>) {
+      const Vector<Acc> value = load(outputs + k) + load(offsets + k);
+      store(outputs + k, value);
+      not_finite += value - value;  // NaN if one of them is not finite
+    }
+    Acc sum = lane_sum<Acc>(not_finite);
+    for (int64_t k = whole; k < members; ++k) {
+      outputs[k] += offsets[k];
+      sum += outputs[k] - outputs[k];
     }
     if (!(sum == Acc(0))) failed = f;
     rule_forward<Acc>(p.rule, members, outputs, static_cast<Acc*>(p.alpha) + f * members);

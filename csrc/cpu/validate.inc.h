@@ -9,6 +9,7 @@ static void validate(const ValidateParams& p, int64_t begin, int64_t end) {
   Acc* const own = scores + p.num_few * kBlockSamples;
   Acc* const before = own + kBlockSamples;
   Acc* const ties = before + kBlockSamples;
+  const int64_t own_members = count_own_members(p.member_columns, p.num_few, p.members);
   for (int64_t block = begin; block < end; ++block) {
     const Acc* const logits = static_cast<const Acc*>(p.member_logits) + block * p.columns * kBlockSamples;
     const int64_t first = block * kBlockSamples;
@@ -16,15 +17,17 @@ static void validate(const ValidateParams& p, int64_t begin, int64_t end) {
     // The columns of a block are visited in no order that the processor could foresee, so the next block is fetched by name.
     const char* next = reinterpret_cast<const char*>(logits + p.columns * kBlockSamples);
     const char* const next_end = block + 1 < end ? next + p.columns * kBlockSamples * sizeof(Acc) : next;
-    const int64_t share = rounded_up(rounded_up(next_end - next, 64) / 64, p.num_few) / p.num_few;
-    for (int64_t f = 0; f < p.num_few; ++f) {
-      for (int64_t line = 0; line < share && next < next_end; ++line, next += 64) __builtin_prefetch(next, 0, 2);
-      constexpr int kWidth = static_cast<int>(kBlockSamples) / 2;  // of which the sums fit into the registers
-      for (int b = 0; b < kBlockSamples; b += kWidth) {
-        V sums[kWidth / kLanes<Acc>];
-        mix_columns<Acc, kWidth>(logits + b, kBlockSamples, p.member_columns + f * p.members, alpha + f * p.members, p.members, sums);
-        for (int v = 0; v < kWidth / kLanes<Acc>; ++v) store(scores + f * kBlockSamples + b + v * kLanes<Acc>, sums[v]);
-      }
+    constexpr int kVectors = kBlockSamples / kLanes<Acc> < 4 ? static_cast<int>(kBlockSamples) / kLanes<Acc> : 4;
+    constexpr int kWide = kVectors * kLanes<Acc>;
+    const int64_t turns = p.num_few * (kBlockSamples / kWide);
+    const int64_t share = rounded_up(rounded_up(next_end - next, 64) / 64, turns) / turns;
+    for (int b = 0; b < kBlockSamples; b += kWide) {
+      mix_few<Acc, kVectors>(logits + b, kBlockSamples, p.member_columns, alpha, p.num_few, p.members, own_members, scores + b,
+                             kBlockSamples, [&] {
+                               for (int64_t line = 0; line < share && next < next_end; ++line, next += 64) {
+                                 __builtin_prefetch(next, 0, 2);
+                               }
+                             });
     }
     for (int64_t b = 0; b < kBlockSamples; ++b) {
       const int32_t few = b < count ? p.few_of_label[first + b] : -1;

@@ -37,11 +37,49 @@ static ALPHAEXT_INLINE Vector<Acc> all(Acc value) {
   return value - Vector<Acc>{};
 }
 
+// Lanes of two vectors that stand end to end: lane i is number from(i) of them.
+template <typename Acc, typename From>
+static ALPHAEXT_INLINE Vector<Acc> pick(const Vector<Acc>& a, const Vector<Acc>& b, From from) {
+#if defined(__clang__)
+  Vector<Acc> picked;
+  for (int lane = 0; lane < kLanes<Acc>; ++lane) {
+    const int at = from(lane);
+    picked[lane] = at < kLanes<Acc> ? a[at] : b[at - kLanes<Acc>];
+  }
+  return picked;
+#else
+  typename VectorOf<Acc>::integers places{};
+  for (int lane = 0; lane < kLanes<Acc>; ++lane) places[lane] = static_cast<decltype(places[0] + 0)>(from(lane));
+  return __builtin_shuffle(a, b, places);
+#endif
+}
+
+// Each of two vectors holds sums of kGroup lanes side by side; one vector with sums of half as many of both.
+template <typename Acc, int kGroup>
+static ALPHAEXT_INLINE Vector<Acc> merge_lanes(const Vector<Acc>& a, const Vector<Acc>& b) {
+  constexpr int kHalf = kGroup / 2;
+  return pick<Acc>(a, b, [](int lane) { return lane / kHalf * kGroup + lane % kHalf; }) +
+         pick<Acc>(a, b, [](int lane) { return lane / kHalf * kGroup + lane % kHalf + kHalf; });
+}
+
+// The sums of the lanes of kCount vectors, in the first lanes of one; each has the same bits whatever kCount.
+template <typename Acc, int kCount, int kGroup = kLanes<Acc>>
+static ALPHAEXT_INLINE Vector<Acc> lane_sums(const Vector<Acc>* values) {
+  if constexpr (kGroup == 1) {
+    return values[0];
+  } else {
+    constexpr int kMerged = kCount > 1 ? kCount / 2 : 1;
+    Vector<Acc> merged[kMerged];
+    for (int i = 0; i < kMerged; ++i) {
+      merged[i] = merge_lanes<Acc, kGroup>(values[kCount > 1 ? 2 * i : 0], values[kCount > 1 ? 2 * i + 1 : 0]);
+    }
+    return lane_sums<Acc, kMerged, kGroup / 2>(merged);
+  }
+}
+
 template <typename Acc>
 static ALPHAEXT_INLINE Acc lane_sum(const Vector<Acc>& value) {
-  Acc sum = 0;
-  for (int lane = 0; lane < kLanes<Acc>; ++lane) sum += value[lane];
-  return sum;
+  return lane_sums<Acc, 1>(&value)[0];
 }
 
 // max(value, 0) that keeps NaN, as torch.relu does.
@@ -98,5 +136,79 @@ static ALPHAEXT_INLINE void mix_columns(const Acc* logits, int64_t stride, const
   for (int64_t k = 0; k < members; ++k) {
     const Acc* const column = logits + columns[k] * stride;
     for (int v = 0; v < kVectors; ++v) sums[v] += alpha[k] * load(column + v * kLanes<Acc>);
+  }
+}
+
+// A number that is known when compiling.
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
+// How many of a class's members come before those that all classes have in the same places, as directions of a residual are.
+static inline int64_t count_own_members(const int32_t* member_columns, int64_t num_few, int64_t members) {
+  int64_t own = members;
+  for (; own > 0 && num_few > 1; --own) {
+    for (int64_t f = 1; f < num_few; ++f) {
+      if (member_columns[f * members + own - 1] != member_columns[own - 1]) return own;
+    }
+  }
+  return own;
+}
+
+// The few scores [F, score_stride] of kVectors vectors of samples. Members from own_members on are common to all classes:
+// several classes' sums go over them together. Members are added in their order, so a sum has the same bits wherever own
+// ones end. `meanwhile` is called once a class.
+template <typename Acc, int kVectors, typename Meanwhile>
+static ALPHAEXT_INLINE void mix_few(const Acc* logits, int64_t stride, const int32_t* member_columns, const Acc* alpha, int64_t num_few,
+                           int64_t members, int64_t own_members, Acc* scores, int64_t score_stride, Meanwhile meanwhile) {
+  using V = Vector<Acc>;
+  constexpr int kL = kLanes<Acc>, kAtOnce = ALPHAEXT_VECTOR_BYTES == 64 ? 4 : 2;
+  for (int64_t f = 0; f < num_few; ++f) {
+    meanwhile();
+    V sums[kVectors];
+    mix_columns<Acc, kVectors * kL>(logits, stride, member_columns + f * members, alpha + f * members, own_members, sums);
+    for (int v = 0; v < kVectors; ++v) store(scores + f * score_stride + v * kL, sums[v]);
+  }
+  if (own_members == members) return;
+  const auto add_common = [&](auto classes, int64_t first, int64_t from, int64_t to) {
+    constexpr int kClasses = decltype(classes)::value;
+    Acc* const out = scores + first * score_stride;
+    V sums[kClasses][kVectors];
+    for (int c = 0; c < kClasses; ++c) {
+      for (int v = 0; v < kVectors; ++v) sums[c][v] = load(out + c * score_stride + v * kL);
+    }
+    for (int64_t k = from; k < to; ++k) {
+      const Acc* const column = logits + member_columns[k] * stride;
+      for (int v = 0; v < kVectors; ++v) {
+        const V values = load(column + v * kL);
+        for (int c = 0; c < kClasses; ++c) sums[c][v] += alpha[(first + c) * members + k] * values;
+      }
+    }
+    for (int c = 0; c < kClasses; ++c) {
+      for (int v = 0; v < kVectors; ++v) store(out + c * score_stride + v * kL, sums[c][v]);
+    }
+  };
+  // So many columns stay in the first-level cache while all classes go over them.
+  constexpr int64_t kColumns = 32;
+  for (int64_t from = own_members; from < members; from += kColumns) {
+    const int64_t to = from + kColumns < members ? from + kColumns : members;
+    int64_t f = 0;
+    for (; f + kAtOnce <= num_few; f += kAtOnce) add_common(Count<kAtOnce>{}, f, from, to);
+    for (; f < num_few; ++f) add_common(Count<1>{}, f, from, to);
+  }
+}
+
+// The lanes of kLanes vectors as rows of a matrix, transposed.
+template <typename Acc, int kDistance = kLanes<Acc> / 2>
+static ALPHAEXT_INLINE void transpose(Vector<Acc>* rows) {
+  if constexpr (kDistance > 0) {
+    for (int i = 0; i < kLanes<Acc>; ++i) {
+      if (i & kDistance) continue;
+      const Vector<Acc> a = rows[i], b = rows[i + kDistance];
+      rows[i] = pick<Acc>(a, b, [](int lane) { return lane & kDistance ? lane - kDistance + kLanes<Acc> : lane; });
+      rows[i + kDistance] = pick<Acc>(a, b, [](int lane) { return lane & kDistance ? lane + kLanes<Acc> : lane + kDistance; });
+    }
+    transpose<Acc, kDistance / 2>(rows);
   }
 }

@@ -36,7 +36,7 @@ struct InitialWeightsParams {
 };
 
 inline int64_t initial_weights_workspace_bytes(const InitialWeightsParams& p) {
-  return rounded_up(p.inputs + 1, 32) * (p.dtype == ScalarType::Float64 ? 8 : 4);
+  return rounded_up(p.inputs + 1, 64) * (p.dtype == ScalarType::Float64 ? 8 : 4);
 }
 
 struct SgdParams {
@@ -98,7 +98,7 @@ struct TrainResult {
 inline int64_t train_workspace_bytes(const TrainParams& p) {
   const int64_t batch = rounded_up(p.batch, kTileWidth);
   const int64_t rule = rounded_up(2 * p.num_few * p.members, kTileWidth);
-  const int64_t tile = rounded_up(p.columns * batch, kTileWidth) + p.num_few * batch + 5 * batch;
+  const int64_t tile = rounded_up(p.columns * batch, kTileWidth) + p.num_few * batch + (5 + 2 * kTileWidth) * batch;
   const int64_t network = p.shared ? (p.num_few * p.members + p.num_few + p.members) * kTileWidth : p.members * kTileWidth;
   return (tile + rule + network) * (p.dtype == ScalarType::Float64 ? 8 : 4) + batch * 4 + 64;
 }

@@ -13,11 +13,12 @@ from problems import TOLERANCES, assert_close
 from torch import Tensor
 from torch.nn import functional
 
-from alphaext import AlphaNet, reference
+from alphaext import AlphaNet, class_means, reference
 from alphaext.metrics.accuracy import label_ranks
 from alphaext.ops import training as ops
 from alphaext.ops.training import BLOCK_SAMPLES, TOP_CLASSES
 from alphaext.training import cached_logits
+from alphaext.training.augmentation import draw_features
 from alphaext.training.cached_logits import Columns, Samples, TrainingLogits, ValidationLogits
 from alphaext.utils.tensors import as_tensor
 
@@ -112,7 +113,7 @@ def test_rows_are_those_of_whole_logits(dtype, bias, rule, num_classes, num_few)
     assert len(columns) <= head.members.numel() and len(set(zip(columns.class_ids, columns.bias, strict=True))) == len(columns)
     indices = torch.arange(70).flip(0)[::3]
     kept = TrainingLogits(columns, len(indices))
-    kept.fill(0, samples, indices)
+    indices = indices[kept.fill(0, samples, indices)]
     check_training_rows(head, samples, indices, kept, 0, exact=False)
     check_top(head, samples, ValidationLogits(columns, samples), exact=False)
 
@@ -144,7 +145,7 @@ def test_nothing_depends_on_blocks(count, num_classes, data, block, order, dtype
         patch.setattr(cached_logits, "_BLOCK_ELEMENTS", block)
         kept, validation = TrainingLogits(columns, len(indices) + 3), ValidationLogits(columns, samples)
         kept.logits.fill_(-77)
-        kept.fill(2, samples, indices)
+        indices = indices[kept.fill(2, samples, indices)]
     check_training_rows(head, samples, indices, kept, 2, exact=True)
     assert (kept.logits[:2] == -77).all() and (kept.logits[-1:] == -77).all(), "other rows stay as they were"
     check_top(head, samples, validation, exact=True)
@@ -175,9 +176,24 @@ def test_features_of_any_dtype_in_memory_or_mapped(tmp_path, monkeypatch, on_dis
     monkeypatch.setattr(cached_logits, "_BLOCK_ELEMENTS", 64 * 9)
     indices = torch.tensor([*range(10, 90), 149, 3, 3])
     kept = TrainingLogits(Columns([head]), len(indices))
-    kept.fill(0, samples, indices)
+    indices = indices[kept.fill(0, samples, indices)]
     check_training_rows(head, samples, indices, kept, 0, exact=False)
     check_top(head, samples, ValidationLogits(Columns([head]), samples), exact=False)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_logits_of_drawn_samples_are_sums(stored, monkeypatch):
+    """Of samples and means; of those that nothing is drawn from, only the ones asked for."""
+    head, samples = make_head(dtype=torch.promote_types(stored, torch.float32)), make_samples(150, 9, stored)
+    means = class_means(samples.features, samples.labels, 9)
+    features, labels = draw_features(samples.features, samples.labels, means, head.few_classes, 40, seed=0)
+    drawn = Samples(features, labels)
+    monkeypatch.setattr(cached_logits, "_BLOCK_ELEMENTS", 64 * 9)
+    indices = torch.cat([torch.arange(20, 90), torch.tensor([7, 7, 200]), torch.arange(150, len(labels), 2)])
+    kept = TrainingLogits(Columns([head]), len(indices))
+    indices = indices[kept.fill(0, drawn, indices)]
+    every = Samples(features[: len(features)], labels)
+    check_training_rows(head, every, indices, kept, 0, exact=False)
 
 
 def test_no_samples():
@@ -192,7 +208,7 @@ def test_heads_share_columns():
     columns, samples, indices = Columns([one, two]), make_samples(20, 9), torch.arange(20)
     assert len(columns) < len(Columns([one])) + len(Columns([two])), "few classes' own columns are common to both"
     kept = TrainingLogits(columns, 20)
-    kept.fill(0, samples, indices)
+    indices = indices[kept.fill(0, samples, indices)]
     for head in (one, two):
         check_training_rows(head, samples, indices, kept, 0, exact=False)
 
