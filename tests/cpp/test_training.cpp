@@ -70,7 +70,15 @@ struct TrainCase {
   bool shared = false;
   int64_t lead = 0;
   bool penalty = false, offset = false;
+  int64_t common = 0;  // so many of the last members are in the same columns for all classes
 };
+
+// Makes the last `common` members of every class those of the first one.
+void share_last_members(Ids& member_columns, int64_t few, int64_t members, int64_t common) {
+  for (int64_t f = 1; f < few; ++f) {
+    for (int64_t k = members - common; k < members; ++k) member_columns[at(f * members + k)] = member_columns[at(k)];
+  }
+}
 
 // A problem in double precision, holding numbers that T holds too.
 struct TrainProblem {
@@ -103,6 +111,7 @@ TrainProblem make_problem(const TrainCase& c) {
   p.label = rounded<T>(random.uniform(p.rows, -2, 2));
   p.order = random_ids(random, c.samples, p.rows);
   p.member_columns = random_ids(random, c.few * c.members, p.columns - 1);
+  share_last_members(p.member_columns, c.few, c.members, c.common);
   p.few_of_label = random_ids(random, p.rows, 2 * c.few);
   for (int64_t& few : p.few_of_label) few = few < c.few ? few : -1;
   if (c.shared) {
@@ -395,6 +404,20 @@ void train_all(const cpu::Kernels& kernels) {
       c.lead = 1;
       train<T>(kernels, c);
     }
+    // Classes by the vector and some left over, columns by the block and some left over, none of their own.
+    for (const int64_t few : {2, 5, 17, 33, 36}) {
+      for (const int64_t own : {0, 1, 6}) {
+        c = {};
+        c.shared = shared;
+        c.hidden = own == 1 ? 0 : 3;
+        c.few = few;
+        c.common = few == 17 ? 71 : 9;
+        c.members = own + c.common;
+        c.batch = few == 36 ? 80 : 16;
+        c.samples = 2 * c.batch + 3;
+        train<T>(kernels, c);
+      }
+    }
   }
 }
 
@@ -498,6 +521,7 @@ Scores make_scores(int64_t samples, int64_t classes, int64_t few, int64_t member
   s.bias.insert(s.bias.end(), s.bias.begin(), s.bias.end());
   for (std::size_t u = at(classes); u < s.bias.size(); ++u) s.bias[u] = static_cast<double>(u % 5) - 2;
   s.member_columns = random_ids(random, few * members, 2 * classes);
+  if (few % 2 == 0) share_last_members(s.member_columns, few, members, members - 1);
   return s;
 }
 
