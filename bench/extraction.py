@@ -436,12 +436,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=704, help="that are extracted")
+    parser.add_argument("--small", action="store_true", help="few images, each measured once: does everything run?")
     parser.add_argument("--results", metavar="NAME", help="write bench/results/NAME.json and .md")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work is not None:
         work(arguments.work)
         return
+    if arguments.small:
+        arguments.seconds, arguments.rounds, arguments.images = 0.1, 1, 64
     results: dict[str, Any] = {"machine": machine.describe()}
     with tempfile.TemporaryDirectory() as folder:
         # The photographs first: should the rest be cut short, what people wait for has been measured.

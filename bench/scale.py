@@ -91,7 +91,7 @@ def measured(command: list[str], threads: int) -> dict[str, Any]:
         "processor_minutes": round(processor / 60, 2),
         "own_gib": round(most / 2**20, 2),
     }
-    return found if process.returncode == 0 else {**found, "failed": process.stderr.read().strip()[-500:]}
+    return found if process.returncode == 0 else {**found, "failed": "failed: " + process.stderr.read().strip()[-500:]}
 
 
 def own_memory(process: int) -> int:

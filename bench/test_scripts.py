@@ -1,0 +1,16 @@
+"""The benchmarks that are programs of their own, at sizes of no interest: ``pytest bench --benchmark-enable --small``."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["whole_repair", "scale"])
+def test_runs(name: str, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> None:
+    if not pytestconfig.getoption("--small"):
+        pytest.skip(f"python bench/{name}.py measures it")
+    importlib.import_module(name).main(["--small"])
+    shown = capsys.readouterr().out
+    assert "repair" in shown and "failed" not in shown
