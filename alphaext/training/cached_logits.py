@@ -47,6 +47,7 @@ CACHE_BYTES = 2 << 30
 # large blocks, as each takes some thirty launches and some waits.
 _BLOCK_ELEMENTS = 1 << 20
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
+_FEWEST_ROWS = 256  # of a block: with fewer, a product of many classes is mostly reading the classifier
 _WIDTH_MULTIPLE = 16  # of features, in a product
 _ALIGNMENT = 64  # of the rows of a product, in bytes: what torch allocates has it
 
@@ -326,7 +327,7 @@ def _available_bytes() -> float:
 
 def _block_rows(weight: Tensor) -> int:
     elements = _BLOCK_ELEMENTS if weight.is_cpu else _BLOCK_ELEMENTS_ELSEWHERE
-    return max(1, elements // len(weight) // ops.BLOCK_SAMPLES) * ops.BLOCK_SAMPLES
+    return max(_FEWEST_ROWS, elements // len(weight)) // ops.BLOCK_SAMPLES * ops.BLOCK_SAMPLES
 
 
 def _logits(weight: Tensor, bias: Tensor | None, features: Tensor) -> Tensor:

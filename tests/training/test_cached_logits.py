@@ -143,6 +143,7 @@ def test_nothing_depends_on_blocks(count, num_classes, data, block, order, dtype
     columns = Columns([head])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cached_logits, "_BLOCK_ELEMENTS", block)
+        patch.setattr(cached_logits, "_FEWEST_ROWS", BLOCK_SAMPLES)
         kept, validation = TrainingLogits(columns, len(indices) + 3), ValidationLogits(columns, samples)
         kept.logits.fill_(-77)
         indices = indices[kept.fill(2, samples, indices)]
@@ -174,6 +175,7 @@ def test_features_of_any_dtype_in_memory_or_mapped(tmp_path, monkeypatch, on_dis
         assert not mapped.flags.writeable
         samples = Samples(as_tensor(mapped, "features"), samples.labels)
     monkeypatch.setattr(cached_logits, "_BLOCK_ELEMENTS", 64 * 9)
+    monkeypatch.setattr(cached_logits, "_FEWEST_ROWS", BLOCK_SAMPLES)
     indices = torch.tensor([*range(10, 90), 149, 3, 3])
     kept = TrainingLogits(Columns([head]), len(indices))
     indices = indices[kept.fill(0, samples, indices)]
@@ -189,6 +191,7 @@ def test_logits_of_drawn_samples_are_sums(stored, monkeypatch):
     features, labels = draw_features(samples.features, samples.labels, means, head.few_classes, 40, seed=0)
     drawn = Samples(features, labels)
     monkeypatch.setattr(cached_logits, "_BLOCK_ELEMENTS", 64 * 9)
+    monkeypatch.setattr(cached_logits, "_FEWEST_ROWS", BLOCK_SAMPLES)
     indices = torch.cat([torch.arange(20, 90), torch.tensor([7, 7, 200]), torch.arange(150, len(labels), 2)])
     kept = TrainingLogits(Columns([head]), len(indices))
     indices = indices[kept.fill(0, drawn, indices)]
