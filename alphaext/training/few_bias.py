@@ -61,7 +61,7 @@ def choose_few_bias(
     select: str | None = None,
     min_all: float | None = None,
     policy: Policy | None = None,
-    best: _Best | None = None,
+    known: _Best | None = None,
 ) -> BaselineResult:
     """Choose the ``offset`` of :func:`few_bias` on validation features.
 
@@ -78,7 +78,7 @@ def choose_few_bias(
         select: as for :func:`choose_tau`; of equal offsets, the one nearest to 0.
         min_all: as for :func:`choose_tau`.
         policy: all of that at once.
-        best: what is known of the validation samples' best classes, where it is.
+        known: the best classes of all validation samples, where they are known.
 
     Returns:
         A :class:`alphaext.baselines.BaselineResult`. Of more than 41 candidates its table shows 41, evenly over their order,
@@ -100,8 +100,8 @@ def choose_few_bias(
             raise ValueError(f"split must have a {name} class for a constant on the few logits to matter, got {split!r}")
     given = None if offsets is None else sorted({check_number(offset, "offsets") for offset in check_list(offsets, "offsets")})
     validation = Validation(val_features, val_labels, split, weight)
-    known = _best_of(validation, wide(weight), None if bias is None else wide(bias)) if best is None else [best]
-    gaps = _Gaps(validation, known)
+    computed = _best_of(validation, wide(weight), None if bias is None else wide(bias))
+    gaps = _Gaps(validation, computed if known is None else [known])
     original = gaps.accuracies(np.zeros(1))[0]
     if policy is None:
         policy = Policy.of(select, min_all, validation.samples.labels, split.few, CHOOSING).bounded(original)

@@ -361,7 +361,7 @@ class Run(ResumableTraining):
             validation.labels,
             self.split,
             policy=self.final_policy,
-            best=None if cached is None or scores is None else cached.best(scores),
+            known=None if cached is None or scores is None else cached.best(scores),
         )
         head.few_bias = float(found.chosen["offset"])
         if cached is None or scores is None:
