@@ -3,13 +3,14 @@
     python bench/estimators.py --results NAME [--draws 5]
 
 Banking77 (from ``ALPHAEXT_DATA``), TF-IDF in the same pipeline as the classifier. A draw takes as many questions of each class
-as the long-tailed list has, from training and validation questions together. Writes ``bench/results/NAME.csv``, a row a draw,
-and prints the mean with a 95% t interval of what the repair gains.
+as the long-tailed list has, from training and validation questions together. Writes ``bench/results/NAME.csv``, a row a draw and
+preset, and prints the mean with a 95% t interval of what the repair gains.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 import warnings
@@ -38,12 +39,12 @@ ESTIMATORS: dict[str, Any] = {
     "RidgeClassifier": RidgeClassifier(),
 }
 COLUMNS = (
-    *("estimator", "class_weight", "draw", "few_before", "few_after", "all_before", "all_after", "repaired"),
+    *("estimator", "class_weight", "preset", "draw", "few_before", "few_after", "all_before", "all_after", "repaired"),
     *("seconds_plain", "seconds_repaired"),
 )
 
 
-def measure(estimator: Any, texts: Any, seed: int) -> list[Any]:
+def measure(estimator: Any, texts: Any, seed: int, preset: str) -> list[Any]:
     (train, labels), (test, test_labels) = draw(texts, seed)
     few = np.isin(test_labels, np.flatnonzero(np.bincount(labels) < 20))
     started = time.monotonic()
@@ -52,7 +53,8 @@ def measure(estimator: Any, texts: Any, seed: int) -> list[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         started = time.monotonic()
-        model = AlphaNetClassifier(make_pipeline(TfidfVectorizer(sublinear_tf=True), estimator), random_state=seed)
+        pipeline = make_pipeline(TfidfVectorizer(sublinear_tf=True), estimator)
+        model = AlphaNetClassifier(pipeline, preset=preset, random_state=seed)
         model.fit(train, labels)
         repaired = time.monotonic() - started
     right = [each.predict(test) == test_labels for each in (model.estimator_, model)]
@@ -73,18 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     texts, lines = read_banking(), [COLUMNS]
-    table = Table("estimator", "class_weight", "few before", "few after", "gain", "all before", "all after", "gain")
+    table = Table("estimator", "class_weight", "preset", "few before", "few after", "gain", "all before", "all after", "gain")
     for name, estimator in ESTIMATORS.items():
-        for weight in (None, "balanced"):
-            own = [measure(estimator.set_params(class_weight=weight), texts, seed) for seed in range(options.draws)]
-            lines += [(name, weight or "none", seed, *values) for seed, values in enumerate(own)]
+        for weight, preset in itertools.product((None, "balanced"), ("few", "all")):
+            own = [measure(estimator.set_params(class_weight=weight), texts, seed, preset) for seed in range(options.draws)]
+            lines += [(name, weight or "none", preset, seed, *values) for seed, values in enumerate(own)]
             few, few_after, total, total_after = ([values[column] for values in own] for column in range(4))
             cells = []
             for before, after in ((few, few_after), (total, total_after)):
                 gains = [b - a for a, b in zip(before, after, strict=True)]
                 cells += [f"{100 * statistics.fmean(before):.1f}", f"{100 * statistics.fmean(after):.1f}", interval(gains)]
-            table.add_row(name, weight or "none", *cells)
-            Console(stderr=True).print(name, weight, *cells)
+            table.add_row(name, weight or "none", preset, *cells)
+            Console(stderr=True).print(name, weight, preset, *cells)
     write_csv(lines, Path(__file__).resolve().parent / "results" / f"{options.results}.csv")
     Console(width=140).print(table)
     return 0
