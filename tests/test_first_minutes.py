@@ -16,6 +16,7 @@ pytest.importorskip("torchvision", exc_type=ImportError)
 from PIL import Image
 
 from alphaext.commands import main as cli
+from alphaext.commands.shared import DataOptions
 from alphaext.features import read_features
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -110,6 +111,17 @@ def test_hugging_face_and_folders(tmp_path, capsys):
     weights = tmp_path / "model" / "model.safetensors"
     check_repaired(tmp_path, found, weights, tmp_path / "repaired" / "model" / weights.name, "classifier.")
     assert read_features(tmp_path / "features" / "train").class_names == tuple(reversed(NAMES))
+
+
+def test_a_class_that_the_model_does_not_name(tmp_path):
+    write_folders(tmp_path)
+    data = DataOptions(train=tmp_path / "train")
+    assert data.class_order(("dog", "cat", "bee", "ant", "eel")) == ("dog", "cat", "bee", "ant", "eel")
+    assert data.class_order(("0", "1", "2", "3")) == data.class_order(None) == NAMES
+    with pytest.raises(
+        ValueError, match=r"train has a class 'cat' that the model does not name; did you mean 'cats'\? --classes"
+    ):
+        data.class_order(("dog", "cats", "bee", "ant"))
 
 
 @pytest.mark.skipif(DATA is None, reason="ALPHAEXT_DATA is not set")

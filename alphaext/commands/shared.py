@@ -163,7 +163,8 @@ class DataOptions(SplitOptions):
     def class_order(self, names: Sequence[str] | None, num_classes: int | None = None) -> Sequence[str] | None:
         """The classes' names in the order of their labels: the model's ``names``, or else those of the training data.
 
-        Data that know classes by their names alone (class folders, a column of names) follow the model's order where they can.
+        Data that know classes by their names alone (class folders, a column of names) follow the model's order where it has
+        their names.
         """
         if self.train is None:
             return names
@@ -173,14 +174,15 @@ class DataOptions(SplitOptions):
             parts = {"train": train}
             folders = find_class_folders(parts)
             return names or names_of_classes(parts, folders, own, num_classes or train.num_classes)
-        unknown = [name for name in own or () if name not in (names or ())]
-        if names and unknown and own and len(unknown) < len(own):
-            warnings.warn(
-                f"the training data have a class {unknown[0]!r} that the model does not name"
-                f"{did_you_mean(unknown[0], names)}; its classes are taken in the order of the data",
-                stacklevel=2,
+        if self.classes is not None or own is None or names is None:
+            return names if own is None else own
+        unknown = [name for name in own if name not in names]
+        if unknown and len(unknown) <= len(own) / 2:  # otherwise the two are not meant to be the same
+            raise ValueError(
+                f"train has a class {unknown[0]!r} that the model does not name{did_you_mean(unknown[0], names)} "
+                "--classes, or classes in [data], gives the names in the order of the model"
             )
-        return names if own is None or (names and not unknown) else own
+        return own if unknown else names
 
 
 def _is_table(source: Path) -> bool:
