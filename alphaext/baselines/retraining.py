@@ -33,12 +33,10 @@ from ..utils.seeds import seeded_generator
 from ..utils.tensors import (
     LabelledFeatures,
     TensorLike,
-    as_tensor,
     check_device,
-    check_floating,
     check_labels,
-    check_shape,
     features_and_labels,
+    floating_tensor,
 )
 from .balanced_training import BalancedTraining, Model
 
@@ -143,9 +141,7 @@ def crt(
     path = None if checkpoint is None else check_checkpoint(checkpoint)
     original = None if linear is None else linear_parameters(linear)
     features, labels = features_and_labels(features, labels)
-    source = as_tensor(features, "features").detach()
-    check_shape(source, "features", ("n", "D"))
-    check_floating(source, "features")
+    source = floating_tensor(features, "features", ("n", "D"))
     if num_classes is not None:
         num_classes = check_integer(num_classes, "num_classes", minimum=1)
     elif original is not None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 import alphaext
 
-from ..utils.checks import PRECISIONS
+from ..utils.checks import PRECISIONS, check_integer
 from ..utils.files import check_no_file, read_json
 from . import results
 from .options import option
@@ -58,8 +58,7 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
         named = [part for part in PARTS if getattr(self, part) is not None]
         if not named:
             raise ValueError("--train, --val or --test must be given, or train, val, test in [data] of the configuration")
-        if self.passes < 1:
-            raise ValueError(f"passes must be at least 1, got {self.passes}")
+        check_integer(self.passes, "passes", minimum=1)
         with process_group(self.device) as group:
             on_cpu = group.device.type == "cpu"
             processes = self.processes if self.processes is not None else processors_per_process() if on_cpu else 0

@@ -21,7 +21,7 @@ from ..study.plans import POLICIES, check_policy
 from ..training.options import OPTIONS, selection_score
 from ..training.presets import PRESETS, preset_options
 from ..utils.checks import check_number, format_ids
-from ..utils.text import percent
+from ..utils.text import percent, value_text
 from . import results
 from .options import from_table, option, type_of
 from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
@@ -221,10 +221,10 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Classifie
                 table.add_row(Text(name), *(percent(metrics[part]) for part in parts))
             console.print(table)
             for name in _TRIED:
-                values = dict.fromkeys(_value(candidate[name]) for candidate in result["candidates"])
+                values = dict.fromkeys(value_text(candidate[name]) for candidate in result["candidates"])
                 if len(values) > 1:
                     by = result["policy"] or result["selection"]
-                    console.print(f"{name} {_value(result[name])} chosen of {', '.join(values)} by {by}", highlight=False)
+                    console.print(f"{name} {value_text(result[name])} chosen of {', '.join(values)} by {by}", highlight=False)
         for note in result["notes"]:
             console.print(f"Note: {note}", markup=False, highlight=False)
         for candidate in result["candidates"]:
@@ -276,7 +276,3 @@ def _candidate(run: alphaext.training.SweepRun) -> dict[str, Any]:
     if run.result is None:
         return {**tried, "error": run.error}
     return {**tried, "epoch": run.result.selected_epoch, "after": run.result.after, "clamped": run.result.clamped}
-
-
-def _value(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import platform
@@ -20,7 +19,7 @@ import alphaext
 
 from ..utils.environment import RESULT_DEPENDS_ON, versions
 from ..utils.files import check_no_file, folder_lock, open_file, read_json, remove_leftovers, whole_file, write_json
-from ..utils.text import percent
+from ..utils.text import first_free, percent
 from .options import Options
 
 if TYPE_CHECKING:
@@ -202,8 +201,7 @@ def classifier_names(paths: Sequence[Path]) -> list[str]:
         is_alone = [classifier_name(other) for other in paths].count(name) == 1
         if not is_alone and path.absolute().parent.name:
             name = f"{path.absolute().parent.name}-{name}"
-        numbered = (f"{name}-{number}" for number in itertools.count(2))
-        names.append(next(each for each in itertools.chain([name], numbered) if each not in names))
+        names.append(first_free(name, "-", names))
     return names
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 import alphaext
 
 from ..study.plans import EXPERIMENTS, StudyOptions
-from ..utils.text import percent
+from ..utils.text import percent, value_text
 from . import results
 from .options import from_table, option
 from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
@@ -74,7 +74,8 @@ def _table(experiment: str, entries: Sequence[Mapping[str, Any]]) -> Table:
     title, caption = f"{experiment}: {EXPERIMENTS[experiment]}", "top-1 accuracy on test features, %; ± over seeds"
     table = Table("method", *names, *numbers, title=title, caption=caption)
     for entry in entries:
-        cells = [_shown(entry["configuration"].get(name)) for name in names]
+        values = (entry["configuration"].get(name) for name in names)
+        cells = ["" if value is None else value_text(value) for value in values]
         for name in ("few", "all"):
             deviation = entry[f"{name}_std"]
             cells.append(percent(entry[name]) + (f" ±{percent(deviation)}" if deviation is not None else ""))
@@ -83,10 +84,3 @@ def _table(experiment: str, entries: Sequence[Mapping[str, Any]]) -> Table:
         if entry["errors"]:
             table.add_row(Text(f"  {entry['errors']} of {entry['seeds']} not trained: see the column error"), style="red")
     return table
-
-
-def _shown(value: object) -> str:
-    words = {None: "", True: "yes", False: "no"}
-    if value is None or isinstance(value, bool):
-        return words[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..data.images import FileImages, LabelledImages
+from .images import Parts
 from .report import Finding, Level
 
-Parts: TypeAlias = Mapping[str, LabelledImages]
 Names: TypeAlias = tuple[str, ...] | None
 
 CHECKPOINT = "the checkpoint"

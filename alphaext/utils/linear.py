@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from .modules import evaluating
 from .seeds import noise
-from .tensors import check_finite, check_floating, check_same_device, check_shape
+from .tensors import check_finite, check_same_device, check_shape, finite_tensor
 
 
 def check_classifier(weight: Tensor, bias: Tensor | None) -> None:
-    check_floating(weight, "weight")
-    check_shape(weight, "weight", ("N", "D"))
-    check_finite(weight, "weight")
+    finite_tensor(weight, "weight", ("N", "D"))
     if bias is not None:
         check_fits(bias, "bias", weight, (len(weight),))
 

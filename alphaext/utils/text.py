@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def number_text(value: float | None, form: str) -> str:
@@ -15,6 +16,30 @@ def number_text(value: float | None, form: str) -> str:
         ('0.123', '-')
     """
     return "-" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def value_text(value: object) -> str:
+    """An option's value as text.
+
+    Example:
+        >>> value_text(0.7), value_text(5), value_text(True), value_text(None)
+        ('0.7', '5', 'yes', 'none')
+    """
+    words = {None: "none", True: "yes", False: "no"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def first_free(name: str, separator: str, taken: Collection[str]) -> str:
+    """``name``, or the first that nothing else has of ``name`` with a number behind it, from 2 on.
+
+    Example:
+        >>> first_free("crt", "-", ["crt", "crt-2"])
+        'crt-3'
+    """
+    numbered = (f"{name}{separator}{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each not in taken)
 
 
 def percent(fraction: float | None, *, sign: bool = False) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -15,6 +14,8 @@ from ...metrics.class_table import ClassRow, read_class_table
 from ...metrics.confusions import ConfusionRow, read_confusions
 from ...utils.figures import clean_text
 from ...utils.files import PathLike, read_json
+from ...utils.text import first_free
+from ...utils.text import value_text as plain_text
 from ..plans import CANDIDATES, EXPERIMENTS
 from ..rows import FRONT, ORIGINAL, Group, Row, read_rows
 from ..run import CLASSES, CONFUSIONS, RESULTS, ROWS
@@ -125,12 +126,8 @@ def setting_text(name: str, value: Any) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value of the configuration as text."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else clean_text(value)
+    """A value of the configuration as text that a page can hold."""
+    return clean_text(plain_text(value))
 
 
 def isolated(name: str) -> str:
@@ -157,20 +154,14 @@ def read_studies(folders: Sequence[PathLike]) -> list[StudyFiles]:
     named: list[StudyFiles] = []
     for study in studies:
         name = study.name if times[study.name] == 1 else f"{study.name} ({clean_text(study.folder.resolve().name)})"
-        name = _free(name, " ", {other.name for other in named})
-        named.append(replace(study, name=name, key=_free(slug(name) or "study", "-", {other.key for other in named})))
+        name = first_free(name, " ", {other.name for other in named})
+        named.append(replace(study, name=name, key=first_free(slug(name) or "study", "-", {other.key for other in named})))
     return named
 
 
 def slug(text: str) -> str:
     """Text as a part of a file's name: at most 40 small letters and digits, with dashes between words."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower().encode("ascii", "ignore").decode()).strip("-")[:40].strip("-")
-
-
-def _free(name: str, separator: str, taken: set[str]) -> str:
-    """The name, or the first of it with a number that nobody has."""
-    numbered = (f"{name}{separator}{number}" for number in itertools.count(2))
-    return next(each for each in itertools.chain([name], numbered) if each not in taken)
 
 
 def read_study(folder: PathLike) -> StudyFiles:
