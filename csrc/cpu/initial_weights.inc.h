@@ -5,14 +5,12 @@
 // Philox4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) for 8 counters at a time:
 // any part of the weights can be made without what comes before it.
 constexpr int kStreams = 8;
-// So many times as many side by side: each number waits for the one before of its own counter.
-constexpr int kGroups = 2;
 
-static ALPHAEXT_INLINE void philox(uint32_t (&c0)[kGroups * kStreams], uint32_t (&c1)[kGroups * kStreams],
-                                   uint32_t (&c2)[kGroups * kStreams], uint32_t (&c3)[kGroups * kStreams], uint32_t key0, uint32_t key1) {
+static ALPHAEXT_INLINE void philox(uint32_t (&c0)[kStreams], uint32_t (&c1)[kStreams], uint32_t (&c2)[kStreams],
+                                   uint32_t (&c3)[kStreams], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
 #pragma omp simd
-    for (int s = 0; s < kGroups * kStreams; ++s) {
+    for (int s = 0; s < kStreams; ++s) {
       const uint64_t a = static_cast<uint64_t>(c0[s]) * 0xd2511f53u, b = static_cast<uint64_t>(c2[s]) * 0xcd9e8d57u;
       const uint32_t next0 = static_cast<uint32_t>(b >> 32) ^ c1[s] ^ key0;
       const uint32_t next2 = static_cast<uint32_t>(a >> 32) ^ c3[s] ^ key1;
@@ -26,29 +24,25 @@ static ALPHAEXT_INLINE void philox(uint32_t (&c0)[kGroups * kStreams], uint32_t 
   }
 }
 
-// The I weights of a row, and after them its bias, uniform in [-bound, bound); `row` has room for rounded_up(I + 1, 64)
+// The I weights of a row, and after them its bias, uniform in [-bound, bound); `row` has room for rounded_up(I + 1, 32)
 // numbers. Numbers have 24 random bits in every dtype, so that networks of all dtypes start alike.
 template <typename Acc>
 static inline void random_row(const InitialWeightsParams& p, int64_t network, int64_t unit, Acc* row) {
   const Acc bound = static_cast<Acc>(p.bound), step = static_cast<Acc>(2.0 / 16777216.0) * bound;
-  for (int64_t i = 0; i <= p.inputs; i += 4 * kGroups * kStreams) {
-    uint32_t c0[kGroups * kStreams], c1[kGroups * kStreams], c2[kGroups * kStreams], c3[kGroups * kStreams];
-    for (int s = 0; s < kGroups * kStreams; ++s) {
+  for (int64_t i = 0; i <= p.inputs; i += 4 * kStreams) {
+    uint32_t c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
+    for (int s = 0; s < kStreams; ++s) {
       c0[s] = static_cast<uint32_t>(i / 4 + s);
       c1[s] = static_cast<uint32_t>(unit);
       c2[s] = static_cast<uint32_t>(network);
       c3[s] = 0;
     }
     philox(c0, c1, c2, c3, static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
-    const auto put = [&](const uint32_t* bits, Acc* to) {
+    const auto put = [&](const uint32_t(&bits)[kStreams], int64_t at) {
 #pragma omp simd
-      for (int s = 0; s < kStreams; ++s) to[s] = static_cast<Acc>(static_cast<int32_t>(bits[s] >> 8)) * step - bound;
+      for (int s = 0; s < kStreams; ++s) row[at + s] = static_cast<Acc>(static_cast<int32_t>(bits[s] >> 8)) * step - bound;
     };
-    for (int g = 0; g < kGroups; ++g) {
-      Acc* const to = row + i + 4 * g * kStreams;
-      put(c0 + g * kStreams, to), put(c1 + g * kStreams, to + kStreams);
-      put(c2 + g * kStreams, to + 2 * kStreams), put(c3 + g * kStreams, to + 3 * kStreams);
-    }
+    put(c0, i), put(c1, i + kStreams), put(c2, i + 2 * kStreams), put(c3, i + 3 * kStreams);
   }
 }
 

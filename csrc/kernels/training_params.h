@@ -36,7 +36,7 @@ struct InitialWeightsParams {
 };
 
 inline int64_t initial_weights_workspace_bytes(const InitialWeightsParams& p) {
-  return rounded_up(p.inputs + 1, 64) * (p.dtype == ScalarType::Float64 ? 8 : 4);
+  return rounded_up(p.inputs + 1, 32) * (p.dtype == ScalarType::Float64 ? 8 : 4);
 }
 
 struct SgdParams {
