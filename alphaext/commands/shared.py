@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import alphaext
 
-from ..doctor.labels import find_class_folders, names_of_classes
 from ..utils.checks import check_class_names, check_integer
 from ..utils.text import did_you_mean
 from .options import Options, option
@@ -166,6 +165,8 @@ class DataOptions(SplitOptions):
         Data that know classes by their names alone (class folders, a column of names) follow the model's order where it has
         their names.
         """
+        from ..doctor.labels import find_class_folders, names_of_classes
+
         if self.train is None:
             return names
         train = self.need("train", num_classes=num_classes)
