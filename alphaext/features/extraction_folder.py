@@ -121,7 +121,7 @@ class ExtractionFolder:
         digest = write_array(self.path / FEATURES_FILE, self.dtype, shape, blocks)
         write_array(self.path / LABELS_FILE, "int64", shape[:1], [labels.numpy()[readable]] * self.plan.passes)
         about = {
-            **sidecar_of(shape, self.dtype, int(self.identity["num_classes"]), class_names, digest),
+            **sidecar_of(self.path, shape, self.dtype, int(self.identity["num_classes"]), class_names, digest),
             **self.identity,
             "skipped": [
                 {"index": image.index, "name": printable(image.name), "reason": printable(image.reason)} for image in left_out

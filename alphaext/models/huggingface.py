@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.checks import check_integer
-from ..utils.files import PathLike, read_json
+from ..utils.files import PathLike, check_output_folder, read_json, whole_folder
 from ..utils.packages import require
 
 PREFIX = "hf:"
@@ -194,23 +194,18 @@ def copy_folder(folder: PathLike, output: PathLike, write: Callable[[Path], None
         The model that the new folder holds.
     """
     source, target, weights = _checked(folder), Path(output), weights_of(folder)
-    if target.is_file() or not target.absolute().parent.is_dir():
-        raise ValueError(f"output must be a folder in a directory that exists, got {str(target)!r}")
+    check_output_folder(target, "output")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"output exists already: {str(target)!r}; give another name, or ask for it to be overwritten")
     if target.resolve() == source.resolve():
         raise ValueError(f"output must be another folder than the model's, got {str(target)!r}")
-    temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(target) as temporary:
         others = shutil.ignore_patterns(*_WEIGHTS, "*.msgpack", "*.h5", ".*")
-        shutil.copytree(source, temporary, ignore=others)
+        shutil.copytree(source, temporary, ignore=others, dirs_exist_ok=True)
         write(temporary / weights.name)
         loaded = load_folder(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        loaded.config._name_or_path = os.fspath(target)  # where its image processor is from now on
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(target.resolve(), ignore_errors=True)
+    loaded.config._name_or_path = os.fspath(target)  # where its image processor is from now on
     return loaded
 
 

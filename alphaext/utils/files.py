@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def open_file(path: PathLike) -> IO[bytes]:
 
 
 def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "the directory", stat.S_IFIFO: "the pipe", stat.S_IFSOCK: "the socket"}
+    kinds = {stat.S_IFDIR: "the directory", stat.S_IFIFO: "the pipe", stat.S_IFSOCK: "the socket", stat.S_IFREG: "the file"}
     return kinds.get(stat.S_IFMT(mode), "the device")
 
 
@@ -63,6 +64,20 @@ def whole_file(path: PathLike) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: PathLike) -> Iterator[Path]:
+    """A folder to fill that takes the place of ``path``, new or empty, when the block ends, and is gone if that fails."""
+    target = Path(os.path.realpath(path))
+    temporary = temporary_for(target)
+    temporary.mkdir()
+    try:
+        with _held(temporary, fcntl.LOCK_SH):
+            yield temporary
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def temporary_for(target: Path) -> Path:
     """Where what is to become ``target`` can be written."""
     return target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -74,10 +89,23 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
         process = left.name.split(".")[-3]
         # A process on another machine has a number that means nothing here, but holds the lock.
         with suppress(OSError):
-            if process.isdecimal() and not Path(f"/proc/{process}").exists() and left.is_file():
-                with left.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    left.unlink(missing_ok=True)
+            if process.isdecimal() and not Path(f"/proc/{process}").exists() and (left.is_file() or left.is_dir()):
+                with _held(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    if left.is_dir():
+                        shutil.rmtree(left, ignore_errors=True)
+                    else:
+                        left.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(path: Path, how: int) -> Iterator[None]:
+    """Hold what is being written, by which others see that its process lives, or what one has left."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -142,7 +170,7 @@ def check_no_file(path: PathLike, name: str) -> Path:
     """The path of a folder, which may be there or not, but not as a file."""
     target = Path(path)
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{name} must be a folder, got the file {str(target)!r}")
+        raise ValueError(f"{name} must be a folder, got {_kind(target.stat().st_mode)} {str(target)!r}")
     return target
 
 
@@ -151,6 +179,7 @@ def check_output_folder(path: PathLike, name: str) -> Path:
     target = check_no_file(path, name)
     if not target.absolute().parent.is_dir():
         raise ValueError(f"{name} must be in a folder that exists, got {str(target)!r}")
+    remove_leftovers(Path(os.path.realpath(target)).parent, target.name)
     return target
 
 

@@ -60,6 +60,7 @@ def as_tensor(value: TensorLike, name: str) -> Tensor:
     """Return ``value`` as a tensor: a tensor as it is, an array or a list on the CPU (an array shares its memory)."""
     if isinstance(value, Tensor):
         return value
+    check_whole(value)
     try:
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
         # torch refuses negative strides and foreign byte order.
@@ -71,6 +72,14 @@ def as_tensor(value: TensorLike, name: str) -> Tensor:
         raise TypeError(
             f"{name} must be a tensor, a NumPy array or a list of numbers, got {type(value).__name__}: {error}"
         ) from error
+
+
+def check_whole(value: object) -> None:
+    """Check rows that know how (cached features do) before they are first used as a whole."""
+    check = getattr(value, "check_whole", None)
+    if check is not None:
+        check(value)
+        vars(value).pop("check_whole", None)
 
 
 class _ReadOnly:
@@ -174,6 +183,7 @@ def check_targets(labels: TensorLike, num_classes: int | None, samples: int, nam
 
 def check_rows(values: TensorLike, name: str, width: str) -> tuple[Tensor | npt.NDArray[Any], Tensor]:
     """``values`` [n, width] to be read by slices, and an empty slice, which has its dtype and device."""
+    check_whole(values)
     source = values if isinstance(values, (Tensor, np.ndarray)) else as_tensor(values, name)
     if source.ndim != 2:
         raise ValueError(f"{name} must have shape [n, {width}], got {list(source.shape)}")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import alphaext
+from alphaext.features import store
 from alphaext.features.store import Features, read_features, write_array, write_features
 from alphaext.utils import files as _files
 
@@ -122,6 +123,54 @@ def test_the_bytes_can_be_verified(folder):
         file.write(b"\x01")
     with pytest.raises(ValueError, match=r"features.npy' has changed since it was written: SHA-256 \w{64}, not \w{64}"):
         read_features(folder).verify()
+
+
+def test_damage_is_named_by_what_reads_them(tmp_path):
+    folder, generator = tmp_path / "f", torch.Generator().manual_seed(0)
+    # Above a MiB, which is summed as a whole, and what is left over.
+    rows, labels = torch.randn(1200, 257, generator=generator).half(), torch.arange(1200) % 4
+    write_features(folder, rows, labels, num_classes=4)
+    path, linear = folder / "features.npy", nn.Linear(257, 4)
+    content = path.read_bytes()
+    half, many = len(content) // 2, 1 << 15
+    swapped = content[: half - many] + content[half : half + many] + content[half - many : half] + content[half + many :]
+    for damaged in (
+        content[:200] + b"\x00" + content[201:],
+        content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+        content[:half] + bytes(64) + content[half + 64 :],
+        content[: half - 512] + content[half : half + 512] + content[half:],
+        swapped[:half] + content[half:],
+    ):
+        path.write_bytes(damaged)
+        read = read_features(folder)
+        for use in (
+            read.class_means,
+            lambda read=read: alphaext.metrics.predict(linear, read, progress=False),
+            lambda read=read: alphaext.fit(
+                alphaext.AlphaNet.from_linear(linear, members=[[3, 0, 1]], seed=0), read, epochs=1, progress=False
+            ),
+            lambda read=read: alphaext.repair(linear, read, val_features=read, epochs=1, progress=False),
+        ):
+            with pytest.raises(ValueError, match=r"features.npy' is damaged: its content has changed .* \(checksum \w{8}, not"):
+                use()
+    path.write_bytes(content)
+    assert read_features(folder).class_means().isfinite().all()
+    labels[0] = 3
+    np.save(folder / "labels.npy", labels.numpy())
+    with pytest.raises(ValueError, match="labels.npy' is damaged"):
+        read_features(folder)
+
+
+def test_rows_are_checked_once_and_slices_not_at_all(folder, monkeypatch):
+    calls = []
+    right = store.checksum
+    monkeypatch.setattr(store, "checksum", lambda array: calls.append(len(array)) or right(array))
+    features = read_features(folder)
+    alphaext.class_means(features.features[:5], features.labels[:5], 3)
+    assert calls == [7]  # the labels
+    features.class_means()
+    features.class_means()
+    assert calls == [7, 7]
 
 
 class Known:

@@ -16,12 +16,14 @@ import pytest
 
 from alphaext.utils.files import (
     check_output_file,
+    check_output_folder,
     file_digest,
     folder_lock,
     open_file,
     read_json,
     remove_leftovers,
     whole_file,
+    whole_folder,
     write_json,
 )
 
@@ -102,10 +104,31 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     assert not left.exists() and mine.exists() and other.exists() and len(os.listdir(tmp_path)) == 3
     remove_leftovers(tmp_path)
     assert len(os.listdir(tmp_path)) == 2
+    left.mkdir()
+    (left / "inside").touch()
+    check_output_folder(tmp_path / "a.bin", "output")
+    assert not left.exists()
     with left.open("wb") as file:  # held by a process on another machine
         fcntl.flock(file, fcntl.LOCK_SH)
         remove_leftovers(tmp_path)
         assert left.exists()
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for name in ("new", "link"):
+        with pytest.raises(KeyError), whole_folder(tmp_path / name):
+            raise KeyError
+        with whole_folder(tmp_path / name) as folder:
+            (folder / "a").touch()
+            remove_leftovers(tmp_path)  # of dead processes: this one is alive
+        assert (tmp_path / name / "a").exists()
+    assert sorted(os.listdir(tmp_path)) == ["link", "new", "real"] and (tmp_path / "link").is_symlink()
+    (tmp_path / "late").mkdir()
+    with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "late"):
+        (tmp_path / "late" / "of another process").touch()
+    assert os.listdir(tmp_path / "late") == ["of another process"]
 
 
 def test_digest(tmp_path):
