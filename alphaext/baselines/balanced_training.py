@@ -21,8 +21,8 @@ from ..training.cached_logits import check_samples, data_digest
 from ..training.options import TrainingOptions
 from ..training.selection import BaselineResult, Policy, Validation, unfit_to_choose
 from ..utils.progress import task_bar
-from ..utils.resume import ResumableTraining
-from ..utils.tensors import LabelledFeatures, TensorLike, check_finite, check_shape, optional_features_and_labels
+from ..utils.resume import ResumableTraining, check_alike
+from ..utils.tensors import LabelledFeatures, TensorLike, check_finite, optional_features_and_labels
 from .balanced_sampling import ClassBalancedSampler
 
 # Elements of a block of features that are checked at a time.
@@ -119,8 +119,8 @@ class BalancedTraining(ResumableTraining):
         if path is not None and path.exists():
             state = self.load(path, parameter.device)
             with self.applying(path):
-                for own, kept in zip(self.model.parameters, state["parameters"], strict=True):
-                    check_shape(kept, "parameters", own.shape)
+                for name in ("parameters", "momentum", "selected"):
+                    check_alike(state[name], self.model.momentum if name == "momentum" else self.model.parameters, name)
                 self.model.parameters[:], self.model.momentum[:] = state["parameters"], state["momentum"]
         elif self.model.first_candidate == 0:
             self._record({"epoch": 0, "loss": math.nan, "lr": self.options.lr})

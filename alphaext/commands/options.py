@@ -20,6 +20,8 @@ from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from ..utils.files import read_text
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -274,10 +276,11 @@ def read_config(path: str | os.PathLike[str], commands: Iterable[type[Options]])
         TypeError: a value of another type than its option's.
     """
     file = Path(path)
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"config must be a TOML file, there is no {str(file)!r}")
+    text = read_text(file, "config")
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets without end
         raise ValueError(f"config {str(file)!r} is not TOML: {error}") from error
     known: dict[str, dict[str, Kind]] = {"": {}}

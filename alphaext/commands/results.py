@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import platform
 import time
 import warnings
@@ -18,7 +17,7 @@ from rich.console import Console
 import alphaext
 
 from ..utils.environment import RESULT_DEPENDS_ON, versions
-from ..utils.files import check_no_file, folder_lock, open_file, read_json, remove_leftovers, whole_file, write_json
+from ..utils.files import check_no_file, folder_lock, read_json, remove_leftovers, whole_file, write_json
 from ..utils.text import first_free, percent
 from .options import Options
 
@@ -147,17 +146,15 @@ def plain_linear(checkpoint: alphaext.checkpoints.Checkpoint) -> nn.Linear:
 
 def read_head(path: Path) -> alphaext.AlphaNet | None:
     """The Alpha Net of a folder that 'alphaext fit' wrote; None for every other classifier."""
-    import torch
-
     file = path / HEAD
     if not file.is_file():
         return None
     try:
-        with open_file(file) as opened:
-            state = torch.load(opened, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        return alphaext.AlphaNet.from_state_dict(alphaext.utils.tensors.read_saved(file))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what torch makes of foreign bytes knows no limits
         raise ValueError(f"{str(file)!r} is not the state of an Alpha Net: {error}") from error
-    return alphaext.AlphaNet.from_state_dict(state)
 
 
 def save_head(head: alphaext.AlphaNet, folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import alphaext
 
 from ..utils.checks import check_class_names, check_integer
+from ..utils.files import read_text
 from ..utils.text import did_you_mean
 from .options import Options, option
 from .results import plain_linear, read_classifier
@@ -130,7 +131,7 @@ class DataOptions(SplitOptions):
         if source is None:
             return None
         if self.classes is not None:
-            class_names = self.classes.read_text(encoding="utf-8").split("\n")
+            class_names = read_text(self.classes, "classes").split("\n")
             class_names = check_class_names([name.strip() for name in class_names if name.strip()], self.num_classes)
             num_classes = len(class_names)
         classes: dict[str, Any] = {"num_classes": num_classes if self.num_classes is None else self.num_classes}

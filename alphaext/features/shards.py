@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.loading import Batch
-from ..utils.files import read_json, whole_file
+from ..utils.files import open_file, read_json, whole_file
 
 PARTS_FOLDER = "parts"
 IDENTITY_FILE = "extraction.json"
@@ -142,7 +142,7 @@ def read_shard(path: Path, place: Batch, identity: str, shape: tuple[int, str], 
     """
     width, dtype = shape
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open_file(path) as file, np.load(file, allow_pickle=False) as archive:
             about = json.loads(archive["about"].tobytes())
             shard = Shard(
                 archive["features"] if features else np.empty((0, width), dtype),

@@ -30,6 +30,7 @@ from ..utils.files import (
     PathLike,
     check_output_folder,
     file_digest,
+    open_file,
     read_json,
     whole_file,
     whole_folder,
@@ -438,6 +439,8 @@ def _opened(path: Path, metadata: dict[str, Any]) -> Features:
     passes = check_integer(metadata.get("passes", 1), "passes", minimum=1)
     if rows % passes:
         raise ValueError(f"rows must be a multiple of the {passes} passes, got {rows}")
+    for name in (FEATURES_FILE, LABELS_FILE):
+        open_file(path / name).close()  # NumPy would wait for a pipe
     # A memory map of a file that is too short for its header is an error of NumPy's.
     features = np.load(path / FEATURES_FILE, mmap_mode="r", allow_pickle=False)
     expected = np.dtype(dtype).newbyteorder("<")

@@ -27,7 +27,7 @@ from ..utils.files import whole_file, write_json
 from ..utils.modules import computing_in, cudnn_choice, evaluating
 from ..utils.processes import Group
 from ..utils.progress import task_bar
-from ..utils.resume import ResumableTraining
+from ..utils.resume import ResumableTraining, load_optimizer
 from ..utils.seeds import derived_seed
 from ..utils.tensors import first_true, tensor_bytes
 from .epochs import EpochBatches, image_reader
@@ -153,7 +153,7 @@ class JointRun(ResumableTraining):
             return
         with self.applying(path):
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
         self.resumed_from = len(self.history)
         self.selected = (state["selected"] or state["model"]) if group.is_main else None
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..head.alphanet import AlphaNet
 from ..metrics.accuracy import label_ranks
+from ..utils.resume import check_alike, load_optimizer
 from ..utils.tensors import check_finite, first_true
 from .cached_logits import Samples
 from .engine import TrainingData, TrainingDiverged, _hits
@@ -156,5 +157,6 @@ class AutogradEngine:
         return {"parameters": [p.detach() for p in self.parameters], "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        check_alike(state["parameters"], self.parameters, "parameters")
         self.restore(state["parameters"], 1.0)

@@ -24,8 +24,8 @@ from ..metrics.predictions import predict
 from ..utils.checks import check_choice, check_integer, check_kind, check_number, format_ids
 from ..utils.linear import make_linear
 from ..utils.progress import task_bar
-from ..utils.resume import ResumableTraining, check_checkpoint
-from ..utils.tensors import LabelledFeatures, TensorLike, check_shape
+from ..utils.resume import ResumableTraining, check_alike, check_checkpoint
+from ..utils.tensors import LabelledFeatures, TensorLike
 from ..utils.text import percent
 from .autograd_engine import AutogradEngine
 from .builder import training_data
@@ -253,8 +253,7 @@ class Run(ResumableTraining):
                 decay, parameters = self.selected
                 for value in (decay, *state["decay"]):
                     check_number(value, "decay")
-                for own, kept in zip(self.engine.snapshot(), parameters, strict=True):
-                    check_shape(kept, "selected", own.shape)
+                check_alike(parameters, self.engine.snapshot(), "selected")
                 self.engine.load_state(state["engine"])
                 self.decay.factor, self.decay.momentum, self.decay.steps = state["decay"]
                 self.start_decay = state["start_decay"]

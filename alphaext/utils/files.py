@@ -39,6 +39,23 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "the device")
 
 
+def read_text(path: PathLike, name: str) -> str:
+    """A text file's content, UTF-8 with or without the mark that Windows' editors put first; ``name`` is the argument's.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no file, or no UTF-8.
+    """
+    with open_file(path) as file:
+        content = file.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        seen = f"byte 0x{content[error.start]:02x} in line {line}"
+        raise ValueError(f"{name} must be UTF-8, got {os.fspath(path)!r} with {seen}: {error.reason}") from None
+
+
 @contextmanager
 def whole_file(path: PathLike) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of ``path`` when the block ends, and is gone if the block fails.

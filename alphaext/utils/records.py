@@ -8,11 +8,10 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from .checks import check_choice, check_kind
-from .files import PathLike, check_output_file, whole_file, write_json
+from .files import PathLike, check_output_file, read_text, whole_file, write_json
 
 _Record = TypeVar("_Record")
 
@@ -128,7 +127,7 @@ def read_csv(
         FileNotFoundError: there is no such file.
         ValueError: it is not such a table; the message names the line.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    with io.StringIO(read_text(path, what), newline="") as file:
         lines = csv.reader(file)
         records = []
         try:
@@ -143,7 +142,7 @@ def read_csv(
                     raise ValueError(f"there must be {len(header)} fields, got {len(line)}")
                 cells = zip(columns.items(), line, strict=True)
                 records.append(record({name: column.read(name, cell) for (name, column), cell in cells}))
-        except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        except (csv.Error, ValueError) as error:
             raise ValueError(f"{str(path)!r} is not {what}: line {lines.line_num}: {error}") from error
     return records
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import open_file, whole_file
-from .tensors import check_shape
+from .files import whole_file
+from .tensors import check_shape, read_saved
 
 
 class ResumableTraining:
@@ -91,8 +91,7 @@ class ResumableTraining:
             ValueError: it cannot be read, or belongs to another training.
         """
         try:
-            with open_file(path) as file:
-                state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+            state: dict[str, Any] = read_saved(path, device)
             if not isinstance(state, dict):
                 raise TypeError(f"it holds a {type(state).__name__}")
             for name, kind in self._content.items():
@@ -116,6 +115,7 @@ class ResumableTraining:
                 raise ValueError("its history has other entries in one epoch than in another")
             if state["selected_epoch"] not in (0, *epochs):
                 raise ValueError(f"it has selected epoch {state['selected_epoch']} of {epochs[-1]}")
+            _check_numbers(state, "")
         self.history, self.selected = state["history"], state["selected"]
         self.selected_epoch, self.selected_score = state["selected_epoch"], state["selected_score"]
         return state
@@ -125,6 +125,61 @@ def copy_into(own: Tensor, kept: Tensor, name: str) -> None:
     """Copy a tensor of a file into one of the training, whose shape it must have: nothing is repeated to fit."""
     check_shape(kept, name, own.shape)
     own.copy_(kept)
+
+
+def _check_numbers(value: Any, place: str) -> None:
+    """Check that no tensor holds NaN: a training that has diverged writes no file."""
+    if isinstance(value, Tensor):
+        if bool(value.isnan().any()):
+            raise ValueError(f"{place} holds NaN")
+    elif isinstance(value, (Mapping, list, tuple)):
+        for name, entry in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_numbers(entry, f"{place}.{name}" if place else str(name))
+
+
+def check_alike(kept: Iterable[Tensor], own: Iterable[Tensor], name: str) -> None:
+    """Check that tensors of a file have the shapes and dtypes of those of the training whose place they are to take."""
+    for there, here in zip(kept, own, strict=True):
+        check_shape(there, name, here.shape)
+        if there.dtype != here.dtype:
+            raise TypeError(f"{name} must be {here.dtype}, got {there.dtype}")
+
+
+# What torch's optimizers keep of each element of a parameter. Fused ones write to it without looking at its size.
+_OF_EACH_ELEMENT = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over the state of an optimizer of the same kind, of parameters of the same shapes.
+
+    Raises:
+        Exception: the state is of another.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    for here, there in zip(own, state["param_groups"], strict=True):
+        if str(here["params"]) != str(there["params"]):
+            raise ValueError("optimizer must have the same groups of parameters")
+        for name, value in here.items():
+            kept = there[name]
+            if type(kept) is not type(value) and {type(kept), type(value)} != {int, float}:
+                raise TypeError(f"optimizer's {name} must be a {type(value).__name__}, got a {type(kept).__name__}")
+            for one, other in zip(kept, value, strict=True) if isinstance(value, tuple) else [(kept, value)]:
+                if isinstance(other, (int, float)) and not (math.isfinite(one) and (one >= 0 or other < 0)):
+                    raise ValueError(f"optimizer's {name} must be a finite number, not negative, got {kept!r}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in own for number in group["params"]]
+    shapes = {number: parameter.shape for number, parameter in zip(numbers, parameters, strict=True)}
+    there_is = [{name for name, value in entries.items() if value is not None} for entries in state["state"].values()]
+    kinds = {frozenset(names.intersection({"step", *_OF_EACH_ELEMENT})) for names in there_is}
+    if len(kinds) > 1:
+        raise ValueError(f"optimizer must keep the same of each parameter, got {' and '.join(str(sorted(k)) for k in kinds)}")
+    for number, entries in state["state"].items():
+        for name, value in entries.items():
+            if name in _OF_EACH_ELEMENT and value is not None:
+                check_shape(value, f"optimizer's {name}", shapes[number])
+            elif name == "step" and not 0 <= float(value) < 2**53:
+                raise ValueError(f"optimizer's step must be at least 0, got {value}")
+    optimizer.load_state_dict(state)
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:
