@@ -157,6 +157,8 @@ class Kind:
 
     def _check_one(self, value: Any, name: str, folder: Path | None) -> Any:
         wanted = self.type
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} must be a number of at most 64 bits, got one of {value.bit_length()}")
         if wanted is Path and isinstance(value, (str, os.PathLike)):
             path = Path(value).expanduser()
             is_name = self.name in _MAY_BE_NAMES and _NAME.fullmatch(os.fspath(value))
@@ -265,6 +267,9 @@ def from_flags(
     return cls(**values)
 
 
+_LONGEST = 2**20
+
+
 def read_config(path: str | os.PathLike[str], commands: Iterable[type[Options]]) -> dict[str, dict[str, Any]]:
     """Read a TOML file that serves all ``commands``: options by section, those at its top under "".
 
@@ -279,6 +284,8 @@ def read_config(path: str | os.PathLike[str], commands: Iterable[type[Options]])
     if not file.exists():
         raise FileNotFoundError(f"config must be a TOML file, there is no {str(file)!r}")
     text = read_text(file, "config")
+    if len(text) > _LONGEST or max(line.count(".") for line in text.splitlines() or [""]) > 1000:  # a key in keys in keys ...
+        raise ValueError(f"config {str(file)!r} is no configuration: it is longer than {_LONGEST:,}, or a line has 1,000 dots")
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets without end

@@ -44,8 +44,15 @@ def check_integer(value: int, name: str, minimum: int | None = None, maximum: in
             allowed = f"between {minimum} and {maximum}"
         else:
             allowed = f"at least {minimum}" if minimum is not None else f"at most {maximum}"
-        raise ValueError(f"{name} must be {allowed}, got {integer}")
+        raise ValueError(f"{name} must be {allowed}, got {_shown(integer)}")
     return integer
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no number of so many digits
+        return "one of more than 4,000 digits"
 
 
 def check_together(**values: object) -> None:
@@ -57,15 +64,15 @@ def check_together(**values: object) -> None:
 def check_choice(value: str, name: str, choices: Sequence[str]) -> str:
     """Return ``value`` after checking that it is one of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {_shown(value)}")
     return value
 
 
 def check_flag(value: object, name: str) -> bool:
-    """Return ``value`` after checking that it is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
+    """Return ``value`` as a ``bool`` after checking that it is True or False, Python's or NumPy's."""
+    if not _is_bool(value):
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+    return bool(value)
 
 
 def check_kind(value: object, kind: type, name: str, *, what: str = "", hint: str = "") -> None:
@@ -105,9 +112,12 @@ def check_number(
     allowed = " and ".join(["finite", *(f"{words} {bound:g}".replace("e+0", "e") for words, bound, _ in given)])
     if _is_bool(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, {allowed}, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or not all(holds(number, bound) for _, bound, holds in given):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {_shown(value)}")
     return number
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import Field, field, fields
 from typing import Any
 
-from .checks import check_choice, check_integer, check_number
+from .checks import check_choice, check_flag, check_integer, check_number
 
-_CHECKS: dict[str, Any] = {"bool": lambda value, name: bool(value), "int": check_integer, "float": check_number}
+_CHECKS: dict[str, Any] = {"bool": check_flag, "int": check_integer, "float": check_number}
 _BOUNDS = ("minimum", "maximum", "above", "below")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -110,6 +111,32 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, text, error, message):
     with pytest.raises(error) as caught:
         read_config(write(tmp_path, text), [Cook, Serve])
     assert message in str(caught.value) and "kitchen.toml" in str(caught.value)
+
+
+def test_nesting_without_end_and_huge_numbers(tmp_path):
+    for text, message in (
+        ("[cook]\ntimes = " + "[" * 10**5, "is not TOML: maximum recursion depth exceeded"),
+        ("x = " + "{a = " * 10**5, "is not TOML: maximum recursion depth exceeded"),
+        ("a" + ".a" * 10**5 + " = 1", "a line has 1,000 dots"),
+        ("seed = 1" + "\n" * 2**21, "it is longer than 1,048,576"),
+        ("[cook]\ntimes = " + "9" * 10**5, "is not TOML: Exceeds the limit"),
+        ("[cook]\ntimes = 0x" + "f" * 10**5, "times in [cook] must be a number of at most 64 bits, got one of 400000"),
+        ("[cook]\nheat = 1" + "0" * 400, "heat in [cook] must be a number of at most 64 bits"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            read_config(write(tmp_path, text), [Cook, Serve])
+        assert message in str(caught.value) and "kitchen.toml" in str(caught.value)
+
+
+def test_a_file_that_is_no_text_or_none(tmp_path):
+    (tmp_path / "a.toml").write_bytes("seed = 1".encode("utf-16"))
+    with pytest.raises(ValueError, match="config must be UTF-8, got .*a.toml' with byte 0xff in line 1"):
+        read_config(tmp_path / "a.toml", [Cook])
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbfseed = 1\r\n")
+    assert read_config(tmp_path / "a.toml", [Cook]) == {"": {"seed": 1}}
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="must be a file, got the pipe"):
+        read_config(tmp_path / "pipe", [Cook])
 
 
 def test_a_file_that_is_not_there(tmp_path):
