@@ -23,30 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.files import PathLike, open_file
+from ..utils.files import LONGEST_START, PathLike, open_file, what_it_is
 from ..utils.packages import require
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# How files begin that people take for checkpoints.
-_NOT_CHECKPOINTS = {
-    b"version https://git-lfs": "a pointer of Git LFS, in place of the file itself ('git lfs pull' fetches that)",
-    b"<!doctype": "a page of the web (HTML), as a server sends it instead of a file",
-    b"<html": "a page of the web (HTML), as a server sends it instead of a file",
-    b"<?xml": "an XML document, as a server sends it instead of a file",
-    b"\x1f\x8b": "compressed with gzip (gunzip unpacks it)",
-    b"bzh": "compressed with bzip2 (bunzip2 unpacks it)",
-    b"\xfd7zxz": "compressed with xz (unxz unpacks it)",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd (unzstd unpacks it)",
-    b"7z\xbc\xaf": "an archive of 7-Zip",
-    b"rar!": "a RAR archive",
-    b"\x89hdf": "an HDF5 file, as Keras writes it",
-    b"\x93numpy": "an array of NumPy",
-    b"gguf": "a GGUF file",
-    b"{": "a JSON document, perhaps the index of a model's shards",
-}
-_LONGEST_START = 64
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.)")
 _ZIP_MAGIC = b"PK\x03\x04"
 _LARGEST_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
@@ -118,7 +100,7 @@ def container(path: Path) -> str:
         ValueError: an empty file, or one named as safetensors that is none.
     """
     with open_file(path) as file:
-        start = file.read(_LONGEST_START)
+        start = file.read(LONGEST_START)
     if not start:
         raise ValueError(f"{path} is empty, not a checkpoint")
     shard = _SHARD.search(path.name)
@@ -130,9 +112,9 @@ def container(path: Path) -> str:
     length = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and length <= _LARGEST_SAFETENSORS_HEADER:
         return "safetensors"
-    for beginning, what in _NOT_CHECKPOINTS.items():
-        if start.lstrip().lower().startswith(beginning):
-            raise ValueError(f"{path} is {what}, not a checkpoint")
+    what = "" if start.startswith(_ZIP_MAGIC) else what_it_is(start)
+    if what:
+        raise ValueError(f"{path} is {what}, not a checkpoint")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} is not a safetensors file: it does not begin with a header")
     return "zip" if start.startswith(_ZIP_MAGIC) else "legacy"

@@ -283,7 +283,7 @@ def read_config(path: str | os.PathLike[str], commands: Iterable[type[Options]])
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"config must be a TOML file, there is no {str(file)!r}")
-    text = read_text(file, "config")
+    text = read_text(file, "a configuration")
     if len(text) > _LONGEST or max(line.count(".") for line in text.splitlines() or [""]) > 1000:  # a key in keys in keys ...
         raise ValueError(f"config {str(file)!r} is no configuration: it is longer than {_LONGEST:,}, or a line has 1,000 dots")
     try:

@@ -131,7 +131,7 @@ class DataOptions(SplitOptions):
         if source is None:
             return None
         if self.classes is not None:
-            class_names = read_text(self.classes, "classes").split("\n")
+            class_names = read_text(self.classes, "the names of classes").split("\n")
             class_names = check_class_names([name.strip() for name in class_names if name.strip()], self.num_classes)
             num_classes = len(class_names)
         classes: dict[str, Any] = {"num_classes": num_classes if self.num_classes is None else self.num_classes}

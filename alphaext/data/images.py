@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..utils.checks import check_class_names, check_integer, if_given
-from ..utils.files import open_file
+from ..utils.files import open_file, what_it_is
 from ..utils.packages import require
 from ..utils.tensors import TensorLike, check_labels
 
@@ -355,7 +355,8 @@ def decode_image(content: bytes, name: str) -> Image:
     except (ImageReadError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them meet.
-        raise ImageReadError.of(name, _reason(error)) from error
+        what = what_it_is(content)
+        raise ImageReadError.of(name, f"it is {what}" if what else _reason(error)) from error
 
 
 def _plain(image: Image, name: str) -> Image:

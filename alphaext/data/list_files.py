@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..utils.checks import check_class_names, if_given
-from ..utils.files import PathLike, check_output_file, open_file, whole_file
+from ..utils.files import PathLike, check_output_file, read_text, whole_file
 from ..utils.tensors import TensorLike, check_labels
 from .images import MOST_CLASSES, FileImages
 
@@ -52,7 +53,7 @@ def read_list(
     file = os.fspath(path)
     names = if_given(check_class_names, class_names, num_classes)
     classes = num_classes if names is None else len(names)
-    lines = [(number, line) for number, line in enumerate(_read_text(file).split("\n"), start=1) if line.strip()]
+    lines = _lines(file)
     if not lines:
         raise ValueError(f"{file} lists no images")
     paths, labels = zip(*(_parsed(file, number, line) for number, line in lines), strict=True)
@@ -71,17 +72,13 @@ def read_list(
     return FileImages(existing_folder(root, "root"), paths, label_ids, classes, names)
 
 
-def _read_text(file: str) -> str:
-    with open_file(file) as opened:
-        content = opened.read().removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 ({error.reason}: byte 0x{content[error.start]:02x})") from None
+def _lines(file: str) -> list[tuple[int, str]]:
+    """The lines that are not empty, with their numbers, of whatever system's line ends."""
+    text = read_text(file, "a list")
     if "\0" in text:
         raise ValueError(f"{file}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a null character, so it is no list")
-    return text
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _parsed(file: str, number: int, line: str) -> tuple[str, int]:
@@ -89,7 +86,8 @@ def _parsed(file: str, number: int, line: str) -> tuple[str, int]:
     *paths, label = line.rsplit(None, 1)
     path = paths[0].lstrip() if paths else ""
     if not paths:
-        problem = "must be 'path label'"
+        comma = re.search(r"[,;][\"']?-?\d+[\"']?$", label)
+        problem = "must be 'path label'" + (" with a blank or a tab between, not a comma or a semicolon" if comma else "")
     elif looks_like_comment(path):
         problem = "begins with '#', but lists have no comments"
     elif not (label.isascii() and label.isdecimal()):
@@ -100,7 +98,6 @@ def _parsed(file: str, number: int, line: str) -> tuple[str, int]:
         problem = "path must be relative to the root and stay in it"
     else:
         return path, int(label)
-    line = line.rstrip("\r")
     shown = repr(line if len(line) <= 200 else f"{line[:200]}...")
     raise ValueError(f"{file}, line {number}: {problem}; the line is {shown}")
 

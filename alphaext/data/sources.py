@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch.utils.data import ConcatDataset, Subset
 
 from ..utils.checks import check_choice, check_class_names
-from ..utils.files import PathLike, open_file
+from ..utils.files import LONGEST_START, PathLike, open_file, what_it_is
 from ..utils.packages import require
 from ..utils.text import did_you_mean
 from .images import ArrayImages, DatasetImages, FileImages, LabelledImages
@@ -81,16 +81,16 @@ def open_images(
         if root is None:
             raise ValueError(f"source {text!r} is a list and needs root, the folder that its paths are relative to")
         return read_list(path, root, num_classes=num_classes, class_names=class_names)
+    if path.exists() and not path.is_dir() and path.suffix.lower() != ".npz":
+        raise ValueError(f"source must be a list (.txt), a folder of class folders or an .npz file, got {text!r}")
     if root is not None:
         raise ValueError(f"root is for lists and CIFAR, but source {text!r} is neither; got root {os.fspath(root)!r}")
     if path.is_dir():
         return _agreeing(read_image_folder(path, class_names=class_names), text, num_classes, class_names)
-    if path.suffix.lower() == ".npz":
-        images = read_arrays(path, num_classes=num_classes, part=part)
-        if class_names is not None and images.class_names is None:
-            images = ArrayImages(images.pixels, images.labels, images.source, num_classes, class_names)
-        return _agreeing(images, text, num_classes, class_names)
-    raise ValueError(f"source must be a list (.txt), a folder of class folders or an .npz file, got {text!r}")
+    images = read_arrays(path, num_classes=num_classes, part=part)
+    if class_names is not None and images.class_names is None:
+        images = ArrayImages(images.pixels, images.labels, images.source, num_classes, class_names)
+    return _agreeing(images, text, num_classes, class_names)
 
 
 def read_image_folder(root: PathLike, *, class_names: Sequence[str] | None = None) -> FileImages:
@@ -229,7 +229,10 @@ def read_arrays(
         ('digits.npz[2]', (8, 8), 1)
     """
     file = Path(path)
-    open_file(file).close()
+    with open_file(file) as opened:
+        what = what_it_is(opened.read(LONGEST_START))
+    if what not in ("", "a ZIP archive", "an array of NumPy"):
+        raise ValueError(f"{file} is {what}, not an .npz file")
     try:
         archive = np.load(file, allow_pickle=False)
     except (OSError, MemoryError):
@@ -266,8 +269,8 @@ def _found_arrays(present: Sequence[str], part: str | None) -> tuple[str, str]:
     pairs = []
     affixes = [("", ""), *((f"{each}_", "") for each in of_part), *(("", f"_{each}") for each in of_part)]
     for before, after in affixes:
-        images = [f"{before}{name}{after}" for name in ("x", "X", "images", "data", "pixels")]
-        labels = [f"{before}{name}{after}" for name in ("y", "Y", "labels", "targets", "fine_labels")]
+        images = [f"{before}{name}{after}" for name in ("x", "X", "images", "data", "pixels", "image", "imgs")]
+        labels = [f"{before}{name}{after}" for name in ("y", "Y", "labels", "targets", "fine_labels", "label", "target")]
         pairs += [(one, other) for one in images for other in labels if one in present and other in present]
     if len(pairs) > 1 and part is None:
         listed = " or ".join(f"images={one!r}, labels={other!r}" for one, other in pairs)

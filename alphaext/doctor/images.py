@@ -138,11 +138,23 @@ def _failures(part: str, images: LabelledImages, failures: Mapping[int, str], ti
 
 
 def _root_hint(images: LabelledImages, failed: Sequence[int]) -> str:
-    """Where the images are instead, if none is where it was looked for."""
-    if not isinstance(images, FileImages) or len(failed) < len(images) or os.path.exists(images.root / images.paths[0]):
+    """Where the images are instead, if none is where it was looked for; or the first that is not."""
+    if not isinstance(images, FileImages):
         return ""
-    path, root = images.paths[0], images.root
+    root = images.root
+    path = next((images.paths[index] for index in failed if not os.path.exists(os.path.join(root, images.paths[index]))), None)
+    if path is None:
+        return ""
     text = f", the first was looked for at {str(root / path)!r}"
+    if len(failed) < len(images):
+        return next(
+            (
+                f"{text}; {other!r} is in the root: {cause}"
+                for other, cause in _other_paths(root, path)
+                if os.path.exists(os.path.join(root, other))
+            ),
+            "",
+        )
     try:
         inside = sorted(entry for entry in root.iterdir() if entry.is_dir())
     except OSError:
@@ -151,7 +163,7 @@ def _root_hint(images: LabelledImages, failed: Sequence[int]) -> str:
         if os.path.exists(candidate / path):
             return f"{text}; it is in {str(candidate)!r}: give that as the root"
     for other, cause in _other_paths(root, path):
-        if os.path.exists(root / other):
+        if os.path.exists(os.path.join(root, other)):
             return f"{text}; {other!r} is in the root: {cause}"
     return f"{text}: the root may be wrong"
 
@@ -160,6 +172,8 @@ def _other_paths(root: Path, path: str) -> Iterator[tuple[str, str]]:
     """Paths that may be meant by one of a list, and what is the matter with the list then."""
     yield path.replace("\\", "/"), "the paths of the list have the backslashes of Windows"
     yield path.strip("\"'"), "the paths of the list are in quotes"
+    yield path.rstrip(",;").strip("\"'"), "path and label are to be apart by a blank or a tab alone"
+    yield path.rstrip("/"), "the paths of the list end with a slash"
     if " " in path:
         yield path.rsplit(None, 1)[0], "the lines of the list have a third column, and the label is to be the second of two"
     folder, _, name = path.rpartition("/")

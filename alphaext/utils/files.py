@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import glob
 import hashlib
@@ -17,6 +18,32 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 PathLike: TypeAlias = str | os.PathLike[str]
+
+# How files begin that people take for others.
+_BEGINNINGS = {
+    b"version https://git-lfs": "a pointer of Git LFS, in place of the file itself ('git lfs pull' fetches that)",
+    b"<!doctype": "a page of the web (HTML), as a server sends it instead of a file",
+    b"<html": "a page of the web (HTML), as a server sends it instead of a file",
+    b"<?xml": "an XML document, as a server sends it instead of a file",
+    b"\x1f\x8b": "compressed with gzip (gunzip unpacks it)",
+    b"bzh": "compressed with bzip2 (bunzip2 unpacks it)",
+    b"\xfd7zxz": "compressed with xz (unxz unpacks it)",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd (unzstd unpacks it)",
+    b"7z\xbc\xaf": "an archive of 7-Zip",
+    b"rar!": "a RAR archive",
+    b"\x89hdf": "an HDF5 file, as Keras writes it",
+    b"\x93numpy": "an array of NumPy",
+    b"gguf": "a GGUF file",
+    b"pk\x03\x04": "a ZIP archive",
+    b"{": "a JSON document, perhaps the index of a model's shards",
+}
+LONGEST_START = 64
+
+
+def what_it_is(start: bytes) -> str:
+    """What a file is by its first ``LONGEST_START`` bytes, where it often stands in the place of another; else empty."""
+    start = start[:LONGEST_START].lstrip().lower()
+    return next((what for beginning, what in _BEGINNINGS.items() if start.startswith(beginning)), "")
 
 
 def open_file(path: PathLike) -> IO[bytes]:
@@ -40,20 +67,24 @@ def _kind(mode: int) -> str:
 
 
 def read_text(path: PathLike, name: str) -> str:
-    """A text file's content, UTF-8 with or without the mark that Windows' editors put first; ``name`` is the argument's.
+    """A text file's content, UTF-8 or, with its mark, UTF-16; ``name`` says in errors what it should be.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no file, or no UTF-8.
+        ValueError: it is no file, or no text.
     """
     with open_file(path) as file:
         content = file.read()
+    what = what_it_is(content)
+    if what and not content.startswith(b"{"):
+        raise ValueError(f"{os.fspath(path)} is {what}, not {name}")
     try:
-        return content.decode("utf-8-sig")
+        # With its mark, as Windows' editors and PowerShell write it.
+        return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        seen = f"byte 0x{content[error.start]:02x} in line {line}"
-        raise ValueError(f"{name} must be UTF-8, got {os.fspath(path)!r} with {seen}: {error.reason}") from None
+        seen = f"{error.reason}: byte 0x{content[error.start]:02x}"
+        raise ValueError(f"{os.fspath(path)} is not {name}: line {line}: not UTF-8 ({seen})") from None
 
 
 @contextmanager
@@ -151,9 +182,9 @@ def read_json(path: PathLike, what: str) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a JSON object.
     """
+    text = read_text(path, what)
     try:
-        with open_file(path) as file:
-            value = json.loads(file.read().decode("utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets without end
         raise ValueError(f"{os.fspath(path)} is not {what}: {error}") from error
     if not isinstance(value, dict):

@@ -61,7 +61,7 @@ def optional_features_and_labels(
 def as_tensor(value: TensorLike, name: str) -> Tensor:
     """Return ``value`` as a tensor: a tensor as it is, an array or a list on the CPU (an array shares its memory)."""
     if isinstance(value, Tensor):
-        return value
+        return value.resolve_neg()  # views that torch negates as it reads, such as imag of a conjugate, are no NumPy arrays
     check_whole(value)
     try:
         array = value if isinstance(value, np.ndarray) else np.asarray(value)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import doctest
+import gzip
 import importlib
 import io
 import itertools
@@ -184,12 +185,42 @@ def test_an_empty_list_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"list.txt, line 2: not UTF-8 \(.*byte 0xe4\)"):
+    with pytest.raises(ValueError, match=r"list.txt is not a list: line 2: not UTF-8 \(.*byte 0xe4\)"):
         read_list(written(tmp_path, "a.jpg 0\n\u00e4.jpg 1\n".encode("latin-1")), tmp_path)
-    with pytest.raises(ValueError, match="line 1: not UTF-8"):
-        read_list(written(tmp_path, "a.jpg 0\n".encode("utf-16")), tmp_path)
+    for content, what in (
+        (gzip.compress(b"a.jpg 0\n"), "compressed with gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n", "a page of the web"),
+        (b"PK\x03\x04", "a ZIP archive"),
+    ):
+        with pytest.raises(ValueError, match=rf"list.txt is {what}.*, not a list"):
+            read_list(written(tmp_path, content), tmp_path)
     with pytest.raises(ValueError, match="line 2: a null character"):
         read_list(written(tmp_path, "a.jpg 0\nb\0.jpg 1\n"), tmp_path)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_of_every_system_are_read(tmp_path: Path, ends: str, encoding: str) -> None:
+    images = read_list(written(tmp_path, ends.join(["ä/1.jpg 0", "", "b 2.jpg\t1", ""]).encode(encoding)), tmp_path)
+    assert images.paths == ["ä/1.jpg", "b 2.jpg"] and images.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("line", ["a/1.jpg,0", "a/1.jpg;0", '"a/1.jpg","0"', "a/1.jpg,-1"])
+def test_commas_are_named(tmp_path: Path, line: str) -> None:
+    with pytest.raises(ValueError, match="line 2: must be 'path label' with a blank or a tab between, not a comma"):
+        read_list(written(tmp_path, f"a,b;c, d.jpg 0\n{line}\n"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.txt.gz", "train", "pipe.txt"])
+def test_what_is_no_source_is_told_with_a_root_too(tmp_path: Path, name: str) -> None:
+    if name == "pipe.txt":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("a.jpg,0\n")
+    for root in (None, tmp_path):
+        with pytest.raises(ValueError, match=rf"source must be a list \(.txt\), .*{name}"):
+            open_images(tmp_path / name, root=root)
 
 
 def test_list_and_root_must_exist(tmp_path: Path) -> None:
@@ -387,11 +418,15 @@ def test_broken_bytes_are_an_image_or_an_image_read_error(noise: bytes, form: st
 def test_unreadable_files_say_why(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("<html>404</html>")
+    (tmp_path / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\nsize 1\n")
+    (tmp_path / "other.jpg").write_text("an image")
     (tmp_path / "folder.jpg").mkdir()
     reasons = {
         "missing.jpg": "no such file in ",
         "empty.jpg": "the file is empty",
-        "text.jpg": "not an image of a known format",
+        "text.jpg": "it is a page of the web (HTML)",
+        "pointer.jpg": "it is a pointer of Git LFS",
+        "other.jpg": "not an image of a known format",
         "folder.jpg": "must be a file, got the directory",
         "a\0b.jpg": "embedded null byte",
     }
@@ -672,7 +707,13 @@ def test_numbers_and_names_of_classes_of_arrays(tmp_path: Path) -> None:
 def test_arrays_of_usual_names_are_found(tmp_path: Path) -> None:
     """As MedMNIST and Keras name them, labels [n, 1] and gray images [n, height, width, 1] too."""
     labels = np.array([0, 1, 1, 0])
-    for images, targets in (("train_images", "train_labels"), ("x_train", "y_train"), ("data", "targets")):
+    for images, targets in (
+        ("train_images", "train_labels"),
+        ("x_train", "y_train"),
+        ("data", "targets"),
+        ("images", "target"),
+        ("image", "label"),
+    ):
         more = {"val_images": PIXELS[:1], "val_labels": [[1]]} if images == "train_images" else {}
         np.savez(tmp_path / "a.npz", **{images: PIXELS[..., None], targets: labels[:, None], **more})
         for part in ("train", "val") if more else (None,):

@@ -131,6 +131,9 @@ def bad_report(tmp_path: Path) -> DataReport:
     [
         ("c/0.png", "c\\0.png", "backslashes"),
         ("c/0.png", '"c/0.png"', "in quotes"),
+        ("c/0.png", "c/0.png/", "end with a slash"),
+        ("c/0.png", "c/0.png,", "apart by a blank or a tab alone"),
+        ("c/0.png", '"c/0.png",', "apart by a blank or a tab alone"),
         ("c/0.png", "c/0.png 7", "a third column"),
         ("val/0.png", "val/c/0.png", "class folders, into which the files are not sorted"),
         ("0.png", "val/c/0.png", "more folders than there are"),
@@ -143,6 +146,9 @@ def test_the_likely_cause_of_missing_images_is_named(tmp_path: Path, line: str, 
     (tmp_path / line).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / line).touch()
     report = check(FileImages(tmp_path, [disk, disk + "x"], [0, 1]), read_images=False)
+    assert cause in found(report, "missing images of train").detail
+    (tmp_path / "there.png").touch()
+    report = check(FileImages(tmp_path, ["there.png", disk], [0, 1]), read_images=False)
     assert cause in found(report, "missing images of train").detail
 
 
