@@ -146,11 +146,13 @@ def plain_linear(checkpoint: alphaext.checkpoints.Checkpoint) -> nn.Linear:
 
 def read_head(path: Path) -> alphaext.AlphaNet | None:
     """The Alpha Net of a folder that 'alphaext fit' wrote; None for every other classifier."""
+    from ..utils.tensors import read_saved
+
     file = path / HEAD
     if not file.is_file():
         return None
     try:
-        return alphaext.AlphaNet.from_state_dict(alphaext.utils.tensors.read_saved(file))
+        return alphaext.AlphaNet.from_state_dict(read_saved(file))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # what torch makes of foreign bytes knows no limits

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.checks import check_class_names
-from ..utils.files import PathLike, open_file
+from ..utils.files import PathLike, read_text
 from ..utils.text import did_you_mean
 from .images import RowImages
 
@@ -96,21 +96,20 @@ def read_rows(file: Path) -> list[Mapping[str, Any]]:
     """The rows of a table, at least one, each by the names of its columns."""
     if file.suffix.lower() not in TEXT_SUFFIXES:
         raise ValueError(f"a table of texts must end in {', '.join(TEXT_SUFFIXES)}, got {str(file)!r}")
+    content = read_text(file, "a table of texts")
     try:
-        with open_file(file) as opened:
-            content = opened.read().decode("utf-8-sig")
         if file.suffix.lower() == ".csv":
             rows: Any = list(csv.DictReader(io.StringIO(content, newline="")))
         elif file.suffix.lower() == ".jsonl":
             rows = [json.loads(line) for line in content.split("\n") if line.strip()]
         else:
             rows = json.loads(content)
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not a {file.suffix[1:]} table in UTF-8: {error}") from error
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not a {file.suffix[1:]} table: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{file} must hold rows with named columns, such as text and label, and at least one")
     return rows
 
 
 def _is_number(label: object) -> bool:
-    return str(label).isascii() and str(label).isdigit()
+    return str(label).isascii() and str(label).isdigit() and len(str(label)) < 10

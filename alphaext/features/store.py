@@ -73,7 +73,7 @@ def checksum(array: npt.NDArray[Any]) -> str:
     for start in range(0, len(content), _SUMMED_BYTES):
         block = content[start : start + _SUMMED_BYTES]
         words = block[: len(block) // _SUMMED_ROW * _SUMMED_ROW].view(np.uint64).reshape(-1, _SUMMED_ROW // 8)
-        found = zlib.crc32(block[words.nbytes :], zlib.crc32(words.sum(0), found))
+        found = zlib.crc32(words.sum(0).tobytes() + block[words.nbytes :].tobytes(), found)
     return f"{found:08x}"
 
 

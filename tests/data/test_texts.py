@@ -23,5 +23,10 @@ def test_texts_are_read_and_what_is_wrong_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"row 1: there must be a text and a label"):
         read_texts(tmp_path / "broken.jsonl")
     (tmp_path / "broken.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"is not a jsonl table in UTF-8"):
+    for content in ("{", "[" * 10**5, '{"text": "a", "label": ' + "9" * 10**4 + "}"):
+        (tmp_path / "broken.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=r"broken.jsonl is not a jsonl table"):
+            read_texts(tmp_path / "broken.jsonl")
+    (tmp_path / "broken.jsonl").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"broken.jsonl is a pointer of Git LFS, .*, not a table of texts"):
         read_texts(tmp_path / "broken.jsonl")
