@@ -122,6 +122,11 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
         with _held(temporary, fcntl.LOCK_SH):
             yield temporary
             os.replace(temporary, target)
+    except OSError as error:
+        if isinstance(error.filename, str) and error.filename.startswith(str(temporary)):
+            # What it was written for is known to the user, and the temporary folder is gone by then.
+            error.filename = str(target) + error.filename[len(str(temporary)) :]
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -206,7 +211,7 @@ def check_output_file(path: PathLike, name: str, *, overwrite: bool = False) -> 
     target = Path(path)
     if target.exists() and not target.is_file():
         raise ValueError(f"{name} must be a file, got {_kind(target.stat().st_mode)} {str(target)!r}")
-    if not target.absolute().parent.is_dir():
+    if not Path(os.path.realpath(target)).parent.is_dir():  # of what a link leads to
         raise ValueError(f"{name} must be a file in a directory that exists, got {str(target)!r}")
     if target.exists() and not overwrite:
         raise ValueError(f"{name} exists already: {str(target)!r}; give another name, or ask for it to be overwritten")
@@ -219,6 +224,8 @@ def check_no_file(path: PathLike, name: str) -> Path:
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{name} must be a folder, got {_kind(target.stat().st_mode)} {str(target)!r}")
+    if target.is_symlink() and not target.exists():
+        raise ValueError(f"{name} must be a folder, got a link that leads to none: {str(target)!r}")
     return target
 
 

@@ -185,6 +185,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:
     """Return the path after checking that a checkpoint can be there."""
     path = Path(checkpoint)
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if path.is_dir() or not Path(os.path.realpath(path)).parent.is_dir():  # of what a link leads to
         raise ValueError(f"checkpoint must be a file in a directory that exists, got {str(path)!r}")
     return path

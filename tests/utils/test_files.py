@@ -26,6 +26,7 @@ from alphaext.utils.files import (
     whole_folder,
     write_json,
 )
+from alphaext.utils.resume import check_checkpoint
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
@@ -112,6 +113,31 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         fcntl.flock(file, fcntl.LOCK_SH)
         remove_leftovers(tmp_path)
         assert left.exists()
+
+
+def test_links_that_lead_nowhere_are_told_before_any_work(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("gone/a.bin")
+    with pytest.raises(ValueError, match="output must be a file in a directory that exists, got '.*link'"):
+        check_output_file(link, "output")
+    with pytest.raises(ValueError, match="checkpoint must be a file in a directory that exists, got '.*link'"):
+        check_checkpoint(link)
+    with pytest.raises(ValueError, match="output must be a folder, got a link that leads to none: '.*link'"):
+        check_output_folder(link, "output")
+    (tmp_path / "gone").mkdir()
+    with whole_file(check_output_file(link, "output")) as file:
+        file.write(b"one")
+    assert link.is_symlink() and (tmp_path / "gone" / "a.bin").read_bytes() == b"one"
+
+
+def test_a_full_disk_names_the_folder_that_was_asked_for(tmp_path):
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/new/a.bin'"),
+        whole_folder(tmp_path / "new") as folder,
+        whole_file(folder / "a.bin"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
