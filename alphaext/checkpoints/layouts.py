@@ -50,6 +50,7 @@ _DEEPEST_CLASSIFIER = 2  # modules above it; such names further down are those o
 _DEEPEST_STATE = 8  # a file's dictionaries can be within each other without end
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NUMBERED_CLASSIFIER = re.compile(r"((?:.*\.)?(?:classifier|head|heads|fc))\.(\d+)")
+_ADAPTED = re.compile(r"(.+?)\.(?:base_layer|original_module|modules_to_save\.[^.]+)\.")  # by PEFT
 _RIDE_EXPERT = re.compile(r"(?:backbone\.)?linears\.(\d+)\.weight")
 _RIDE_SINGLE = "backbone.linear.weight"
 
@@ -222,6 +223,9 @@ def _is_transposed(name: str, tensors: Mapping[str, Tensor], path: Path, num_cla
         for other in tensors
         if other.rpartition(".")[0] == name and other.rpartition(".")[2] not in ("weight", "bias", "scales", *COUNTERS)
     ]
+    if _ADAPTED.fullmatch(f"{name}."):  # what the adapter around it adds or puts in its place is beside it
+        wrapper = name.rpartition(".")[0]
+        beside += [other for other in tensors if other.startswith(f"{wrapper}.") and not other.startswith(f"{name}.")]
     if name and set(beside) - parts:
         raise ValueError(
             f"the classifier {name} of {path} is no plain linear layer: it has {listed(beside)} beside its weight (a "
@@ -337,7 +341,7 @@ def check_classifier_tensors(layout: Layout, payload: Payload, path: Path) -> No
 def is_no_weight(name: str) -> bool:
     """Whether a tensor of this name is no part of what a model computes: a counter, a loss's or an auxiliary head's."""
     first, _, _ = name.partition(".")
-    return name.rpartition(".")[2] in COUNTERS or first in _NOT_MODELS or first.lower().startswith("aux")
+    return name.rpartition(".")[2] in COUNTERS or first in _NOT_MODELS or first.lower().startswith(("aux", "loss", "criterion"))
 
 
 def tensor_at(content: Mapping[str, Any], key_path: KeyPath) -> Tensor:
@@ -448,6 +452,13 @@ def _find_classifier(tensors: dict[str, Tensor], path: Path, num_classes: int | 
     candidates = _candidates(tensors)
     if set(tensors) <= {"weight", "bias"} and "weight" in candidates:
         return ""
+    adapted = _known({join(found.group(1), "weight"): tensors[name] for name in tensors if (found := _ADAPTED.match(name))})
+    if adapted:
+        inside = [name for name in tensors if name.startswith(f"{adapted[0]}.")]
+        raise ValueError(
+            f"the classifier {adapted[0]} of {path} is no plain linear layer: an adapter is around it ({listed(inside)}); "
+            "save the model after PEFT's merge_and_unload()"
+        )
     heads = _known({join(name.rpartition(".")[0], "weight"): tensor for name, tensor in tensors.items() if tensor.dim() > 1})
     plain = [name for name in heads if join(name, "weight") in candidates]
     seen = "; ".join(_described(name, tensors) for name in heads)

