@@ -92,7 +92,7 @@ class Features:
     them, and :func:`alphaext.extract_features`.
 
     Cached ones stay on disk: ``features`` is a memory map, from which :func:`alphaext.fit`, :func:`alphaext.class_means` and
-    the rest read what they need. The first of them checks it against its checksum; damage is a ``ValueError``.
+    the rest read what they need. The first that reads all rows checks them against their checksum; damage is a ``ValueError``.
 
     Attributes:
         features: float16 or float32 ``[n, D]``, read-only. Of several passes over ``m`` images, row ``p * m + i`` is image
@@ -450,7 +450,7 @@ def _opened(path: Path, metadata: dict[str, Any]) -> Features:
     if not features.flags.c_contiguous:
         raise ValueError(f"{FEATURES_FILE} must be stored row by row")
     if metadata.get("features_sum") is not None:
-        # When they are first read as a whole, which costs more than the check, and the check brings them into memory.
+        # When all are read for the first time, which costs more than the check, and the check brings them into memory.
         features.check_whole = partial(_compare, str(path / FEATURES_FILE), metadata["features_sum"])  # type: ignore[attr-defined]
     labels = np.array(np.load(path / LABELS_FILE, mmap_mode="r", allow_pickle=False))
     if labels.dtype != np.int64 or labels.shape != (rows,):

@@ -17,7 +17,7 @@ from ..head.alphanet import AlphaNet
 from ..head.composition import direction_options
 from ..head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from ..utils.linear import linear_parameters
-from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, class_ids
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_whole, class_ids
 from .augmentation import draw_features
 from .cached_logits import Samples, check_samples
 from .engine import TrainingData
@@ -163,6 +163,7 @@ def check_all_samples(
     samples = check_samples(weight, features, labels)
     if val_features is None and val_labels is None:
         return samples, None
+    check_whole(getattr(val_features, "features", val_features))  # of which all rows are read
     return samples, check_samples(weight, val_features, val_labels, "val_features", "val_labels")
 
 

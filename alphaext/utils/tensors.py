@@ -62,7 +62,6 @@ def as_tensor(value: TensorLike, name: str) -> Tensor:
     """Return ``value`` as a tensor: a tensor as it is, an array or a list on the CPU (an array shares its memory)."""
     if isinstance(value, Tensor):
         return value.resolve_neg()  # views that torch negates as it reads, such as imag of a conjugate, are no NumPy arrays
-    check_whole(value)
     try:
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
         # torch refuses negative strides and foreign byte order.
@@ -77,7 +76,7 @@ def as_tensor(value: TensorLike, name: str) -> Tensor:
 
 
 def check_whole(value: object) -> None:
-    """Check rows that know how (cached features do) before they are first used as a whole."""
+    """Check rows that know how (cached features do) before all of them are read for the first time."""
     check = getattr(value, "check_whole", None)
     if check is not None:
         check(value)

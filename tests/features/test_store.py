@@ -147,7 +147,7 @@ def test_damage_is_named_by_what_reads_them(tmp_path):
             read.class_means,
             lambda read=read: alphaext.metrics.predict(linear, read, progress=False),
             lambda read=read: alphaext.fit(
-                alphaext.AlphaNet.from_linear(linear, members=[[3, 0, 1]], seed=0), read, epochs=1, progress=False
+                alphaext.AlphaNet.from_linear(linear, members=[[3, 0, 1]], seed=0), rows, labels, val_features=read, epochs=1
             ),
             lambda read=read: alphaext.repair(linear, read, val_features=read, epochs=1, progress=False),
         ):

@@ -32,7 +32,7 @@ from alphaext.features import read_features, write_features
 from alphaext.ops import training
 from alphaext.utils.files import read_json, remove_leftovers, write_json
 from alphaext.utils.resume import ResumableTraining
-from alphaext.utils.tensors import as_tensor
+from alphaext.utils.tensors import as_tensor, check_whole
 
 # Operators
 
@@ -267,7 +267,8 @@ def _checkpoint(path: Path) -> Any:
 
 def _features(path: Path) -> Any:
     found = read_features(path.parent)
-    return [as_tensor(found.features, "features").numpy().tobytes(), found.labels.tolist(), found.num_classes]
+    check_whole(found.features)
+    return [np.asarray(found.features).tobytes(), found.labels.tolist(), found.num_classes]
 
 
 def _resumed(path: Path) -> Any:
@@ -414,7 +415,9 @@ _READERS: dict[str, Callable[[Path], None]] = {
 
 
 def _write_features(folder: Path, number: int) -> None:
-    shutil.rmtree(folder / "features", ignore_errors=True)
+    shutil.rmtree(folder / "old", ignore_errors=True)
+    if (folder / "features").exists():
+        os.rename(folder / "features", folder / "old")  # at once: removing it file by file could be cut short
     (folder / "features").mkdir()
     write_features(folder / "features", torch.full((50, 20), float(number)), [number % 3] * 50, num_classes=3)
 
