@@ -452,7 +452,7 @@ def _find_classifier(tensors: dict[str, Tensor], path: Path, num_classes: int | 
     candidates = _candidates(tensors)
     if set(tensors) <= {"weight", "bias"} and "weight" in candidates:
         return ""
-    adapted = _known({join(found.group(1), "weight"): tensors[name] for name in tensors if (found := _ADAPTED.match(name))})
+    adapted = _known({join(at.group(1), "weight"): tensors[name] for name in tensors if (at := _ADAPTED.match(name))})
     if adapted:
         inside = [name for name in tensors if name.startswith(f"{adapted[0]}.")]
         raise ValueError(
