@@ -97,6 +97,7 @@ def in_child(work, *arguments):
 
     def body():
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         work(*arguments)
 
     child = FORK.Process(target=body)

@@ -624,7 +624,7 @@ def broken_classes(folder: Path) -> None:
         (broken_cell("gamma", "x"), ValueError, "line 3: gamma must be a number, got 'x'"),
         (broken_cell("method", ""), ValueError, "line 3: method is empty"),
         (lambda folder: (folder / ROWS).write_text("a,b\n1,2\n"), ValueError, "they differ in"),
-        (lambda folder: (folder / ROWS).write_bytes(b"\xff\xff"), ValueError, "results.csv' is not a study's results"),
+        (lambda folder: (folder / ROWS).write_bytes(b"\xff\xff"), ValueError, "results.csv is not a study's results"),
         (lambda folder: (folder / CLASSES).write_text("a,b\n"), ValueError, "classes.csv' is not a table of classes: line 1"),
         (broken_classes, ValueError, "line 2: split must be one of few, medium, many, empty, got 'rare'"),
         (lambda folder: (folder / CONFUSIONS).write_text("a,b\n"), ValueError, "confusions.csv' is not a table of confusions"),
