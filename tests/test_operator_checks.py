@@ -169,6 +169,13 @@ def test_every_id_is_checked(operator, name, value):
         call(operator, given)
 
 
+@pytest.mark.parametrize("name", ["input", "members", "b1", "w2", "b2"])
+def test_a_tensor_that_is_missing_is_named_where_nothing_is_computed(name):
+    meta = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in head().items()}
+    with pytest.raises(RuntimeError, match=f"alphaext: {name} must be a tensor, got None"):
+        call("head", meta | {name: None})
+
+
 def test_meta_tensors_of_the_head_are_named():
     for name in ("weight", "bias", "members", "z", "w1", "b1", "w2", "b2"):
         with pytest.raises(RuntimeError, match=f"alphaext: {name} must be on the device of input, cpu, got meta"):

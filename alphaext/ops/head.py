@@ -354,9 +354,14 @@ def _head_fake(
     )
 
 
+_OPTIONAL = ("weight", "bias", "z", "w1")
+
+
 def _check_devices(others: dict[str, Tensor | None], input: Tensor) -> None:
     # One tensor on the meta device sends the whole call here, where nothing is computed.
-    for name, x in others.items():
+    for name, x in {"input": input, **others}.items():
+        if x is None and name not in _OPTIONAL:
+            raise RuntimeError(f"alphaext: {name} must be a tensor, got None")
         if x is not None and x.device != input.device:
             raise RuntimeError(f"alphaext: {name} must be on the device of input, {input.device}, got {x.device}")
 
