@@ -47,7 +47,7 @@ ALPHAEXT_HOST_DEVICE int64_t product_jobs(const HeadParams& params, int64_t edge
 }
 
 // The rows of w1 that a block streams while another one makes such a tile: it takes half as long again as reading its operands
-// does (docs/gpu.md). Very short rows take a trip to memory however short they are.
+// does (docs/maintainers/gpu.md). Very short rows take a trip to memory however short they are.
 ALPHAEXT_HOST_DEVICE int64_t tile_in_rows(const HeadParams& params, int64_t edge) {
   return 3 * edge * slice_depth(params.features, params.slices) / (params.inputs > 256 ? params.inputs : 256);
 }
