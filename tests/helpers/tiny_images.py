@@ -95,7 +95,8 @@ def main(options: dict[str, Any]) -> None:
     images = TinyImages(options["count"], Path(options["log"]))
     torch.set_num_threads(1)
     features = extract(tiny_model(), images, options["folder"], transform=TinyTransform(), batch_size=4, device="cpu")
-    print(f"process {os.environ.get('RANK')} has {len(features)} rows")
+    # One write a line: with PYTHONUNBUFFERED, print writes the line and its end apart, and two processes mix them.
+    os.write(sys.stdout.fileno(), f"process {os.environ.get('RANK')} has {len(features)} rows\n".encode())
 
 
 if __name__ == "__main__":
