@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..utils.modules import evaluating
 from .split import PARITY, SplitModel
@@ -15,7 +19,7 @@ from .split import PARITY, SplitModel
 
 def for_cpu(split_model: SplitModel, example: Tensor) -> tuple[SplitModel, int]:
     """A copy of a model for inference on a CPU: channels last, batch normalisations folded into the convolutions before them,
-    and the activations behind those in place.
+    the activations behind those in place, and zeros around an image left to the convolution that takes them.
 
     The model itself stays as it is. Where folding changes features by more than rounding (another layer takes what comes out of
     such a convolution, say), nothing is folded.
@@ -34,6 +38,12 @@ def for_cpu(split_model: SplitModel, example: Tensor) -> tuple[SplitModel, int]:
     """
     fast = _copied(split_model)
     expected = fast.features(example)
+    for padding_name, convolution_name in _paddings(fast, example):
+        padding, padded = fast.model.get_submodule(padding_name), fast.model.get_submodule(convolution_name)
+        assert isinstance(padding, nn.ConstantPad2d | nn.ZeroPad2d) and isinstance(padded, nn.Conv2d)
+        left, _, top, _ = padding.padding
+        padded.padding = top + int(padded.padding[0]), left + int(padded.padding[1])
+        fast.model.set_submodule(padding_name, nn.Identity())
     pairs, activations = _what_follows_what(fast, example)
     for name in activations:
         fast.model.get_submodule(name).inplace = True  # type: ignore[assignment]
@@ -97,6 +107,65 @@ def _what_follows_what(split_model: SplitModel, example: Tensor) -> tuple[list[t
     folded = [(source, norm) for source, norm in pairs if source in convolutions and times[source] == 1]
     norms_folded = {norm for _, norm in folded}
     return folded, [name for name in activations if sources[name] and norms_folded.issuperset(sources[name])]
+
+
+class _Uses(TorchFunctionMode):
+    """Tells of each use of a tensor: of a convolution's input its weight, of anything else None."""
+
+    def __init__(self, used: Callable[[Tensor, Tensor | None], None]) -> None:
+        super().__init__()
+        self._used = used
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_convolution = function is torch.conv2d and len(args) > 1
+        for number, argument in enumerate(tree_leaves((args, kwargs))):
+            if isinstance(argument, Tensor):
+                self._used(argument, args[1] if is_convolution and number == 0 else None)
+        return function(*args, **(kwargs or {}))
+
+
+def _paddings(split_model: SplitModel, example: Tensor) -> list[tuple[str, str]]:
+    """The names of layers that put as many zeros on opposite sides, and of the convolutions that alone take their output, each
+    used once in a pass. Some convolutions (TensorFlow's "same" ones) have such a layer of their own."""
+    modules = dict(split_model.model.named_modules())
+    paddings = [name for name, module in modules.items() if _pads_alike(module)]
+    of_weight = {id(module.weight): name for name, module in modules.items() if _can_pad(module)}
+    outputs: dict[int, tuple[Tensor, str]] = {}
+    times: Counter[str] = Counter()
+    takers: dict[str, list[str]] = defaultdict(list)  # of each padding, the convolutions that take it; "" for anything else
+
+    def made(name: str, output: Tensor) -> None:
+        times[name] += 1
+        outputs[id(output)] = output, name
+
+    def used(tensor: Tensor, weight: Tensor | None) -> None:
+        convolution = of_weight.get(id(weight), "")
+        times[convolution] += 1
+        if id(tensor) in outputs:
+            takers[outputs[id(tensor)][1]].append(convolution)
+
+    hooks = [
+        modules[name].register_forward_hook(lambda module, inputs, output, name=name: made(name, output)) for name in paddings
+    ]
+    try:
+        with evaluating(split_model.model), _Uses(used):
+            split_model.features(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pairs = [(name, takers[name][0]) for name in paddings if len(takers[name]) == 1 and times[name] == 1]
+    return [(padding, taker) for padding, taker in pairs if taker and times[taker] == 1]
+
+
+def _can_pad(module: nn.Module) -> bool:
+    return _can_be_folded_into(module) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _pads_alike(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ConstantPad2d | nn.ZeroPad2d) or module.value != 0:
+        return False
+    left, right, top, bottom = module.padding
+    return left == right >= 0 and top == bottom >= 0
 
 
 def _can_be_folded_into(module: nn.Module) -> bool:

@@ -54,6 +54,38 @@ class InPlace(Network):
         return self.norm(self.convolution(images).add_(1))
 
 
+class SameConvolution(nn.Conv2d):
+    """With a layer for its padding, as ports from TensorFlow have it."""
+
+    def __init__(self, sides: tuple[int, int, int, int]) -> None:
+        super().__init__(3, 3, 3)
+        self.static_padding = nn.ZeroPad2d(sides)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.conv2d(self.static_padding(images), self.weight, self.bias, self.stride, self.padding)
+
+
+class Padded(Network):
+    """Zeros around the images, and what else becomes of them."""
+
+    def __init__(self, layer: nn.Module, then: str = "") -> None:
+        super().__init__()
+        self.layer, self.then = layer, then
+        if not isinstance(layer, SameConvolution):
+            self.convolution = nn.Conv2d(3, 3, 3, padding=(0, 2))
+
+    def between(self, images: Tensor) -> Tensor:
+        if isinstance(self.layer, SameConvolution):
+            return self.norm(self.layer(images))
+        padded = self.layer(images)
+        features = self.norm(self.convolution(padded))
+        if self.then == "its size":
+            return features * padded.shape[2]
+        if self.then == "itself":
+            return features + nn.functional.interpolate(padded, size=features.shape[2:])
+        return self.norm(self.convolution(self.layer(features))) if self.then == "both again" else features
+
+
 def images(size: int = 8) -> Tensor:
     return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
 
@@ -63,6 +95,29 @@ def test_only_what_can_be_folded_is(kind: type[Network], folded: int) -> None:
     split = SplitModel(kind(), "fc")
     fast, count = for_cpu(split, images()[:2])
     assert count == folded
+    torch.testing.assert_close(fast.features(images()), split.features(images()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "then", "gone"),
+    [
+        (nn.ZeroPad2d((2, 2, 1, 1)), "", True),
+        (nn.ConstantPad2d(1, 0.0), "", True),
+        (SameConvolution((1, 1, 1, 1)), "", True),
+        (SameConvolution((0, 1, 0, 1)), "", False),
+        (nn.ConstantPad2d(1, 0.5), "", False),
+        (nn.ZeroPad2d((-1, -1, 0, 0)), "", False),
+        (nn.ReflectionPad2d(1), "", False),
+        (nn.ZeroPad2d(1), "its size", False),
+        (nn.ZeroPad2d(1), "itself", False),
+        (nn.ZeroPad2d(1), "both again", False),
+    ],
+)
+def test_zeros_are_left_to_the_convolution(layer: nn.Module, then: str, gone: bool) -> None:
+    split = SplitModel(Padded(layer, then), "fc")
+    fast, _ = for_cpu(split, images())
+    padding = getattr(fast.model.layer, "static_padding", fast.model.layer)
+    assert isinstance(padding, nn.Identity) == gone
     torch.testing.assert_close(fast.features(images()), split.features(images()), rtol=1e-4, atol=1e-5)
 
 
