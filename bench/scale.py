@@ -2,6 +2,7 @@
 
     python bench/scale.py --results NAME               # up to an hour; 4 GB of disk under --folder
     python bench/scale.py --fraction 4                 # a quarter of classes and samples
+    python bench/scale.py --sweep --results NAME       # `repair` by classes, few classes, width and samples; some four minutes
 
 437,513 training samples of 2,048 float16 features on disk, 8,142 classes, 3,224 of them few, 24,426 validation samples:
 features are drawn at random around a centre a class. ``alphaext.repair`` and ``alphaext fit`` with their default preset, each
@@ -35,11 +36,45 @@ from alphaext.features import read_features, write_features
 RESULTS = Path(__file__).parent / "results"
 SIZE = replace(INATURALIST, in_features=2048)
 MOST_GIB, MOST_MINUTES = 8, 30
+# From which each size is doubled and doubled again, the others staying as they are.
+SWEPT = Dataset("swept", 1000, 250, 2500, 100_000, 5000, in_features=512)
+SIZES = {"classes": "num_classes", "few classes": "num_few", "features": "in_features", "samples": "samples"}
 
 
 def smaller(dataset: Dataset, fraction: int) -> Dataset:
     names = ("num_classes", "num_few", "few_samples", "samples", "val_samples")
     return replace(dataset, **{name: getattr(dataset, name) // fraction for name in names})
+
+
+def grown(dataset: Dataset, name: str, times: int) -> Dataset:
+    """``dataset`` with ``times`` as much of one size; few classes keep their samples a class, classes theirs of validation."""
+    larger = replace(dataset, **{name: getattr(dataset, name) * times})
+    if name == "num_few":
+        return replace(larger, few_samples=dataset.few_samples * times)
+    return replace(larger, val_samples=dataset.val_samples * times) if name == "num_classes" else larger
+
+
+def sweep(dataset: Dataset, work: list[str], threads: int, place: Path | None) -> dict[str, dict[str, Any]]:
+    """``repair`` by each size."""
+    cases = [("as it is", dataset)]
+    for label, name in SIZES.items():
+        most = 2 if name == "num_few" else 4  # of four times as many, all classes would be few
+        cases += [(f"{times} x the {label}", grown(dataset, name, times)) for times in (2, 4) if times <= most]
+    results = {}
+    for label, case in cases:
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            write_problem(case, Path(folder))
+            row = {"size": sizes_of(case), **measured([sys.executable, __file__, "--work", folder, *work], threads)}
+        print(label, row, flush=True)
+        results[label] = row
+    return results
+
+
+def sizes_of(dataset: Dataset) -> str:
+    return (
+        f"{dataset.samples:,} training samples of {dataset.in_features:,} float16 features on disk, {dataset.num_classes:,} "
+        f"classes, {dataset.num_few:,} of them few, {dataset.val_samples:,} validation samples"
+    )
 
 
 def write_problem(dataset: Dataset, folder: Path) -> None:
@@ -103,19 +138,40 @@ def own_memory(process: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
+def both_ways(
+    dataset: Dataset, parts: list[str], work: list[str], options: dict[str, Any], threads: int, place: Path | None
+) -> dict[str, dict[str, Any]]:
+    """``repair`` from Python, and ``alphaext fit``."""
+    results = {}
+    with tempfile.TemporaryDirectory(dir=place) as temporary:
+        folder = Path(temporary)
+        write_problem(dataset, folder)
+        fit = [sys.executable, "-m", "alphaext", "fit", "--features", str(folder / "features"), "--quiet"]
+        fit += ["--classifier", str(folder / "classifier.pth"), "--output", str(folder / "fitted")]
+        fit += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        for part in parts:
+            command = {"repair": [sys.executable, __file__, "--work", str(folder), *work], "fit": fit}[part]
+            results[part] = measured(command, threads)
+            print(part, results[part], flush=True)
+    return results
+
+
 def as_markdown(report: dict[str, Any]) -> str:
-    lines = ["# A repair at iNaturalist-2018's size", ""]
+    lines = [f"# {report['title']}", ""]
     lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
     lines += ["", report["size"], "", "| | minutes | of the processor | GiB of its own | |", "|---|---:|---:|---:|---|"]
     for name, row in report["results"].items():
-        lines.append(f"| {name} | {row['minutes']} | {row['processor_minutes']} | {row['own_gib']} | {row.get('failed', '')} |")
-    return "\n".join([*lines, f"| at most | {MOST_MINUTES} | | {MOST_GIB} | |"]) + "\n"
+        note = row.get("failed", row.get("size", ""))
+        lines.append(f"| {name} | {row['minutes']} | {row['processor_minutes']} | {row['own_gib']} | {note} |")
+    lines += [] if report["sweep"] else [f"| at most | {MOST_MINUTES} | | {MOST_GIB} | |"]
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", metavar="NAME", help="write bench/results/NAME.json and NAME.md")
     parser.add_argument("--fraction", type=int, default=1, help="divide classes and samples by this")
+    parser.add_argument("--sweep", action="store_true", help="`repair` by each size instead")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", nargs="+", choices=("repair", "fit"), default=["repair", "fit"])
     parser.add_argument("--folder", type=Path, help="where the features go for the time; default: where temporary files go")
@@ -128,23 +184,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return {}
     dataset = smaller(SIZE, given.fraction)
     if given.small:
-        dataset = Dataset("small", 60, 20, 200, 2500, 600, in_features=64)
-    results = {}
-    with tempfile.TemporaryDirectory(dir=given.folder) as place:
-        folder = Path(place)
-        write_problem(dataset, folder)
-        work = [sys.executable, __file__, "--work", str(folder), *(["--small"] if given.small else [])]
-        fit = [sys.executable, "-m", "alphaext", "fit", "--features", str(folder / "features"), "--quiet"]
-        fit += ["--classifier", str(folder / "classifier.pth"), "--output", str(folder / "fitted")]
-        fit += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        for part in given.parts:
-            results[part] = measured({"repair": work, "fit": fit}[part], given.threads)
-            print(part, results[part], flush=True)
-    size = (
-        f"{dataset.samples} training samples of {dataset.in_features} float16 features on disk, {dataset.num_classes} classes, "
-        f"{dataset.num_few} of them few, {dataset.val_samples} validation samples, drawn at random; {given.threads} threads."
-    )
-    report = {"machine": machine.describe(), "size": size, "results": results}
+        dataset = Dataset("small", 60, 20, 200, 6000, 600, in_features=64)
+    tiny = ["--small"] if given.small else []
+    if given.sweep:
+        title = "Repairs by size"
+        results = sweep(dataset if given.small else SWEPT, tiny, given.threads, given.folder)
+    else:
+        title = "A repair at iNaturalist-2018's size"
+        results = both_ways(dataset, given.parts, tiny, options, given.threads, given.folder)
+    size = f"{sizes_of(SWEPT if given.sweep else dataset)}, drawn at random; {given.threads} threads."
+    report = {"title": title, "machine": machine.describe(), "size": size, "sweep": given.sweep, "results": results}
     print(as_markdown(report))
     if given.results:
         (RESULTS / f"{given.results}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -7,10 +7,10 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["whole_repair", "scale"])
-def test_runs(name: str, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "options"), [("whole_repair", []), ("scale", []), ("scale", ["--sweep"])])
+def test_runs(name: str, options: list[str], pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> None:
     if not pytestconfig.getoption("--small"):
         pytest.skip(f"python bench/{name}.py measures it")
-    importlib.import_module(name).main(["--small"])
+    importlib.import_module(name).main(["--small", *options])
     shown = capsys.readouterr().out
     assert "repair" in shown and "failed" not in shown
