@@ -27,6 +27,7 @@ from ..metrics.evaluation import expected_calibration_error, split_metrics
 from ..metrics.predictions import predict_logits
 from ..metrics.scale import best_scale
 from ..training.builder import Builder
+from ..training.options import CHOOSING
 from ..training.result import AlphaNetWarning
 from ..training.selection import BaselineResult, unfit_to_choose
 from ..utils.checks import check_choice, check_number, if_given
@@ -38,10 +39,7 @@ from .all_rows import check_every_class, layers_to_average
 from .preset import Repair, repair_by_preset
 from .recommendation import Candidate, Recommendation
 
-__all__ = ["POLICIES", "recommend"]
-
-POLICIES = ("best_all", "best_few")
-"""What a recommendation goes by: accuracy over all; or few accuracy, with accuracy over all not below ``min_all``."""
+__all__ = ["recommend"]
 
 METHODS = {
     "original": "the classifier as it is",
@@ -80,6 +78,7 @@ def recommend(
     few_below: int = 20,
     many_above: int = 100,
     split: ClassSplit | None = None,
+    few_classes: TensorLike | None = None,
     refit: bool = True,
     seed: int = 0,
 ) -> Recommendation:
@@ -105,6 +104,8 @@ def recommend(
         few_below: a class with fewer training samples is few; 20 in the paper.
         many_above: a class with more is many; 100 in the paper.
         split: which classes are few, medium and many, instead of these two.
+        few_classes: ids of the classes to repair, however many samples they have, instead of ``few_below``; or
+            names, where ``features`` have such.
         refit: without validation samples, let another layer stand in for the classifier; False where it has not seen the
             features, such as scores by copies of it that were trained without them.
         seed: of the folds, and of all that is trained.
@@ -132,12 +133,13 @@ def recommend(
         few_below=few_below,
         many_above=many_above,
         split=split,
+        few_classes=few_classes,
     )
     bounds: dict[str, Any] = {"policy": policy, "min_all": min_all, "max_base_drop": max_base_drop}
-    return compare(linear, builder, **bounds, refit=refit, seed=seed).recommendation
+    return compare_methods(linear, builder, **bounds, refit=refit, seed=seed).recommendation
 
 
-def compare(
+def compare_methods(
     linear: nn.Module,
     builder: Builder,
     *,
@@ -147,39 +149,39 @@ def compare(
     methods: Sequence[str] = tuple(METHODS),
     refit: bool = True,
     seed: int = 0,
-) -> Comparison:
+) -> MethodComparison:
     """Compare some methods, the first of which is ``"original"``, as :func:`recommend` does all."""
-    check_choice(policy, "policy", POLICIES)
+    check_choice(policy, "policy", CHOOSING)
     for name, bound, most in (("min_all", min_all, 1.0), ("max_base_drop", max_base_drop, 100.0)):
         if_given(check_number, bound, name, minimum=0, maximum=most)
     if min_all is not None and policy != "best_few":
         raise ValueError(f"min_all goes with policy 'best_few', got {min_all!r} with {policy!r}")
     if builder.validation is None:
         folds = deal(builder.samples.labels, seed)
-        trials = [_training_trial(builder, folds, fold, refit, seed) for fold in range(_FOLDS)]
+        turns = [_training_turn(builder, folds, fold, refit, seed) for fold in range(_FOLDS)]
     else:
         folds = deal(builder.validation.labels, seed)
-        trials = _validation_trials(builder, folds, seed)
+        turns = _validation_turns(builder, folds, seed)
     measured: list[Measured] = []
     for method in methods:
         original = measured[0].right if measured else None
-        measured.append(measure(method, trials, builder.split, original, alike=builder.validation is None))
+        measured.append(measure(method, turns, builder.split, original, alike=builder.validation is None))
     if not bool(torch.isin(measured[0].labels, builder.split.few).any()):
         name = "labels" if builder.validation is None else "val_labels"
         raise ValueError(f"{name} must have two samples of a few class or more, by which methods are compared; got none")
     how, candidates = "validation samples", [each.candidate for each in measured]
     if builder.validation is None:
         how = "cross-validated training samples, each class counting alike"
-    method, reason = _choose(measured, builder.split, policy, min_all, max_base_drop, how)
+    method, reason = choose_method(measured, builder.split, policy, min_all, max_base_drop, how)
     if builder.validation is None:
         alone = int((builder.counts()[builder.split.few] == 1).sum())
         reason += f" ({alone} few classes have but one sample and are not measured)" if alone else ""
     advice = f"Take {method} ({METHODS[method]}): {reason}."
     chosen = next(each for each in measured if each.candidate.method == method)
-    made = _made(method, linear, builder, trials, chosen, seed)
+    made = _made(method, linear, builder, turns, chosen, seed)
     repaired, layer = (made, made.linear) if isinstance(made, Repair) else (None, made)
     found = Recommendation(method, advice, layer, candidates, builder.split)
-    return Comparison(found, repaired, torch.cat([trial.places for trial in trials]), chosen.logits)
+    return MethodComparison(found, repaired, torch.cat([turn.places for turn in turns]), chosen.logits)
 
 
 def deal(labels: Tensor, seed: int) -> Tensor:
@@ -292,7 +294,7 @@ class Makers:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MethodComparison:
     """What came of a comparison.
 
     Attributes:
@@ -309,10 +311,13 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What makes layers, features and labels to choose by, and those to measure on.
+class Turn:
+    """A turn of a comparison: what makes the layers, and on which samples.
 
     Attributes:
+        makers: of the layers.
+        chosen_by: features and labels by which numbers are chosen.
+        measured_on: features and labels that what was chosen is measured on.
         places: of the samples measured on, among all.
         doubt: why nothing can be chosen; empty where something can.
     """
@@ -333,7 +338,7 @@ class Measured:
         labels: of the samples, ``[n]``.
         logits: ``[n, N]``, of each sample by a layer that it had no part in; empty where there is none.
         weights: what each sample counts, float64 ``[n]``.
-        numbers: what each trial has chosen.
+        numbers: what each turn has chosen.
     """
 
     candidate: Candidate
@@ -355,19 +360,19 @@ class Measured:
         return torch.log_softmax(scale * scores, dim=1).gather(1, self.labels[:, None])[:, 0]
 
 
-def _validation_trials(builder: Builder, folds: Tensor, seed: int) -> list[Trial]:
+def _validation_turns(builder: Builder, folds: Tensor, seed: int) -> list[Turn]:
     assert builder.validation is not None
     features, labels = builder.validation.real(), builder.validation.labels
     layer = make_linear(builder.weight, builder.bias)
     makers = Makers(layer, Builder(layer, builder.samples.real(), builder.samples.labels, split=builder.split), seed)
-    trials = []
+    turns = []
     for fold in range(_FOLDS):
         others, own = folds != fold, (folds == fold).nonzero().flatten()
-        trials.append(Trial(makers, (features[others], labels[others]), (features[own], labels[own]), own))
-    return trials
+        turns.append(Turn(makers, (features[others], labels[others]), (features[own], labels[own]), own))
+    return turns
 
 
-def _training_trial(builder: Builder, folds: Tensor, fold: int, refit: bool, seed: int) -> Trial:
+def _training_turn(builder: Builder, folds: Tensor, fold: int, refit: bool, seed: int) -> Turn:
     features, labels = builder.samples.real(), builder.samples.labels
     # The other fold is not the next one, so that two samples of a class are never both held out.
     chosen_by, own = folds == (fold + 2) % _FOLDS, (folds == fold).nonzero().flatten()
@@ -377,11 +382,11 @@ def _training_trial(builder: Builder, folds: Tensor, fold: int, refit: bool, see
         layer = plainly_trained(features[rest], labels[rest], len(builder.weight), seed).to(builder.weight)
     makers = Makers(layer, Builder(layer, features[rest], labels[rest], split=builder.split), seed)
     doubt = unfit_to_choose(labels[chosen_by], builder.split)
-    alike = _classes_alike(chosen_by.nonzero().flatten(), labels)
-    return Trial(makers, (features[alike], labels[alike]), (features[own], labels[own]), own, doubt)
+    alike = classes_alike(chosen_by.nonzero().flatten(), labels)
+    return Turn(makers, (features[alike], labels[alike]), (features[own], labels[own]), own, doubt)
 
 
-def _classes_alike(places: Tensor, labels: Tensor) -> Tensor:
+def classes_alike(places: Tensor, labels: Tensor) -> Tensor:
     """Places of samples such that each class has equally many: some again where it has fewer, not all where it has more."""
     of_class = [places[labels[places] == label] for label in labels[places].unique().tolist()]
     count = min(max(map(len, of_class), default=0), _MOST_OF_A_CLASS)
@@ -389,25 +394,25 @@ def _classes_alike(places: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure(
-    method: str, trials: Sequence[Trial], split: ClassSplit, original: Tensor | None = None, *, alike: bool = False
+    method: str, turns: Sequence[Turn], split: ClassSplit, original: Tensor | None = None, *, alike: bool = False
 ) -> Measured:
-    """Measure a method on each trial's samples.
+    """Measure a method on each turn's samples.
 
     ``original`` says which of them the original classifier recognises; with ``alike`` each class counts alike, not each sample.
     """
-    labels, few_rows_only = torch.cat([trial.measured_on[1] for trial in trials]), method in _FEW_ROWS_ONLY
+    labels, few_rows_only = torch.cat([turn.measured_on[1] for turn in turns]), method in _FEW_ROWS_ONLY
     weights = torch.bincount(labels)[labels].double().reciprocal() if alike else torch.ones(len(labels), dtype=torch.float64)
     logits, numbers, seconds = [], [], 0.0
     try:
-        for trial in trials:
-            if trial.doubt and method not in _TRAINED_ONCE:
-                raise ValueError(trial.doubt)
-            trial.makers.prepare(method)
+        for turn in turns:
+            if turn.doubt and method not in _TRAINED_ONCE:
+                raise ValueError(turn.doubt)
+            turn.makers.prepare(method)
             started = time.monotonic()
-            numbers.append(trial.makers.numbers(method, *trial.chosen_by))
-            layer = trial.makers.layer(method, numbers[-1])
-            seconds += (time.monotonic() - started + trial.makers.seconds(method)) / len(trials)
-            logits.append(_scores(layer, trial.measured_on[0]))
+            numbers.append(turn.makers.numbers(method, *turn.chosen_by))
+            layer = turn.makers.layer(method, numbers[-1])
+            seconds += (time.monotonic() - started + turn.makers.seconds(method)) / len(turns)
+            logits.append(_scores(layer, turn.measured_on[0]))
     except (ValueError, FloatingPointError) as error:
         return Measured(Candidate(method, few_rows_only=few_rows_only, error=str(error)), labels, torch.empty(0), weights, [])
     scores = torch.cat(logits)
@@ -428,21 +433,21 @@ def measure(
 
 
 def _made(
-    method: str, linear: nn.Module, builder: Builder, trials: Sequence[Trial], chosen: Measured, seed: int
+    method: str, linear: nn.Module, builder: Builder, turns: Sequence[Turn], chosen: Measured, seed: int
 ) -> nn.Linear | Repair:
     """The layer of the method to take."""
     if builder.validation is None:
         layer = make_linear(builder.weight, builder.bias)
         makers = Makers(layer, builder, seed)
-        of_trials = [trial.makers.scaled(method, own, -1) for trial, own in zip(trials, chosen.numbers, strict=True)]
-        means = {name: np.mean([own[name] for own in of_trials], axis=0).tolist() for name in of_trials[0]}
+        of_turns = [turn.makers.scaled(method, own, -1) for turn, own in zip(turns, chosen.numbers, strict=True)]
+        means = {name: np.mean([own[name] for own in of_turns], axis=0).tolist() for name in of_turns[0]}
         return makers.layer(method, makers.scaled(method, means, 1))
     val: dict[str, Any] = {"val_features": builder.validation.real(), "val_labels": builder.validation.labels}
     if method in ("few", "all"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AlphaNetWarning)  # what base classes lose stands in the table
             return repair_by_preset(linear, builder, method, {"seed": seed}, False)
-    makers = trials[0].makers
+    makers = turns[0].makers
     return makers.layer(method, makers.numbers(method, *val.values()))
 
 
@@ -451,7 +456,7 @@ def _scores(linear: nn.Linear, features: Tensor) -> Tensor:
         return linear(features.to(linear.weight)).cpu()
 
 
-def _choose(
+def choose_method(
     found: Sequence[Measured],
     split: ClassSplit,
     policy: str,
@@ -482,11 +487,12 @@ def _choose(
     taken = measured[method].candidate
     gains = [percent(getattr(taken, name) - getattr(original, name), sign=True) for name in ("few", "all")]
     said = f"few {percent(taken.few)}% ({gains[0]}), all {percent(taken.all)}% ({gains[1]}) on {how}"
+    bounded = " that keep to the bounds" if least > 0 or most_lost < math.inf else ""
     if method == "original":
-        return method, f"{said}; nothing that keeps to the bounds does better beyond the noise"
+        return method, f"{said}; no other{bounded} is better by more than the noise"
     if method == best:
-        return method, f"{said}, the best of {len(allowed)} that keep to the bounds"
-    return method, f"{said}; {best} has no more beyond the noise, and {method} knows the labels as well or better"
+        return method, f"{said}, the best of {len(allowed)}{bounded}"
+    return method, f"{said}; {best} is better by no more than the noise, in accuracy and in likelihood"
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:

@@ -18,7 +18,7 @@ from ..utils.checks import check_choice
 from ..utils.linear import make_linear
 from ..utils.tensors import LabelledFeatures, TensorLike
 from .preset import Repair, repair_by_preset
-from .recommend import compare
+from .recommend import compare_methods
 
 __all__ = ["repair"]
 
@@ -55,8 +55,8 @@ def repair(
         preset: ``"few"`` or ``"paper"`` (:data:`alphaext.training.PRESETS`), which change few rows alone; or ``"all"``:
             preset few averaged with the discriminant and with balanced re-training. That may change every row, and needs
             validation samples.
-        method: ``"auto"``: what :func:`alphaext.recommend` recommends, with all presets as they are; without validation samples
-            by cross-validation. None (default) for ``preset``.
+        method: ``"auto"``: what :func:`alphaext.recommend` recommends, its presets with their own options; without validation
+            samples by cross-validation. None (default) for ``preset``.
         policy: with ``method="auto"``, ``"best_all"`` (default) or ``"best_few"``; it, ``min_all`` and ``max_base_drop`` are as
             for :func:`alphaext.recommend`.
         few_below: a class with fewer training samples is few; 20 in the paper.
@@ -108,7 +108,7 @@ def repair(
 def _recommended(linear: nn.Module, builder: Builder, policy: str, bounds: dict[str, Any]) -> Repair:
     """What a comparison of all methods takes."""
     started, validation = time.monotonic(), builder.validation
-    comparison = compare(linear, builder, policy=policy, **bounds)
+    comparison = compare_methods(linear, builder, policy=policy, **bounds)
     found = comparison.recommendation
     if comparison.repair is not None:
         return replace(comparison.repair, recommendation=found)

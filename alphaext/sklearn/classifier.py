@@ -25,7 +25,7 @@ from ..head.neighbors import pool_size
 from ..metrics.scale import best_scale
 from ..repairing.new_classes import add_classes
 from ..repairing.preset import Repair
-from ..repairing.recommend import METHODS, compare
+from ..repairing.recommend import METHODS, compare_methods
 from ..repairing.recommendation import Recommendation
 from ..repairing.repair import repair
 from ..training.builder import Builder
@@ -273,7 +273,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         auto = self.method == "auto"
         try:
             methods, bound = (tuple(METHODS), self.max_base_drop) if auto else (("original", "all"), None)
-            found = compare(layer, builder, methods=methods, max_base_drop=bound, refit=False, seed=seed)
+            found = compare_methods(layer, builder, methods=methods, max_base_drop=bound, refit=False, seed=seed)
         except ValueError as error:
             return str(error)
         self.recommendation_ = found.recommendation if auto else None

@@ -15,7 +15,7 @@ from alphaext.classes import ClassSplit
 from alphaext.commands.recommend import Recommend
 from alphaext.commands.results import read_classifier
 from alphaext.features import Features, write_features
-from alphaext.repairing.recommend import METHODS, Measured, _choose, _classes_alike, deal
+from alphaext.repairing.recommend import METHODS, Measured, choose_method, classes_alike, deal
 from alphaext.repairing.recommendation import Candidate
 
 COUNTS = [60, 50, 40, 30, 25, 9, 7, 5]
@@ -76,6 +76,18 @@ def test_same_seed_same_table():
     assert first.advice == second.advice and torch.equal(first.linear.weight, second.linear.weight)
 
 
+def test_classes_to_repair_may_be_named():
+    linear, *arrays = problem()
+    made = recommend(linear, *arrays, few_classes=[5, 6, 7], many_above=45)
+    assert made.split.few.tolist() == [5, 6, 7]
+
+
+def test_the_reason_speaks_of_bounds_where_there_are_some():
+    split, found = ClassSplit(few=[2], medium=[0, 1], many=[]), candidates(original=(60, 5), few=(60, 15))
+    reasons = [choose_method(found, split, "best_all", None, bound)[1] for bound in (None, 2.0)]
+    assert reasons[0].endswith("the best of 2") and reasons[1].endswith("the best of 2 that keep to the bounds")
+
+
 def test_folds_are_even_in_each_class():
     labels = torch.tensor([0] * 10 + [1] * 7 + [2, 2] + [3])
     folds = deal(labels, seed=0)
@@ -112,17 +124,17 @@ def candidates(**right):
 )
 def test_choice(right, policy, min_all, max_base_drop, method):
     split = ClassSplit(few=[2], medium=[0, 1], many=[])
-    assert _choose(candidates(**right), split, policy, min_all, max_base_drop)[0] == method
+    assert choose_method(candidates(**right), split, policy, min_all, max_base_drop)[0] == method
 
 
 def test_of_equal_accuracies_the_likeliest_is_taken_and_of_nearly_as_likely_ones_the_simplest():
     original, few, all_rows = candidates(original=(50, 5), few=(60, 10), all=(60, 10))
     surer = torch.where(all_rows.right[:, None].bool(), 1.5 * all_rows.logits, all_rows.logits)
     split = ClassSplit(few=[2], medium=[0, 1], many=[])
-    assert _choose([original, few, all_rows], split, "best_all", None, None)[0] == "few"
+    assert choose_method([original, few, all_rows], split, "best_all", None, None)[0] == "few"
     likelier = Measured(all_rows.candidate, all_rows.labels, surer, all_rows.weights, [])
-    method, reason = _choose([original, few, likelier], split, "best_all", None, None)
-    assert method == "all" and "few has no more beyond the noise" in reason
+    method, reason = choose_method([original, few, likelier], split, "best_all", None, None)
+    assert method == "all" and "few is better by no more than the noise" in reason
 
 
 def test_without_validation_samples_training_samples_take_their_place():
@@ -140,7 +152,7 @@ def test_without_validation_samples_training_samples_take_their_place():
 def test_each_class_counts_alike_within_the_training_samples():
     """Else few classes' samples, rare among training samples, would hardly count in a choice, or in a measure."""
     labels = torch.tensor([0] * 60 + [1] * 6 + [2])
-    places = _classes_alike(torch.arange(67), labels)
+    places = classes_alike(torch.arange(67), labels)
     assert labels[places].bincount().tolist() == [40] * 3 and set(places[40:80].tolist()) == set(range(60, 66))
     linear, features, labels, _, _ = problem()
     found = recommend(linear, features, labels, few_below=10, many_above=45)
