@@ -36,10 +36,10 @@ from ..utils.checks import check_choice, check_integer, check_number, if_given
 from ..utils.linear import make_linear
 from .estimators import (
     Array,
+    FitSamples,
     Rows,
-    Samples,
     attribute_of,
-    check_rows,
+    check_scores_follow_rows,
     class_mean_accuracy,
     classifier_of,
     dense,
@@ -224,7 +224,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
         options = self._given() | self._neighbors(split, head_options) | {"seed": seed, "neighbor_seed": seed}
         rows = Rows.of(self.estimator_, len(classes))
-        check_rows(self.estimator_, samples.X)
+        check_scores_follow_rows(self.estimator_, samples.X)
         samples = samples.part(samples.weights > 0)
         refitted = not is_frozen(last_step(self.estimator_))
         folds = make_folds(samples, self.folds, random) if refitted else np.full(len(samples.y), -1)
@@ -436,7 +436,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
     def _check_samples(
         self, estimator: Any, X: Any, y: Any, sample_weight: Any, fit_params: dict[str, Any]
-    ) -> tuple[Samples, Array]:
+    ) -> tuple[FitSamples, Array]:
         """The training samples, and the classes of ``y``."""
         if y is None:
             raise ValueError(f"This {type(self).__name__} estimator requires y to be passed, but the target y is None")
@@ -452,11 +452,11 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             raise ValueError("sample_weight must be finite, and no weight negative")
         if not weights.any():
             raise ValueError("sample_weight must not be zero for all samples")
-        return Samples(
+        return FitSamples(
             X, y, labels, weights, self._fit_params(estimator, None if sample_weight is None else weights, fit_params)
         ), classes
 
-    def _check_validation(self, X: Any, X_val: Any, y_val: Any, classes: Array) -> Samples | None:
+    def _check_validation(self, X: Any, X_val: Any, y_val: Any, classes: Array) -> FitSamples | None:
         """The validation samples that were given."""
         if (X_val is None) != (y_val is None):
             raise ValueError("X_val and y_val must be given together")
@@ -472,7 +472,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         shapes = [np.shape(array) for array in (X, X_val) if hasattr(array, "shape")]
         if len(shapes) == 2 and shapes[0][1:] != shapes[1][1:]:
             raise ValueError(f"X_val must have shape [m, {', '.join(map(str, shapes[0][1:]))}] as X, got {list(shapes[1])}")
-        return Samples(X_val, y_val, np.searchsorted(classes, y_val), np.ones(len(y_val)), {})
+        return FitSamples(X_val, y_val, np.searchsorted(classes, y_val), np.ones(len(y_val)), {})
 
     def _split(self, counts: Array) -> tuple[ClassSplit, str]:
         """Which classes are few, medium and many; and why there is nothing to repair, if so."""

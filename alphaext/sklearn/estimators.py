@@ -27,7 +27,7 @@ _COMPARED_SAMPLES = 64
 
 
 @dataclass(frozen=True)
-class Samples:
+class FitSamples:
     """Samples with all that has one entry for each; ``params`` are of a fit and may hold more."""
 
     X: Any
@@ -36,7 +36,7 @@ class Samples:
     weights: Array
     params: dict[str, Any]
 
-    def part(self, mask: Array) -> Samples:
+    def part(self, mask: Array) -> FitSamples:
         indices = np.flatnonzero(mask)
 
         def cut(value: Any) -> Any:
@@ -45,7 +45,7 @@ class Samples:
             return _safe_indexing(value, indices) if _num_samples(value) == len(self.y) else value
 
         params = {name: cut(value) for name, value in self.params.items()}
-        return Samples(_safe_indexing(self.X, indices), self.y[mask], self.labels[mask], self.weights[mask], params)
+        return FitSamples(_safe_indexing(self.X, indices), self.y[mask], self.labels[mask], self.weights[mask], params)
 
     def fit(self, estimator: Any) -> Any:
         return estimator.fit(self.X, self.y, **self.params)
@@ -94,7 +94,7 @@ def _of_two(values: Array) -> Array:
     return np.concatenate([-values / 2, values / 2], axis=-1) if values.shape[-1] == 1 else values
 
 
-def check_rows(estimator: Any, X: Any) -> None:
+def check_scores_follow_rows(estimator: Any, X: Any) -> None:
     """Check that a fitted classifier's scores follow its rows, one for each class: those of one class against one do not."""
     X = _safe_indexing(X, np.arange(min(_COMPARED_SAMPLES, _num_samples(X))))
     coef, intercept = own_rows(estimator)
@@ -116,7 +116,7 @@ def scores_of(estimator: Any, X: Any) -> Array:
     return _of_two(scores.reshape(len(scores), -1))
 
 
-def make_folds(samples: Samples, count: int, random: np.random.RandomState) -> Array:
+def make_folds(samples: FitSamples, count: int, random: np.random.RandomState) -> Array:
     """The fold of each sample, each class dealt out evenly; -1 for the only sample of a class, which is never held out."""
     folds = np.full(len(samples.y), -1)
     for label in np.unique(samples.labels):
@@ -126,7 +126,7 @@ def make_folds(samples: Samples, count: int, random: np.random.RandomState) -> A
     return folds
 
 
-def held_out_scores(estimator: Any, fitted: Any, samples: Samples, folds: Array) -> Array:
+def held_out_scores(estimator: Any, fitted: Any, samples: FitSamples, folds: Array) -> Array:
     """Scores ``[n, N]`` of each sample by a copy of ``estimator`` that has not seen it, or, without a fold, by ``fitted``."""
     scores = scores_of(fitted, samples.X)
     for fold in range(folds.max() + 1):

@@ -34,7 +34,7 @@ EXPERIMENTS = {
 ROWS = "rows"
 """A rival that is trained like preset few: one neighbour, and a residual that can make any row of it."""
 
-METHODS = {"plain": "Alpha Net", "paper": "Alpha Net, paper's form", "few": "Alpha Net, preset few", ROWS: "free rows"}
+FORM_NAMES = {"plain": "Alpha Net", "paper": "Alpha Net, paper's form", "few": "Alpha Net, preset few", ROWS: "free rows"}
 """What each form, and that rival, is called in results."""
 
 FROZEN = "frozen uniform alphas"
@@ -256,7 +256,7 @@ def plan(options: StudyOptions, most_neighbors: Mapping[str, int] | None = None)
 
 def _within(trial: Trial, most_neighbors: Mapping[str, int]) -> Trial:
     own = trial.configuration
-    of_few = trial.method.startswith((METHODS["few"], "Alpha Net, more neighbours"))
+    of_few = trial.method.startswith((FORM_NAMES["few"], "Alpha Net, more neighbours"))
     if not of_few or own.head.top_k != FORMS["few"]["top_k"]:
         return trial
     fewer = {"top_k": min(own.head.top_k, most_neighbors[own.head.pool])}
@@ -274,7 +274,7 @@ _Variant = tuple[str, str, Sequence[float], Mapping[str, Any]]
 
 def _variants(options: StudyOptions) -> dict[str, list[_Variant]]:
     """What each experiment trains, in the order of the results."""
-    plain, few, one = METHODS["plain"], METHODS["few"], (1.0,)
+    plain, few, one = FORM_NAMES["plain"], FORM_NAMES["few"], (1.0,)
     of_few = FORMS["few"]
     alone: dict[str, dict[str, Any]] = {
         "one constant": {"few_bias": True},
@@ -320,7 +320,7 @@ def _variants(options: StudyOptions) -> dict[str, list[_Variant]]:
             (plain, "plain", options.fixed_gammas, {"init": "identity", "projected_gradient": True}),
             ("Alpha Net, identity start", "plain", options.fixed_gammas, {"init": "identity", "projected_gradient": False}),
             ("Alpha Net, default start", "plain", options.fixed_gammas, {"init": "default", "projected_gradient": True}),
-            (METHODS["paper"], "plain", options.fixed_gammas, {"init": "default", "projected_gradient": False}),
+            (FORM_NAMES["paper"], "plain", options.fixed_gammas, {"init": "default", "projected_gradient": False}),
         ],
         "controls": [
             (plain, "plain", options.fixed_gammas, {"metric": "euclidean"}),
@@ -335,13 +335,13 @@ def _variants(options: StudyOptions) -> dict[str, list[_Variant]]:
             *((f"Alpha Net, {name}", "plain", one, changes) for name, changes in alone.items()),
             (few, "few", one, {}),
             *((f"{few}, {name}", "few", one, changes) for name, changes in left_out.items()),
-            (METHODS[ROWS], "few", one, {"top_k": 1}),
+            (FORM_NAMES[ROWS], "few", one, {"top_k": 1}),
         ],
         "compare": [
             (plain, "plain", options.gammas, {}),
-            (METHODS["paper"], "paper", options.gammas, {}),
+            (FORM_NAMES["paper"], "paper", options.gammas, {}),
             (few, "few", one, {}),
-            (METHODS[ROWS], "few", one, {"top_k": 1}),
+            (FORM_NAMES[ROWS], "few", one, {"top_k": 1}),
         ],
     }
 
@@ -350,7 +350,7 @@ def _in_each_form(options: StudyOptions, gammas: Sequence[float], changes: Seque
     """Changes of each form that the study is of; the plain form in the place of preset few where that has no such option."""
     lacking = any(_NOT_OF_FEW.intersection(change) for change in changes)
     forms = dict.fromkeys("plain" if form == "few" and lacking else form for form in options.forms)
-    return [(METHODS[form], form, gammas, change) for form in forms for change in changes]
+    return [(FORM_NAMES[form], form, gammas, change) for form in forms for change in changes]
 
 
 def choose(

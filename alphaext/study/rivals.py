@@ -20,7 +20,7 @@ from ..metrics.predictions import predict
 from ..training.few_bias import choose_few_bias, few_bias
 from ..training.selection import BaselineResult
 from ..utils.files import without_nan
-from .plans import CANDIDATES, METHODS, RETRAINED, Trial, choose
+from .plans import CANDIDATES, FORM_NAMES, RETRAINED, Trial, choose
 from .rows import FRONT, Row, chosen_columns, row_key
 from .trials import Problem, Trainings
 
@@ -35,7 +35,7 @@ _NCM: dict[str, dict[str, Any]] = {
 }
 
 
-class Comparison:
+class Rivals:
     """The experiment "compare": the rivals beside the Alpha Nets, each with what validation chooses for it.
 
     Args:
@@ -82,9 +82,9 @@ class Comparison:
                     for lr in sorted(options.retraining_lrs)
                 ]
             self._choose(method, found, seed)
-        for form, seed in itertools.product(METHODS, options.seed_values()):
+        for form, seed in itertools.product(FORM_NAMES, options.seed_values()):
             trials = self.trainings.candidates(form, seed)
-            chosen = self._choose(METHODS[form], [problem.found(self.trainings.row(trial)) for trial in trials], seed)
+            chosen = self._choose(FORM_NAMES[form], [problem.found(self.trainings.row(trial)) for trial in trials], seed)
             if chosen is not None and (form, seed) == (options.forms[0], options.first_seed):
                 self._write_classes(trials[chosen], classes, confusions)
         for row in self.earlier.values():

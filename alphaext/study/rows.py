@@ -16,7 +16,7 @@ from ..metrics.accuracy import SPLITS_AND_ALL
 from ..training.options import OPTIONS
 from ..utils.files import PathLike, without_nan
 from ..utils.records import Column, read_csv, write_csv
-from .plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, METHODS, RETRAINED
+from .plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, FORM_NAMES, RETRAINED
 
 Row = dict[str, Any]
 
@@ -283,7 +283,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def chosen_columns(method: str) -> tuple[str, ...]:
     """The columns that hold what validation chose for a method of "compare"."""
-    if method in METHODS.values():
+    if method in FORM_NAMES.values():
         return ("gamma",)
     return ("lr",) if method in RETRAINED else ("metric", "tau", "offset")
 

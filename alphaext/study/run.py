@@ -26,7 +26,7 @@ from ..utils.files import PathLike, check_no_file, folder_lock, read_json, write
 from ..utils.linear import linear_parameters, make_linear
 from ..utils.tensors import tensor_digest
 from .plans import EXPERIMENTS, StudyOptions
-from .rivals import Comparison
+from .rivals import Rivals
 from .rows import ResultsFile, row_key, summarize
 from .trials import CHECKPOINTS, Problem, Trainings
 
@@ -160,7 +160,7 @@ def run_study(
             if "compare" in settings.experiments:
                 seeds = (None, *settings.seed_values())
                 of_other_seeds = [choice for choice in results["choices"] if choice["seed"] not in seeds]
-                choices = Comparison(problem, trainings).run(folder / CLASSES, folder / CONFUSIONS)
+                choices = Rivals(problem, trainings).run(folder / CLASSES, folder / CONFUSIONS)
                 results["choices"] = choices + of_other_seeds
             file.arrange(row_key(trainings.row(trial)) for trial in trainings.trials)
         finally:

@@ -28,7 +28,7 @@ from ..utils.files import without_nan
 from ..utils.progress import task_bar
 from ..utils.seeds import seeded_generator
 from ..utils.tensors import as_tensor
-from .plans import CANDIDATES, CONFIGURATION, METHODS, Configuration, StudyOptions, Trial, plan
+from .plans import CANDIDATES, CONFIGURATION, FORM_NAMES, Configuration, StudyOptions, Trial, plan
 from .rows import MEASURES, ORIGINAL, ResultsFile, Row, make_row, row_key
 
 CHECKPOINTS = ".alphaext-study"  # nobody else's
@@ -192,7 +192,9 @@ class Trainings:
     def candidates(self, form: str, seed: int) -> list[Trial]:
         """The trials that "compare" chooses among, the largest gamma first, which changes least."""
         found = [
-            trial for trial in self.trials if (trial.experiment, trial.method, trial.seed) == (CANDIDATES, METHODS[form], seed)
+            trial
+            for trial in self.trials
+            if (trial.experiment, trial.method, trial.seed) == (CANDIDATES, FORM_NAMES[form], seed)
         ]
         return sorted(found, key=lambda trial: -trial.configuration.head.gamma)
 

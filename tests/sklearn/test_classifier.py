@@ -217,7 +217,7 @@ def test_base_classes_lose_no_more_than_they_may():
 
 def test_scores_of_samples_not_seen():
     X, y = make_blobs((30, 20, 2, 1))
-    samples = alphaext.sklearn.estimators.Samples(X, y, y, np.ones(len(y)), {})
+    samples = alphaext.sklearn.estimators.FitSamples(X, y, y, np.ones(len(y)), {})
     folds = make_folds(samples, 3, np.random.RandomState(0))
     assert folds[y == 3].tolist() == [-1] and sorted(folds[y == 2]) == [0, 1]
     assert np.bincount(folds[y == 0]).tolist() == [10, 10, 10]

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from ...metrics.accuracy import SPLITS, SPLITS_AND_ALL
 from ...utils.text import percent
-from ..plans import METHODS, RETRAINED, ROWS
+from ..plans import FORM_NAMES, RETRAINED, ROWS
 from ..rows import ORIGINAL, Group, group_rows
 from .content import TextBlock
 from .data import COMPARE, StudyFiles
@@ -24,7 +24,7 @@ _ALPHA_NETS = 1.5
 _CALLS = {
     ORIGINAL: "nothing is to be done",
     **{method: f"alphaext baseline {method}" for method in ("few-bias", "tau", "logit-adjustment", "ncm", *RETRAINED)},
-    **{METHODS[form]: f"alphaext fit --preset {form}" for form in ("few", "paper")},
+    **{FORM_NAMES[form]: f"alphaext fit --preset {form}" for form in ("few", "paper")},
 }
 
 
@@ -35,7 +35,7 @@ def advice_blocks(studies: Sequence[StudyFiles]) -> list[TextBlock]:
         groups = [
             group
             for group in group_rows(study.of(COMPARE), by=())
-            if group.mean("val_all") is not None and group.method != METHODS[ROWS]  # a control
+            if group.mean("val_all") is not None and group.method != FORM_NAMES[ROWS]  # a control
         ]
         original = next((group for group in groups if group.method == ORIGINAL), None)
         samples = study.part("samples", "val")
@@ -94,7 +94,7 @@ def _choose(groups: Sequence[Group], samples: int) -> Group:
 
 def _changes(group: Group) -> float:
     """How much of a classifier a method changes: Alpha Nets and what comes before them change few rows only."""
-    if group.method.startswith(METHODS["plain"]):
+    if group.method.startswith(FORM_NAMES["plain"]):
         return _ALPHA_NETS
     return _ORDER.index(group.method) if group.method in _ORDER else math.inf
 

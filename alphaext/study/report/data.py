@@ -14,8 +14,7 @@ from ...metrics.class_table import ClassRow, read_class_table
 from ...metrics.confusions import ConfusionRow, read_confusions
 from ...utils.figures import clean_text
 from ...utils.files import PathLike, read_json
-from ...utils.text import first_free
-from ...utils.text import value_text as plain_text
+from ...utils.text import first_free, value_text
 from ..plans import CANDIDATES, EXPERIMENTS
 from ..rows import FRONT, ORIGINAL, Group, Row, read_rows
 from ..run import CLASSES, CONFUSIONS, RESULTS, ROWS
@@ -122,12 +121,12 @@ def setting_text(name: str, value: Any) -> str:
     """A column of the configuration and its value in words."""
     if name in _WORDS and (value is not None or name == "few_samples"):
         return _WORDS[name](value)
-    return f"{name.replace('_', ' ')} {value_text(value)}"
+    return f"{name.replace('_', ' ')} {shown_value(value)}"
 
 
-def value_text(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value of the configuration as text that a page can hold."""
-    return clean_text(plain_text(value))
+    return clean_text(value_text(value))
 
 
 def isolated(name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...metrics.accuracy import SPLITS_AND_ALL
 from ...utils.figures import INK, MUTED, Picture, render, series_color, series_marker, shortened, wrapped
-from ..plans import METHODS, ROWS
+from ..plans import FORM_NAMES, ROWS
 from ..rows import ORIGINAL, Group, Row
 from .data import StudyFiles, label
 
@@ -19,7 +19,11 @@ PART_PLACES = {"few": 0, "medium": 2, "many": 1}
 ALL_MARKER, ORIGINAL_MARKER = "D", "*"
 
 # Known methods look the same in every figure; those that nobody knows get the next places.
-_METHODS = (*(METHODS["plain"], METHODS["paper"], "ncm", "tau", "logit-adjustment", "few-bias", METHODS["few"], METHODS[ROWS]),)
+_METHODS = (
+    *(FORM_NAMES[form] for form in ("plain", "paper")),
+    *("ncm", "tau", "logit-adjustment", "few-bias"),
+    *(FORM_NAMES[form] for form in ("few", ROWS)),
+)
 FRONT_PLACE = _METHODS.index("few-bias")
 
 

@@ -12,7 +12,7 @@ from ...utils.figures import clean_text
 from ...utils.text import number_text, percent
 from ..rows import ORIGINAL, Group, Row, group_rows, varied
 from .content import DataTable
-from .data import COMPARE, StudyFiles, isolated, label, said_by_method, value_text
+from .data import COMPARE, StudyFiles, isolated, label, said_by_method, shown_value
 
 _MOST_CLASSES, _MOST_NEIGHBORS = 400, 5
 _MOST_CONFUSIONS, _MOST_ERRORS = 15, 10
@@ -279,13 +279,13 @@ def _listed(values: Mapping[str, Any]) -> str:
 def _flat(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_flat(entry) for entry in value) or "-"
-    return _listed(value) if isinstance(value, dict) else value_text(value)
+    return _listed(value) if isinstance(value, dict) else shown_value(value)
 
 
 def _setting(group: Group, name: str) -> str:
     value = group.configuration.get(name)
     absent = "all" if name == "few_samples" else "-"
-    return absent if value is None else value_text(value)
+    return absent if value is None else shown_value(value)
 
 
 def _chosen(study: StudyFiles, group: Group) -> str:
@@ -295,9 +295,9 @@ def _chosen(study: StudyFiles, group: Group) -> str:
         table = [entry for entry in choice.get("table") or [] if isinstance(entry, dict)]
         for name, value in choice["chosen"].items():
             if len({str(entry.get(name)) for entry in table}) != 1:
-                found.setdefault(name, []).append(value_text(value))
+                found.setdefault(name, []).append(shown_value(value))
     if not _choices(study, group):
-        found = {name: [value_text(value) for value in group.values(name)] for name in ("tau", "offset", "gamma")}
+        found = {name: [shown_value(value) for value in group.values(name)] for name in ("tau", "offset", "gamma")}
     texts = [f"{name} {', '.join(values if len(set(values)) > 1 else values[:1])}" for name, values in found.items() if values]
     return clean_text("; ".join(texts)) or "-"
 
