@@ -153,7 +153,7 @@ def native_training(problem: Problem, repeats: int, **options: Any) -> dict[str,
     engine = run.engine
     assert isinstance(engine, NativeEngine)
     validate = median_of(lambda: engine.hits(), 9)
-    state_bytes = sum(t.nbytes for t in (engine._state, engine._b2, engine._b2_momentum))
+    state_bytes = sum(part.nbytes for part in engine.state().values() if isinstance(part, Tensor))
     return {
         "steps": steps,
         "training_s": statistics.median(seconds),

@@ -460,7 +460,7 @@ class AlphaNet(nn.Module):
 
     def alphas(self) -> Tensor:
         """The coefficients alpha, ``[F, K+1]`` in float32 (float64 for a float64 head): column 0 the few class's own."""
-        alpha = self._evaluate()[2]
+        alpha = self.evaluate_networks()[2]
         if self.keeps_original:
             alpha = torch.zeros_like(alpha).index_fill_(1, self.members.new_zeros(1), 1)
         return alpha
@@ -470,7 +470,7 @@ class AlphaNet(nn.Module):
 
         Under ``"l1"``, which has no clamp, none is.
         """
-        return clamped_outputs(self._evaluate()[1], self.rule, self.gamma)
+        return clamped_outputs(self.evaluate_networks()[1], self.rule, self.gamma)
 
     @torch.no_grad()
     def materialize_first_layer(self) -> tuple[Tensor, Tensor]:
@@ -505,7 +505,7 @@ class AlphaNet(nn.Module):
         return w1.to(self.z), b1.to(self.z)
 
     @torch.no_grad()
-    def _move_outputs(self, moved: Tensor, decay: float) -> None:
+    def move_first_layer_outputs(self, moved: Tensor, decay: float) -> None:
         """Change a dense first layer the way SGD would have to move its outputs by ``moved`` ``[F, H]``."""
         move_first_layer(self.w1, self.b1, self.z, moved.to(self.z.device), decay)
 
@@ -589,8 +589,8 @@ class AlphaNet(nn.Module):
         return None, None, self.preactivation
 
     @torch.no_grad()
-    def _evaluate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The first layer's outputs before the ReLU, the sub-modules' outputs, and the coefficients."""
+    def evaluate_networks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The first layer's outputs ``[F, H]`` before the ReLU, the outputs ``[F, K+1]``, and the coefficients ``[F, K+1]``."""
         arguments = (self.members, *self._first_layer_arguments(), self.w2, self.b2)
         return ops.evaluate(*arguments, num_classes=self.out_features, gamma=self.gamma, rule=self.rule)
 

@@ -13,7 +13,7 @@ from ..metrics.accuracy import label_ranks
 from ..utils.resume import check_alike, load_optimizer
 from ..utils.tensors import check_finite, first_true
 from .cached_logits import Samples
-from .engine import TrainingData, TrainingDiverged, _hits
+from .engine import TrainingData, TrainingDiverged, count_hits
 from .options import TrainingOptions
 from .sgd import Sgd
 
@@ -118,7 +118,7 @@ class AutogradEngine:
         return losses[0]
 
     def _check_finite(self, loss: float, epoch: int, lr: float) -> None:
-        finite = self.head._evaluate()[1].isfinite().all(dim=1)
+        finite = self.head.evaluate_networks()[1].isfinite().all(dim=1)
         if (place := first_true(~finite)) is not None:
             raise TrainingDiverged(f"class {int(self.head.few_classes[place])} is no longer finite", epoch, lr)
         with torch.no_grad():
@@ -137,7 +137,7 @@ class AutogradEngine:
 
     def _count(self, scores: Tensor, validation: Samples) -> Tensor:
         ranks = label_ranks(scores, validation.labels.to(scores.device)).cpu()
-        return _hits(ranks, validation.labels, self.head.out_features)
+        return count_hits(ranks, validation.labels, self.head.out_features)
 
     def original_hits(self) -> Tensor | None:
         return self._original_hits

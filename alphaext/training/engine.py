@@ -43,8 +43,9 @@ def hits_of(linear: nn.Linear, samples: Samples) -> Tensor:
         features = samples.features[int(block[0]) : int(block[-1]) + 1].to(device=weight.device, dtype=weight.dtype)
         scores = nn.functional.linear(features, weight, bias)
         ranks.append(label_ranks(scores, samples.labels[block].to(scores.device)).cpu())
-    return _hits(torch.cat(ranks), samples.labels, len(weight))
+    return count_hits(torch.cat(ranks), samples.labels, len(weight))
 
 
-def _hits(ranks: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def count_hits(ranks: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """``[2, N]``: of each class, the samples whose label has rank 0, and those where it is below 5."""
     return torch.stack([torch.bincount(labels[ranks < k], minlength=num_classes) for k in (1, 5)])

@@ -90,7 +90,7 @@ class NativeEngine:
         dtype = head.weight.dtype
         self._hidden = hidden
         with torch.no_grad():
-            start = head._evaluate()[0]
+            start = head.evaluate_networks()[0]
             scale = head.gradient_scale if head.first_layer == "factored" else first_layer_scale(head.z, len(head.w1))
             self._scale = scale.to(device=self.device, dtype=dtype).contiguous()
             w2, b2 = head.w2.detach().to(self.device), head.b2.detach().to(self.device, copy=True)
@@ -110,9 +110,9 @@ class NativeEngine:
                 self._few_offset = self.sampler.log_prior[head.few_classes.cpu()].to(device=self.device, dtype=dtype)
             # The dense first layer's change is told by how far its output has moved.
             self._start = start.to(device=self.device, dtype=torch.float64) if head.first_layer == "dense" else None
-        self._launch(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
+        self.train_rows(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
 
-    def _launch(self, rows: Tensor, lr: float) -> Tensor:
+    def train_rows(self, rows: Tensor, lr: float) -> Tensor:
         """Train on ``rows``: float64 ``[3]``, the sum of their losses, and the step and class that failed, or -1."""
         cached = self.logits.training
         return ops.train_epoch(
@@ -155,7 +155,7 @@ class NativeEngine:
         """Train one epoch at ``multiplier`` times the learning rate; the mean loss, or why there is none."""
         lr = self.learning_rate(multiplier)
         # All that the host asks of an epoch goes to it at once: it waits for a GPU once.
-        wanted = [self._launch(to_device(self.rows_of(epoch), self.device), lr), self._raw]
+        wanted = [self.train_rows(to_device(self.rows_of(epoch), self.device), lr), self._raw]
         if self.logits.validation is not None:
             wanted.append(self.logits.validation.hits(self._alpha, self.columns))
         self.draw_ahead(epoch)
@@ -227,7 +227,7 @@ class NativeEngine:
             head.preactivation.copy_(preactivation)
             return
         assert self._start is not None
-        head._move_outputs(preactivation.double() - decay * self._start, decay)
+        head.move_first_layer_outputs(preactivation.double() - decay * self._start, decay)
 
     def state(self) -> dict[str, Any]:
         """All that training goes on from, for a checkpoint."""
@@ -239,7 +239,7 @@ class NativeEngine:
         for name, own in (("state", self._state), ("b2", self._b2), ("b2_momentum", self._b2_momentum)):
             copy_into(own, state[name], name)
         self.steps = check_integer(state["steps"], "steps", minimum=0)
-        self._launch(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
+        self.train_rows(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
 
 
 class SharedLogits:

@@ -55,7 +55,7 @@ def epoch(device: str, small: bool) -> Callable[[], object]:
     engine = run.engine
     assert isinstance(engine, NativeEngine)
     rows = engine.rows_of(1).to(engine.device)
-    return lambda: engine._launch(rows, 1e-3)
+    return lambda: engine.train_rows(rows, 1e-3)
 
 
 def parts(device: str, small: bool) -> Iterator[Part]:

@@ -34,7 +34,7 @@ def epoch_ms(problem: training.Problem, device: str, rounds: int = 9) -> tuple[f
     engine = run.engine
     assert isinstance(engine, NativeEngine)
     rows = engine.rows_of(1).to(engine.device)
-    task = task_of(lambda: engine._launch(rows, 1e-3), device)
+    task = task_of(lambda: engine.train_rows(rows, 1e-3), device)
     return time_interleaved({"": task}, device, rounds=rounds)[""].median_ms, engine.steps_per_epoch
 
 
