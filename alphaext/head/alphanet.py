@@ -17,15 +17,10 @@ from ..utils.linear import check_classifier, check_fits, linear_parameters, make
 from ..utils.tensors import TensorLike, as_tensor, check_floating, check_same_device, check_shape
 from .choices import FIRST_LAYERS, INITS, LEARNED_COEFFICIENTS
 from .composition import choose_directions, choose_members, closed_form_alphas
+from .extra_state import EXTRA_STATE, read_extra_state
 from .first_layer import first_layer_scale, initial_first_layer, move_first_layer
 from .neighbors import check_members, reduce_classifiers, submodule_inputs
 from .outputs import clamped_outputs, identity_outputs
-
-# What a state_dict says of a head besides its tensors.
-_EXTRA_STATE = (
-    *("gamma", "rule", "coefficients", "first_layer", "first_layer_decay", "projected_gradient", "seed", "few_bias"),
-    "keeps_original",
-)
 
 
 class AlphaNet(nn.Module):
@@ -322,7 +317,7 @@ class AlphaNet(nn.Module):
             (True, 0.5)
         """
         try:
-            stored = _read_extra_state(state["_extra_state"])
+            stored = read_extra_state(state["_extra_state"])
             options: dict[str, Any] = {"coefficients": stored["coefficients"]}
             if options["coefficients"] == "direct":
                 options |= {"z": None, **{name: state.get(name) for name in ("directions", "direction_bias")}}
@@ -571,12 +566,12 @@ class AlphaNet(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What the tensors do not say, as JSON in a uint8 tensor: so a state_dict holds tensors only."""
-        text = json.dumps({name: getattr(self, name) for name in _EXTRA_STATE})
+        text = json.dumps({name: getattr(self, name) for name in EXTRA_STATE})
         return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take from a state_dict what its tensors do not say."""
-        stored = _read_extra_state(state)
+        stored = read_extra_state(state)
         for name in ("first_layer", "coefficients"):
             if stored[name] != getattr(self, name):
                 raise ValueError(f"the state is of a head with {name}={stored[name]!r}, this one has {getattr(self, name)!r}")
@@ -603,14 +598,3 @@ class AlphaNet(nn.Module):
         check_floating(x, name)
         if x.dtype != self.weight.dtype and not ops.autocast_enabled(x.device.type):
             raise TypeError(f"{name} must have the head's dtype, {self.weight.dtype}, got {x.dtype}")
-
-
-def _read_extra_state(state: Tensor) -> dict[str, Any]:
-    text = json.loads(bytes(state.cpu().tolist()).decode())
-    stored = {name: text[name] for name in _EXTRA_STATE}
-    ops.rule_number(stored["rule"])
-    stored |= {
-        "gamma": check_number(stored["gamma"], "gamma", above=0, maximum=1),
-        **{name: bool(stored[name]) for name in ("projected_gradient", "keeps_original")},
-    }
-    return stored | {name: float(stored[name]) for name in ("few_bias", "first_layer_decay")}
