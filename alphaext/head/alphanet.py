@@ -16,7 +16,7 @@ from ..utils.checks import check_choice, check_integer, check_kind, check_number
 from ..utils.linear import check_classifier, check_fits, linear_parameters, make_linear
 from ..utils.tensors import TensorLike, as_tensor, check_floating, check_same_device, check_shape
 from .choices import FIRST_LAYERS, INITS, LEARNED_COEFFICIENTS
-from .composition import choose_directions, choose_members, closed_form_alphas
+from .composition import check_directions, choose_directions, choose_members, closed_form_alphas
 from .extra_state import EXTRA_STATE, read_extra_state
 from .first_layer import first_layer_scale, initial_first_layer, move_first_layer
 from .neighbors import check_members, reduce_classifiers, submodule_inputs
@@ -129,21 +129,7 @@ class AlphaNet(nn.Module):
             if z.shape[1] == 0 or z.shape[1] % num_members:
                 raise ValueError(f"z must have a multiple of K+1 = {num_members} columns, got {z.shape[1]}")
             hidden_dim = z.shape[1] // num_members if hidden_dim is None else check_integer(hidden_dim, "hidden_dim", minimum=1)
-        if directions is None and direction_bias is not None:
-            raise ValueError("direction_bias goes with directions")
-        if directions is not None:
-            if coefficients != "direct" or rule != "clamp":
-                raise ValueError(
-                    f"a residual needs coefficients='direct' and rule='clamp', got {coefficients!r} and {rule!r}; "
-                    "residual=0 leaves it out"
-                )
-            if (bias is None) != (direction_bias is None):
-                raise ValueError("direction_bias must be given where the classifier has a bias, and only there")
-            check_fits(directions, "directions", weight, ("R", weight.shape[1]))
-            if len(directions) == 0:
-                raise ValueError("directions must have at least one row")
-            if direction_bias is not None:
-                check_fits(direction_bias, "direction_bias", weight, (len(directions),))
+        check_directions(directions, direction_bias, weight, bias, coefficients, rule)
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), device="cpu"))
 

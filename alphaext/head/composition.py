@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..classes import ClassSplit, split_classes
 from ..utils.checks import check_integer
+from ..utils.linear import check_fits
 from ..utils.tensors import as_tensor, check_shape
 from .neighbors import build_members, check_members, pool_classes, residual_directions
 
@@ -80,6 +81,33 @@ def direction_options(directions: Tensor, direction_bias: Tensor, bias: Tensor |
     if bias is None:
         return {"directions": directions[1:], "direction_bias": None}
     return {"directions": directions, "direction_bias": direction_bias}
+
+
+def check_directions(
+    directions: Tensor | None,
+    direction_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: str,
+    rule: str,
+) -> None:
+    """Check the directions ``[R, D]`` and their biases ``[R]`` that a head is made with; arguments as of :class:`AlphaNet`."""
+    if directions is None:
+        if direction_bias is not None:
+            raise ValueError("direction_bias goes with directions")
+        return
+    if coefficients != "direct" or rule != "clamp":
+        raise ValueError(
+            f"a residual needs coefficients='direct' and rule='clamp', got {coefficients!r} and {rule!r}; residual=0 leaves it "
+            "out"
+        )
+    if (bias is None) != (direction_bias is None):
+        raise ValueError("direction_bias must be given where the classifier has a bias, and only there")
+    check_fits(directions, "directions", weight, ("R", weight.shape[1]))
+    if len(directions) == 0:
+        raise ValueError("directions must have at least one row")
+    if direction_bias is not None:
+        check_fits(direction_bias, "direction_bias", weight, (len(directions),))
 
 
 def closed_form_alphas(counts: Tensor, top_k: int, tau: float) -> Tensor:

@@ -180,5 +180,12 @@ def read_confusions(path: PathLike) -> list[ConfusionRow]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no such file, or has a value that its column cannot have; the message names the line.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_confusions([ConfusionRow(2, "lake", "few", 0, "sea", "many", 9, 4, 5, 0)], f"{folder}/confusions.csv")
+        ...     [row.true_name for row in read_confusions(f"{folder}/confusions.csv")]
+        ['lake']
     """
     return read_csv(path, "a table of confusions", lambda _: _COLUMNS, lambda values: ConfusionRow(**values))

@@ -106,6 +106,13 @@ def read_rows(path: PathLike) -> list[Row]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: other columns, or a value that its column cannot have; the message names the line.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_rows([make_row(experiment="gamma", method="Alpha Net", gamma=0.1)], f"{folder}/results.csv")
+        ...     [row["gamma"] for row in read_rows(f"{folder}/results.csv")]
+        [0.1]
     """
     return read_csv(path, "a study's results", lambda _: _COLUMNS, dict)
 

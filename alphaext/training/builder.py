@@ -56,6 +56,8 @@ class Builder:
         means: TensorLike | None = None,
     ) -> None:
         self.weight, self.bias = linear_parameters(linear)
+        if len(self.weight) < 2:
+            raise ValueError("linear must have one row a class, so two or more; its weight has one")
         self.samples, self.validation = check_all_samples(self.weight, features, labels, val_features, val_labels)
         counts = class_counts(self.samples.labels, len(self.weight))
         if few_classes is not None:

@@ -159,6 +159,11 @@ def test_a_layer_that_is_not_one_row_a_class_is_refused_in_words(layer):
         repair(layer, FEATURES, LABELS)
 
 
+def test_a_layer_of_one_row_is_refused_in_words():
+    with pytest.raises(ValueError, match="linear must have one row a class, so two or more; its weight has one"):
+        repair(nn.Linear(8, 1), torch.randn(50, 8), torch.arange(2).repeat(25))
+
+
 def test_a_layer_of_another_make_will_do():
     layer = nn.utils.parametrizations.weight_norm(model()[1])
     assert repair(layer, FEATURES, LABELS, **QUICK).linear.out_features == 6
