@@ -4,7 +4,7 @@
     python bench/studies.py problems --results NAME [--seed 3 4 5 6 7]
 
 ``complete`` runs every experiment of ``alphaext study`` on the digits and on QuickDraw-345 (the features of
-``bench/quickdraw.py``), for the jointly trained classifier and for cRT, and writes for each data set
+``bench/quickdraw.py``) with the plain form, for the jointly trained classifier and for cRT, and writes for each data set
 ``bench/results/NAME/DATA/``: the tables ``CLASSIFIER/*.csv`` and ``results.json``, and ``report.html`` with ``tables.md``.
 
 ``problems`` runs the experiments "compare" and "beyond" alone, on several draws of rare classes, images and network, for the
@@ -106,7 +106,7 @@ def complete(name: str, seed: int, seeds: int, cache: Path, console: Console) ->
         for classifier in ("joint", "crt"):
             begun = time.monotonic()
             with tempfile.TemporaryDirectory() as temporary:
-                study(problem, classifier, Path(temporary) / "study", StudyOptions(seeds=seeds))
+                study(problem, classifier, Path(temporary) / "study", StudyOptions(seeds=seeds, forms=["plain"]))
                 (folder / classifier).mkdir(parents=True, exist_ok=True)
                 for file in (ROWS, RESULTS, CLASSES, CONFUSIONS):
                     shutil.copyfile(Path(temporary) / "study" / file, folder / classifier / file)
