@@ -6,8 +6,8 @@
 namespace alphaext::cpu {
 
 // The momentum of a hidden unit that is never active shrinks by the same factor each step, and soon below the smallest normal
-// number; there each operation takes an x86 processor some hundred cycles, and some ARM processors longer than others. Beside what it is added to, it has long been
-// nothing.
+// number; there each operation takes an x86 processor some hundred cycles, and some ARM processors longer than others. Beside
+// what it is added to, it has long been nothing.
 class FlushDenormals {
  public:
   FlushDenormals() : saved_(control()) { set_control(saved_ | kFlush); }

@@ -6,19 +6,17 @@
 // any part of the weights can be made without what comes before it.
 constexpr int kStreams = 8;
 
-static ALPHAEXT_INLINE void philox(uint32_t (&c0)[kStreams], uint32_t (&c1)[kStreams], uint32_t (&c2)[kStreams],
-                                   uint32_t (&c3)[kStreams], uint32_t key0, uint32_t key1) {
+// A counter lies in the low half of a lane of 64 bits; what is in the high half plays no part.
+using Counters = VectorOf<double>::integers;
+constexpr int kCountersAtOnce = kLanes<double>, kCounterVectors = kStreams / kCountersAtOnce;
+
+static ALPHAEXT_INLINE void philox(Counters& c0, Counters& c1, Counters& c2, Counters& c3, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
-#pragma omp simd
-    for (int s = 0; s < kStreams; ++s) {
-      const uint64_t a = static_cast<uint64_t>(c0[s]) * 0xd2511f53u, b = static_cast<uint64_t>(c2[s]) * 0xcd9e8d57u;
-      const uint32_t next0 = static_cast<uint32_t>(b >> 32) ^ c1[s] ^ key0;
-      const uint32_t next2 = static_cast<uint32_t>(a >> 32) ^ c3[s] ^ key1;
-      c1[s] = static_cast<uint32_t>(b);
-      c3[s] = static_cast<uint32_t>(a);
-      c0[s] = next0;
-      c2[s] = next2;
-    }
+    const Counters a = low_product(c0, 0xd2511f53u), b = low_product(c2, 0xcd9e8d57u);
+    c0 = (b >> 32) ^ c1 ^ static_cast<uint64_t>(key0);
+    c2 = (a >> 32) ^ c3 ^ static_cast<uint64_t>(key1);
+    c1 = b;
+    c3 = a;
     key0 += 0x9e3779b9u;
     key1 += 0xbb67ae85u;
   }
@@ -30,19 +28,18 @@ template <typename Acc>
 static inline void random_row(const InitialWeightsParams& p, int64_t network, int64_t unit, Acc* row) {
   const Acc bound = static_cast<Acc>(p.bound), step = static_cast<Acc>(2.0 / 16777216.0) * bound;
   for (int64_t i = 0; i <= p.inputs; i += 4 * kStreams) {
-    uint32_t c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
-    for (int s = 0; s < kStreams; ++s) {
-      c0[s] = static_cast<uint32_t>(i / 4 + s);
-      c1[s] = static_cast<uint32_t>(unit);
-      c2[s] = static_cast<uint32_t>(network);
-      c3[s] = 0;
+    for (int vector = 0; vector < kCounterVectors; ++vector) {
+      Counters c[4] = {{}, Counters{} + static_cast<uint32_t>(unit), Counters{} + static_cast<uint32_t>(network), {}};
+      const int first = vector * kCountersAtOnce;
+      for (int s = 0; s < kCountersAtOnce; ++s) c[0][s] = static_cast<uint32_t>(i / 4 + first + s);
+      philox(c[0], c[1], c[2], c[3], static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
+      for (int word = 0; word < 4; ++word) {
+        Acc* const out = row + i + word * kStreams + first;
+        for (int s = 0; s < kCountersAtOnce; ++s) {
+          out[s] = static_cast<Acc>(static_cast<int32_t>(static_cast<uint32_t>(c[word][s]) >> 8)) * step - bound;
+        }
+      }
     }
-    philox(c0, c1, c2, c3, static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
-    const auto put = [&](const uint32_t(&bits)[kStreams], int64_t at) {
-#pragma omp simd
-      for (int s = 0; s < kStreams; ++s) row[at + s] = static_cast<Acc>(static_cast<int32_t>(bits[s] >> 8)) * step - bound;
-    };
-    put(c0, i), put(c1, i + kStreams), put(c2, i + 2 * kStreams), put(c3, i + 3 * kStreams);
   }
 }
 

@@ -3,6 +3,10 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "flush_denormals.h"
 #include "kernels.h"
 
