@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_single import interrupt, make_data
 from torch import nn
 
 from alphaext import AlphaNet, class_means, fit, fit_many
-from alphaext.training import cached_logits, preset_options
+from alphaext.training import cached_logits, preset_options, single
 from alphaext.training import many as sweep
 from alphaext.training import native_engine as engines
 
@@ -119,6 +121,7 @@ def test_interrupted_and_gone_on(linear, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engines.NativeEngine, "train", train)
+        patch.setattr(single, "_SECONDS_BETWEEN_CHECKPOINTS", math.inf)  # on a busy machine the third would be kept as well
         fit_many(linear, FEATURES, LABELS, CONFIGS, checkpoint=tmp_path, jobs=1, **VALIDATION)
     assert len(list(tmp_path.glob("*.pt"))) == 2  # of those that were finished
     calls.clear()
