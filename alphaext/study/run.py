@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..classes import split_classes
-from ..features.store import as_json, differences, read_parts
+from ..features.store import Features, as_json, differences, read_parts
 from ..utils.checks import check_integer, if_given
 from ..utils.environment import versions
 from ..utils.files import PathLike, check_no_file, folder_lock, read_json, write_json
@@ -106,24 +106,7 @@ def run_study(
     split = split_classes(train.class_counts(), few_below=few_below, many_above=many_above)
     if not len(split.few) or not len(split.base):
         raise ValueError(f"the training features must have few and base classes, got {split!r}")
-    identity = as_json(
-        {
-            "format": FORMAT,
-            "features": {
-                part: {
-                    "features_sha256": entry.metadata["features_sha256"],
-                    "labels_sha256": tensor_digest([entry.labels]),
-                    "passes": entry.passes,
-                }
-                for part, entry in parts.items()
-            },
-            "classifier": tensor_digest([weight] if bias is None else [weight, bias]),
-            "few_below": few_below,
-            "many_above": many_above,
-            "options": settings.identity(),
-        },
-        "the study",
-    )
+    identity = _identity_of(parts, weight, bias, few_below, many_above, settings)
     folder = Path(output)
     earlier = _check_output(folder, identity, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,14 +138,7 @@ def run_study(
         write_json(folder / RESULTS, results)
         trainings = Trainings(problem, folder, jobs)
         try:
-            problem.measure_original()
-            trainings.run()
-            if "compare" in settings.experiments:
-                seeds = (None, *settings.seed_values())
-                of_other_seeds = [choice for choice in results["choices"] if choice["seed"] not in seeds]
-                choices = Rivals(problem, trainings).run(folder / CLASSES, folder / CONFUSIONS)
-                results["choices"] = choices + of_other_seeds
-            file.arrange(row_key(trainings.row(trial)) for trial in trainings.trials)
+            results["choices"] = _run_experiments(problem, trainings, folder, results["choices"])
         finally:
             file.write()
         done = {*results["experiments"], *settings.experiments}
@@ -176,6 +152,48 @@ def run_study(
         write_json(folder / RESULTS, results)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return results
+
+
+def _identity_of(
+    parts: Mapping[str, Features],
+    weight: Tensor,
+    bias: Tensor | None,
+    few_below: int,
+    many_above: int,
+    settings: StudyOptions,
+) -> dict[str, Any]:
+    """What must be equal for a study to go on."""
+    identity = {
+        "format": FORMAT,
+        "features": {
+            part: {
+                "features_sha256": entry.metadata["features_sha256"],
+                "labels_sha256": tensor_digest([entry.labels]),
+                "passes": entry.passes,
+            }
+            for part, entry in parts.items()
+        },
+        "classifier": tensor_digest([weight] if bias is None else [weight, bias]),
+        "few_below": few_below,
+        "many_above": many_above,
+        "options": settings.identity(),
+    }
+    return as_json(identity, "the study")
+
+
+def _run_experiments(
+    problem: Problem, trainings: Trainings, folder: Path, choices: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Add all rows to the problem's file; returns what was chosen, for other seeds' ``choices`` as they were."""
+    settings = problem.options
+    problem.measure_original()
+    trainings.run()
+    if "compare" in settings.experiments:
+        seeds = (None, *settings.seed_values())
+        of_other_seeds = [choice for choice in choices if choice["seed"] not in seeds]
+        choices = Rivals(problem, trainings).run(folder / CLASSES, folder / CONFUSIONS) + of_other_seeds
+    problem.file.arrange(row_key(trainings.row(trial)) for trial in trainings.trials)
+    return choices
 
 
 def _check_output(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:

@@ -189,7 +189,7 @@ inline int64_t large_head_stage_bytes(int64_t members, ScalarType dtype, int thr
   return bytes <= kHeadSharedBytes ? bytes : 0;
 }
 
-// The head without its matrix products (csrc/cuda/large_head.cuh). In `head`, `logits` is given, or null where `input` holds
+// The head without its matrix products (large_head_forward.cuh). In `head`, `logits` is given, or null where `input` holds
 // them; with shared_first `preactivation` is given, too; weight, slices and partial are not used.
 struct LargeHeadParams {
   HeadParams head;
