@@ -82,8 +82,8 @@ class NativeEngine:
         self.columns = self.logits.columns.of(head).to(self.device)
         self.steps = 0
         # Of the epoch before, counted with it.
-        self.known_hits: Tensor | None = None
-        self._known_clamped: int | None = None
+        self._kept_hits: Tensor | None = None
+        self._kept_clamped: int | None = None
         self._drawn: tuple[int, Tensor] | None = None  # the rows of an epoch to come
         num_few, hidden = head.num_few, head.w2.shape[2]
         members = head.top_k + 1 + head.num_directions  # to training, a direction is a member like any other
@@ -147,9 +147,9 @@ class NativeEngine:
         if self.logits.all_at_once and epoch < self.options.epochs:
             self._drawn = epoch + 1, self.rows_of(epoch + 1)
 
-    def know(self, raw: Tensor, hits: Tensor | None) -> None:
-        """Keep of an epoch, for when it is asked for, what came to the CPU with its loss: outputs and hits."""
-        self._known_clamped, self.known_hits = self._count_clamped(raw), hits
+    def keep_measured(self, raw: Tensor, hits: Tensor | None) -> None:
+        """Keep what was measured of an epoch with its loss: which classes are clamped, from the outputs, and the hits."""
+        self._kept_clamped, self._kept_hits = self._count_clamped(raw), hits
 
     def train(self, epoch: int, multiplier: float) -> float | TrainingDiverged:
         """Train one epoch at ``multiplier`` times the learning rate; the mean loss, or why there is none."""
@@ -160,7 +160,7 @@ class NativeEngine:
             wanted.append(self.logits.validation.hits(self._alpha, self.columns))
         self.draw_ahead(epoch)
         result, raw, *hits = on_host(wanted)
-        self.know(raw, hits[0] if hits else None)
+        self.keep_measured(raw, hits[0] if hits else None)
         loss, failed_step, failed_class = result.tolist()
         return self.after_epoch(epoch, lr, loss, int(failed_step), int(failed_class))
 
@@ -180,9 +180,9 @@ class NativeEngine:
 
     def hits(self) -> Tensor | None:
         """``[2, N]``: of each class the validation samples ranked first and among the first five; None without validation."""
-        if self.known_hits is not None:
-            known, self.known_hits = self.known_hits, None
-            return known
+        if self._kept_hits is not None:
+            kept, self._kept_hits = self._kept_hits, None
+            return kept
         return None if self.logits.validation is None else self.logits.validation.hits(self._alpha, self.columns).cpu()
 
     def original_hits(self) -> Tensor | None:
@@ -195,9 +195,9 @@ class NativeEngine:
 
     def clamped(self) -> int:
         """How many classes are held by the rule's clamp."""
-        if self._known_clamped is not None:
-            known, self._known_clamped = self._known_clamped, None
-            return known
+        if self._kept_clamped is not None:
+            kept, self._kept_clamped = self._kept_clamped, None
+            return kept
         return self._count_clamped(self._raw)
 
     def _count_clamped(self, raw: Tensor) -> int:

@@ -66,7 +66,7 @@ class EngineGroup:
         results, raw, *hits = on_host(wanted)
         all_hits = hits[0].unbind(0) if hits else [None] * len(self.engines)
         for engine, of_engine, own_hits in zip(self.engines, raw.unbind(0), all_hits, strict=True):
-            engine.know(of_engine, own_hits)
+            engine.keep_measured(of_engine, own_hits)
         return [
             engine.after_epoch(epoch, lr, loss, int(step), int(failed))
             for engine, lr, (loss, step, failed) in zip(self.engines, lrs, results.tolist(), strict=True)
