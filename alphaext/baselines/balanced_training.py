@@ -73,6 +73,7 @@ class BalancedTraining(ResumableTraining):
         super().__init__(f"one of {name}'s", {"parameters": list, "momentum": list, "selected": list})
         self.name, self.options = name, options
         self.samples = check_samples(weight, features, labels)
+        self.samples.check()  # all rows are read
         self.sampler = sampler = ClassBalancedSampler(
             self.samples.labels, len(weight), seed=options.seed, images_per_class=images_per_class
         )

@@ -20,7 +20,7 @@ from ..head.composition import closed_form_alphas
 from ..head.neighbors import nearest_classes
 from ..utils.checks import check_choice, check_integer, check_number, if_given
 from ..utils.linear import make_linear
-from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_finite, features_and_labels
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_finite, check_whole, features_and_labels
 
 __all__ = ["COMPOSED", "Discriminant", "discriminant"]
 
@@ -103,6 +103,7 @@ def discriminant(
     top_k = check_integer(top_k, "top_k", minimum=1)
     check_choice(compose, "compose", COMPOSED)
     features, labels = features_and_labels(features, labels)
+    check_whole(features)
     sums, counts, like = class_sums(features, labels, num_classes, _normalized if normalize else None)
     means = torch.from_numpy(sums) / counts[:, None]
     check_finite(means, "the sum over a class of features")

@@ -35,6 +35,7 @@ from ..utils.tensors import (
     TensorLike,
     check_device,
     check_labels,
+    check_whole,
     features_and_labels,
     floating_tensor,
 )
@@ -141,6 +142,7 @@ def crt(
     path = None if checkpoint is None else check_checkpoint(checkpoint)
     original = None if linear is None else linear_parameters(linear)
     features, labels = features_and_labels(features, labels)
+    check_whole(features)
     source = floating_tensor(features, "features", ("n", "D"))
     if num_classes is not None:
         num_classes = check_integer(num_classes, "num_classes", minimum=1)

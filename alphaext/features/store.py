@@ -1,4 +1,5 @@
-"""Cached features: a folder with ``features.npy``, ``labels.npy`` and the sidecar ``features.json``, which says what they are.
+"""Cached features: a folder with ``features.npy``, ``labels.npy``, ``sums.npy`` (a checksum of each row) and the sidecar
+``features.json``, which says what they are.
 
 The sidecar is written last: a folder that has one is whole.
 """
@@ -9,10 +10,8 @@ import hashlib
 import io
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,11 @@ from ..utils.files import (
     without_nan,
     write_json,
 )
-from ..utils.tensors import TensorLike, as_tensor, check_finite, check_labels, check_rows
+from ..utils.tensors import TensorLike, as_tensor, check_finite, check_labels, check_rows, check_whole
 from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done
+from .sums import RowSums, WholeSum, checksum, compare, row_sums
 
-FEATURES_FILE, LABELS_FILE, SIDECAR_FILE = "features.npy", "labels.npy", "features.json"
+FEATURES_FILE, LABELS_FILE, SUMS_FILE, SIDECAR_FILE = "features.npy", "labels.npy", "sums.npy", "features.json"
 FORMAT = "alphaext features 1"
 
 DTYPES = ("float16", "float32")
@@ -56,34 +56,11 @@ _OWN = (
     "num_classes",
     "class_names",
     "features_sha256",
-    "features_sum",
+    "row_sums",
     "labels_sum",
 )
 
 _BLOCK_BYTES = 2**22
-
-
-def checksum(array: npt.NDArray[Any]) -> str:
-    """A checksum that takes about as long as reading: the CRC-32 of sums, over each MiB, of every 4,096th word of 64 bits.
-
-    Changed, missing, foreign and shifted bytes change it; it is no protection against somebody who means it.
-    """
-    content = array.reshape(-1).view(np.uint8)
-    found = 0
-    for start in range(0, len(content), _SUMMED_BYTES):
-        block = content[start : start + _SUMMED_BYTES]
-        words = block[: len(block) // _SUMMED_ROW * _SUMMED_ROW].view(np.uint64).reshape(-1, _SUMMED_ROW // 8)
-        found = zlib.crc32(words.sum(0).tobytes() + block[words.nbytes :].tobytes(), found)
-    return f"{found:08x}"
-
-
-_SUMMED_BYTES, _SUMMED_ROW = 2**20, 2**15
-
-
-def _compare(place: str, noted: str, array: npt.NDArray[Any]) -> None:
-    seen = checksum(array)
-    if seen != noted:
-        raise ValueError(f"{place!r} is damaged: its content has changed since it was written (checksum {seen}, not {noted})")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,7 +69,8 @@ class Features:
     them, and :func:`alphaext.extract_features`.
 
     Cached ones stay on disk: ``features`` is a memory map, from which :func:`alphaext.fit`, :func:`alphaext.class_means` and
-    the rest read what they need. The first that reads all rows checks them against their checksum; damage is a ``ValueError``.
+    the rest read what they need. Each row is checked against its checksum when it is first read; damage is a ``ValueError``
+    that names the rows.
 
     Attributes:
         features: float16 or float32 ``[n, D]``, read-only. Of several passes over ``m`` images, row ``p * m + i`` is image
@@ -138,13 +116,15 @@ class Features:
         return classes.class_means(self.features, self.labels, self.num_classes)
 
     def verify(self) -> None:
-        """Check that ``features.npy`` still has the bytes that were written, by their SHA-256: it is read whole.
+        """Check that ``features.npy`` still has the bytes that were written, by the rows' checksums and by SHA-256: it is read
+        whole.
 
         Raises:
             ValueError: it has others.
         """
         if self.folder is None:
             return
+        check_whole(self.features)
         noted, seen = self.metadata["features_sha256"], file_digest(self.folder / FEATURES_FILE)
         if seen != noted:
             raise ValueError(
@@ -338,7 +318,9 @@ def sidecar_of(
 ) -> dict[str, Any]:
     """What every sidecar says; features and labels are in ``folder`` already."""
     names = None if class_names is None else [printable(name) for name in class_names]
-    sums = (checksum(np.load(folder / name, mmap_mode="r")) for name in (FEATURES_FILE, LABELS_FILE))
+    of_rows = row_sums(np.load(folder / FEATURES_FILE, mmap_mode="r"))
+    write_array(folder / SUMS_FILE, "uint64", shape[:1], [of_rows])
+    sums = checksum(of_rows), checksum(np.load(folder / LABELS_FILE, mmap_mode="r"))
     return dict(zip(_OWN, (FORMAT, True, *shape, dtype, num_classes, names, sha256, *sums), strict=True))
 
 
@@ -449,13 +431,19 @@ def _opened(path: Path, metadata: dict[str, Any]) -> Features:
         raise ValueError(f"{FEATURES_FILE} must be {dtype} {[rows, width]}, as {SIDECAR_FILE} says, got {seen}")
     if not features.flags.c_contiguous:
         raise ValueError(f"{FEATURES_FILE} must be stored row by row")
-    if metadata.get("features_sum") is not None:
-        # When all are read for the first time, which costs more than the check, and the check brings them into memory.
-        features.check_whole = partial(_compare, str(path / FEATURES_FILE), metadata["features_sum"])  # type: ignore[attr-defined]
+    if metadata.get("row_sums") is not None:
+        open_file(path / SUMS_FILE).close()
+        sums = np.array(np.load(path / SUMS_FILE, mmap_mode="r", allow_pickle=False))
+        if sums.dtype != np.uint64 or sums.shape != (rows,):
+            raise ValueError(f"{SUMS_FILE} must be uint64 {[rows]}, got {sums.dtype} {list(sums.shape)}")
+        compare(str(path / SUMS_FILE), metadata["row_sums"], sums)
+        features.check_rows = RowSums(str(path / FEATURES_FILE), sums)  # type: ignore[attr-defined]
+    elif metadata.get("features_sum") is not None:  # of an earlier release: one sum of all
+        features.check_rows = WholeSum(str(path / FEATURES_FILE), metadata["features_sum"])  # type: ignore[attr-defined]
     labels = np.array(np.load(path / LABELS_FILE, mmap_mode="r", allow_pickle=False))
     if labels.dtype != np.int64 or labels.shape != (rows,):
         raise ValueError(f"{LABELS_FILE} must be int64 {[rows]}, got {labels.dtype} {list(labels.shape)}")
     if metadata.get("labels_sum") is not None:
-        _compare(str(path / LABELS_FILE), metadata["labels_sum"], labels)
+        compare(str(path / LABELS_FILE), metadata["labels_sum"], labels)
     label_ids = check_labels(labels, num_classes)
     return Features(features, label_ids, num_classes, class_names, metadata, path)

@@ -11,7 +11,7 @@ from ..classes import ClassSplit, class_counts, class_means
 from ..head.neighbors import nearest_classes
 from ..utils.checks import format_ids
 from ..utils.linear import linear_parameters, make_linear
-from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_labels, check_shape, features_and_labels
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_labels, check_shape, check_whole, features_and_labels
 from .preset import Repair
 from .repair import repair
 
@@ -64,6 +64,8 @@ def add_classes(
     weight, bias = linear_parameters(linear)
     features, labels = features_and_labels(features, labels)
     new_features, new_labels = features_and_labels(new_features, new_labels, "new_features", "new_labels")
+    for each in (features, new_features):
+        check_whole(each)
     old = as_tensor(features, "features")
     new = as_tensor(new_features, "new_features").to(old)
     for name, values in (("features", old), ("new_features", new)):

@@ -24,7 +24,7 @@ from ..utils.checks import check_integer, if_given
 from ..utils.environment import versions
 from ..utils.files import PathLike, check_no_file, folder_lock, read_json, write_json
 from ..utils.linear import linear_parameters, make_linear
-from ..utils.tensors import tensor_digest
+from ..utils.tensors import check_whole, tensor_digest
 from .plans import EXPERIMENTS, StudyOptions
 from .rivals import Rivals
 from .rows import ResultsFile, row_key, summarize
@@ -103,6 +103,8 @@ def run_study(
             f"linear must have weight {[train.num_classes, train.features.shape[1]]} for these features, got "
             f"{list(weight.shape)}"
         )
+    for part in parts.values():
+        check_whole(part.features)
     split = split_classes(train.class_counts(), few_below=few_below, many_above=many_above)
     if not len(split.few) or not len(split.base):
         raise ValueError(f"the training features must have few and base classes, got {split!r}")

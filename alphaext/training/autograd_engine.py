@@ -62,6 +62,7 @@ class AutogradEngine:
         return torch.cat(blocks)
 
     def _features(self, samples: Samples, indices: Tensor) -> Tensor:
+        samples.check(indices)
         features = samples.features[indices]
         if not bool(features.isfinite().all()):
             for index in indices.tolist():

@@ -17,7 +17,7 @@ from ..head.alphanet import AlphaNet
 from ..head.composition import direction_options
 from ..head.neighbors import build_members, pool_classes, reduce_classifiers, residual_directions, submodule_inputs
 from ..utils.linear import linear_parameters
-from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_whole, class_ids
+from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, class_ids
 from .augmentation import draw_features
 from .cached_logits import Samples, check_samples
 from .engine import TrainingData
@@ -59,6 +59,7 @@ class Builder:
         if len(self.weight) < 2:
             raise ValueError("linear must have one row a class, so two or more; its weight has one")
         self.samples, self.validation = check_all_samples(self.weight, features, labels, val_features, val_labels)
+        self.samples.check()  # for the class means, of which all rows are read
         counts = class_counts(self.samples.labels, len(self.weight))
         if few_classes is not None:
             if split is not None:
@@ -165,8 +166,9 @@ def check_all_samples(
     samples = check_samples(weight, features, labels)
     if val_features is None and val_labels is None:
         return samples, None
-    check_whole(getattr(val_features, "features", val_features))  # of which all rows are read
-    return samples, check_samples(weight, val_features, val_labels, "val_features", "val_labels")
+    validation = check_samples(weight, val_features, val_labels, "val_features", "val_labels")
+    validation.check()  # all of its rows are read
+    return samples, validation
 
 
 def with_drawn(
@@ -176,6 +178,7 @@ def with_drawn(
     if options.augment is None:
         return samples
     features, labels = samples.real(), samples.labels
+    samples.check()  # all of them, for the class means
     of_classes = class_means(features, labels, head.out_features) if means is None else means()
     asked = (options.augment_samples, options.seed, options.augment_neighbors)
     return Samples(*draw_features(features, labels, of_classes, head.few_classes, *asked), samples.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from ..utils.tensors import (
     check_targets,
     features_and_labels,
     floating_tensor,
+    rows_check,
     tensor_digest,
 )
 from .augmentation import DrawnFeatures
@@ -52,13 +53,21 @@ _WIDTH_MULTIPLE = 16  # of features, in a product
 _ALIGNMENT = 64  # of the rows of a product, in bytes: what torch allocates has it
 
 
+def _unchecked(indices: Tensor | None = None, rows: Tensor | None = None) -> None:
+    """What is not cached has no checksum."""
+
+
 @dataclass(frozen=True)
 class Samples:
-    """Features ``[n, D]``, any floating dtype, in memory or memory-mapped, and their labels ``[n]`` int64 on the CPU."""
+    """Features ``[n, D]``, any floating dtype, in memory or memory-mapped, and their labels ``[n]`` int64 on the CPU.
+
+    ``check`` compares cached features with their checksums: the rows of an index, or all.
+    """
 
     features: Tensor | DrawnFeatures
     labels: Tensor
     name: str = "features"
+    check: Callable[..., None] = _unchecked
 
     def real(self) -> Tensor:
         """The features, where none are drawn."""
@@ -84,7 +93,7 @@ def check_samples(
     targets = check_targets(labels, len(weight), len(data), features_name, labels_name).cpu()
     if len(data) == 0:
         raise ValueError(f"{features_name} must not be empty")
-    return Samples(data, targets, features_name)
+    return Samples(data, targets, features_name, rows_check(features) or _unchecked)
 
 
 def data_digest(samples: Samples, validation: Samples | None, *tensors: Tensor | None) -> str:
@@ -359,6 +368,7 @@ def _blocks(weight: Tensor, bias: Tensor | None, samples: Samples, indices: Tens
             whole = count + -count % ops.BLOCK_SAMPLES
             if contiguous and in_place and whole == count:
                 block = source[first : last + 1]
+                samples.check(wanted, block)
             else:
                 block = own[:whole]
                 filled = block[:count, : source.shape[1]]
@@ -369,6 +379,7 @@ def _blocks(weight: Tensor, bias: Tensor | None, samples: Samples, indices: Tens
                 else:
                     filled.copy_(source.index_select(0, wanted.to(source.device)))
                 block[count:] = block[count - 1]
+                samples.check(wanted, filled if alike and source.shape[1] == width else None)
             yield part, nn.functional.linear(block, weight, bias)[:count]
 
 

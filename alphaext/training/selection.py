@@ -226,6 +226,7 @@ class Validation:
     ) -> None:
         self.split = check_split(split, len(weight))
         self.samples = check_samples(weight, features, labels, "val_features", "val_labels")
+        self.samples.check()  # all rows are read
         self.counts = torch.bincount(self.samples.labels, minlength=len(weight))
         self._kept: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
 

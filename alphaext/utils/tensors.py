@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -76,11 +77,16 @@ def as_tensor(value: TensorLike, name: str) -> Tensor:
 
 
 def check_whole(value: object) -> None:
-    """Check rows that know how (cached features do) before all of them are read for the first time."""
-    check = getattr(value, "check_whole", None)
+    """Check rows that know how (cached features do) before all of them are read."""
+    check = rows_check(value)
     if check is not None:
-        check(value)
-        vars(value).pop("check_whole", None)
+        check()
+
+
+def rows_check(value: object) -> Callable[..., None] | None:
+    """How rows of ``value`` are checked, if it knows: all, or those of an index int64 ``[k]``, which may come gathered."""
+    check = getattr(value, "check_rows", None)
+    return None if check is None else partial(check, value)
 
 
 class _ReadOnly:

@@ -35,7 +35,7 @@ from alphaext.utils import files as _files
 from alphaext.utils.files import folder_lock
 
 FORK = multiprocessing.get_context("fork")
-COMPLETE = [".lock", "features.json", "features.npy", "labels.npy"]
+COMPLETE = [".lock", "features.json", "features.npy", "labels.npy", "sums.npy"]
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import pickle
+import shutil
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +18,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import alphaext
-from alphaext.features import store
+from alphaext.features import sums
 from alphaext.features.store import Features, read_features, write_array, write_features
+from alphaext.features.sums import checksum, row_sums
 from alphaext.utils import files as _files
+from alphaext.utils.tensors import rows_check
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def test_what_is_written_is_read(tmp_path_factory, rows, width, dtype, kind, see
         assert torch.equal(torch.from_numpy(np.array(result.features)), features.to(kept))
         assert torch.equal(result.labels, labels) and result.labels.dtype == torch.int64
         assert (len(result), result.num_classes, result.class_names, result.passes) == (rows, 4, None, 1)
-    assert sorted(os.listdir(folder)) == ["features.json", "features.npy", "labels.npy"]
+    assert sorted(os.listdir(folder)) == ["features.json", "features.npy", "labels.npy", "sums.npy"]
     read.verify()
 
 
@@ -121,56 +126,150 @@ def test_the_bytes_can_be_verified(folder):
     with (folder / "features.npy").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x01")
+    with pytest.raises(ValueError, match=r"features.npy' is damaged: its content has changed .* of 7 rows 6$"):
+        read_features(folder).verify()
+    _as_of_an_earlier_release(folder, None)
     with pytest.raises(ValueError, match=r"features.npy' has changed since it was written: SHA-256 \w{64}, not \w{64}"):
         read_features(folder).verify()
 
 
-def test_damage_is_named_by_what_reads_them(tmp_path):
-    folder, generator = tmp_path / "f", torch.Generator().manual_seed(0)
-    # Above a MiB, which is summed as a whole, and what is left over.
+def _as_of_an_earlier_release(folder, features_sum):
+    """A folder with one checksum of all rows, or none."""
+    sidecar(folder, row_sums="gone", features_sum="gone" if features_sum is None else features_sum)
+    (folder / "sums.npy").unlink()
+
+
+def _uses(features, other):
+    """What reads cached features ``[n, 257]`` of four classes, each with its name; ``other`` is whole."""
+    linear, split = nn.Linear(257, 4), alphaext.split_classes([99, 99, 99, 9])
+
+    def head():
+        return alphaext.AlphaNet.from_linear(linear, members=[[3, 0, 1]], seed=0, coefficients="direct")
+
+    fit = partial(alphaext.fit, epochs=1, progress=False)
+    return {
+        "class_means": lambda: features.class_means(),
+        "predict": lambda: alphaext.metrics.predict(linear, features, progress=False),
+        "fit": lambda: fit(head(), features),
+        "fit, autograd": lambda: fit(head(), features, engine="autograd"),
+        "fit, drawn": lambda: fit(head(), features, augment="neighbors", augment_samples=5, samples_per_class=9),
+        "fit, validation": lambda: fit(head(), other, val_features=features),
+        "fit_many": lambda: alphaext.fit_many(linear, features, None, [{"epochs": 1}], few_classes=[3], progress=False),
+        "repair": lambda: alphaext.repair(linear, features, few_classes=[3], epochs=1, progress=False),
+        "recommend": lambda: alphaext.recommend(linear, features, split=split),
+        "ncm": lambda: alphaext.baselines.ncm(features),
+        "discriminant": lambda: alphaext.baselines.discriminant(features),
+        "crt": lambda: alphaext.baselines.crt(features, epochs=1, progress=False),
+        "lws": lambda: alphaext.baselines.lws(linear, features, epochs=1, progress=False),
+        "few_bias": lambda: alphaext.baselines.choose_few_bias(linear, features, None, split=split),
+        "add_classes": lambda: alphaext.add_classes(linear, features, None, torch.ones(2, 257), [4, 4], epochs=1),
+        "write_features": lambda: write_features(features.folder.parent / "copy", features),
+        "verify": lambda: features.verify(),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder of features of more than a MiB, and what is left over."""
+    folder, generator = tmp_path_factory.mktemp("whole") / "f", torch.Generator().manual_seed(0)
     rows, labels = torch.randn(1200, 257, generator=generator).half(), torch.arange(1200) % 4
-    write_features(folder, rows, labels, num_classes=4)
-    path, linear = folder / "features.npy", nn.Linear(257, 4)
-    content = path.read_bytes()
-    half, many = len(content) // 2, 1 << 15
-    swapped = content[: half - many] + content[half : half + many] + content[half - many : half] + content[half + many :]
-    for damaged in (
-        content[:200] + b"\x00" + content[201:],
-        content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
-        content[:half] + bytes(64) + content[half + 64 :],
-        content[: half - 512] + content[half : half + 512] + content[half:],
-        swapped[:half] + content[half:],
-    ):
-        path.write_bytes(damaged)
-        read = read_features(folder)
-        for use in (
-            read.class_means,
-            lambda read=read: alphaext.metrics.predict(linear, read, progress=False),
-            lambda read=read: alphaext.fit(
-                alphaext.AlphaNet.from_linear(linear, members=[[3, 0, 1]], seed=0), rows, labels, val_features=read, epochs=1
-            ),
-            lambda read=read: alphaext.repair(linear, read, val_features=read, epochs=1, progress=False),
-        ):
-            with pytest.raises(ValueError, match=r"features.npy' is damaged: its content has changed .* \(checksum \w{8}, not"):
-                use()
+    return write_features(folder, rows, labels, num_classes=4)
+
+
+@pytest.mark.parametrize("use", list(_uses(None, None)))
+def test_damage_is_named_by_what_reads_them(tmp_path, whole, use):
+    path = Path(shutil.copytree(whole.folder, tmp_path / "f")) / "features.npy"
+    content, row = path.read_bytes(), 257 * 2
+    start = len(content) - 1200 * row
+    # Of class 3, which is few: whatever reads some reads these.
+    path.write_bytes(content[: start + 7 * row + 400] + b"\x00\x00" + content[start + 7 * row + 402 :])
+    with pytest.raises(ValueError, match=r"f.features.npy' is damaged: its content has changed since .*, of 1200 rows 7$"):
+        _uses(read_features(path.parent), whole)[use]()
     path.write_bytes(content)
-    assert read_features(folder).class_means().isfinite().all()
-    labels[0] = 3
-    np.save(folder / "labels.npy", labels.numpy())
-    with pytest.raises(ValueError, match="labels.npy' is damaged"):
-        read_features(folder)
+    _uses(read_features(path.parent), whole)["class_means"]()
+
+
+def _flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "rows"),
+    [
+        (lambda content, start, row: _flipped(content, start), "0$"),
+        (lambda content, start, row: _flipped(content, len(content) - 1), "1199$"),
+        (lambda content, start, row: _flipped(_flipped(content, start + 5 * row), start + 900 * row), "5, 900$"),
+        (lambda content, start, row: content[: start + 9 * row] + bytes(4 * row) + content[start + 13 * row :], "9 to 12$"),
+        (lambda content, start, row: content[: start + row] + bytes(2) + content[start + row : -2], r"1 to 1199$"),
+        (
+            lambda content, start, row: (
+                content[:start]
+                + content[start + row : start + 2 * row]
+                + content[start : start + row]
+                + content[start + 2 * row :]
+            ),
+            "0, 1$",
+        ),
+    ],
+    ids=["first bit", "last bit", "two", "zeros", "shifted", "swapped"],
+)
+def test_the_damaged_rows_are_named(tmp_path, whole, damage, rows):
+    path = Path(shutil.copytree(whole.folder, tmp_path / "f")) / "features.npy"
+    content = path.read_bytes()
+    path.write_bytes(damage(content, len(content) - 1200 * 514, 514))
+    with pytest.raises(ValueError, match=f"of 1200 rows {rows}"):
+        read_features(path.parent).class_means()
+    path.write_bytes(content)
+
+
+def test_damaged_labels_and_sums_are_named(tmp_path, whole):
+    for name in ("labels.npy", "sums.npy"):
+        folder = Path(shutil.copytree(whole.folder, tmp_path / name / "f"))
+        (folder / name).write_bytes(_flipped((folder / name).read_bytes(), 200))
+        with pytest.raises(ValueError, match=rf"{name}' is damaged: its content has changed .* \(checksum \w{{8}}, not"):
+            read_features(folder)
+
+
+def test_one_checksum_of_all_as_earlier_releases_wrote_it(tmp_path, whole):
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "f"))
+    _as_of_an_earlier_release(folder, checksum(np.asarray(whole.features)))
+    assert torch.equal(read_features(folder).class_means(), whole.class_means())
+    path = folder / "features.npy"
+    path.write_bytes(_flipped(path.read_bytes(), 9000))
+    for use in ("class_means", "repair", "ncm"):
+        with pytest.raises(ValueError, match=r"features.npy' is damaged: its content has changed .* \(checksum \w{8}, not"):
+            _uses(read_features(folder), whole)[use]()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(["<f2", "<f4"]),
+    rows=st.integers(1, 30),
+    width=st.integers(1, 20),
+    place=st.floats(0, 1, exclude_max=True),
+)
+def test_a_changed_bit_changes_its_rows_sum_and_no_other(dtype, rows, width, place):
+    content = np.random.default_rng(rows).standard_normal((rows, width)).astype(dtype)
+    damaged = content.copy()
+    byte = int(place * content.nbytes)
+    damaged.reshape(-1).view(np.uint8)[byte] ^= 128
+    assert np.flatnonzero(row_sums(content) != row_sums(damaged)).tolist() == [byte // (width * content.itemsize)]
+    assert np.array_equal(row_sums(np.asfortranarray(content)), row_sums(content))
 
 
 def test_rows_are_checked_once_and_slices_not_at_all(folder, monkeypatch):
     calls = []
-    right = store.checksum
-    monkeypatch.setattr(store, "checksum", lambda array: calls.append(len(array)) or right(array))
+    monkeypatch.setattr(sums, "row_sums", lambda rows: calls.append(len(rows)) or row_sums(rows))
     features = read_features(folder)
     alphaext.class_means(features.features[:5], features.labels[:5], 3)
-    assert calls == [7]  # the labels
+    assert calls == []
+    check = rows_check(features.features)
+    for some, rows in (([1, 3], None), ([3, 1], features.features[[3, 1]]), ([3, 4], None)):
+        check(torch.tensor(some), rows)
+    assert calls == [2, 1]
     features.class_means()
     features.class_means()
-    assert calls == [7, 7]
+    assert calls == [2, 1, 7]
 
 
 class Known:

@@ -216,7 +216,7 @@ class Original:
         checked: those that carry checksums, so that damage cannot go unnoticed.
     """
 
-    checked = ("zip.pth", "arrays.npz", "new.pth.undo.npz", "features/features.npy", "features/labels.npy")
+    checked = ("zip.pth", "arrays.npz", "new.pth.undo.npz", "features/features.npy", "features/labels.npy", "features/sums.npy")
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
@@ -249,6 +249,7 @@ class Original:
             "list.txt": lambda path: [read_list(path, path.parent).paths, read_list(path, path.parent).labels.tolist()],
             "features/features.npy": _features,
             "features/labels.npy": _features,
+            "features/sums.npy": _features,
             "features/features.json": _features,
             "value.json": lambda path: read_json(path, "a value"),
             "fit.toml": lambda path: read_config(path, [Extract, Fit]),
