@@ -29,9 +29,14 @@ static inline void random_row(const InitialWeightsParams& p, int64_t network, in
   const Acc bound = static_cast<Acc>(p.bound), step = static_cast<Acc>(2.0 / 16777216.0) * bound;
   for (int64_t i = 0; i <= p.inputs; i += 4 * kStreams) {
     for (int vector = 0; vector < kCounterVectors; ++vector) {
-      Counters c[4] = {{}, Counters{} + static_cast<uint32_t>(unit), Counters{} + static_cast<uint32_t>(network), {}};
       const int first = vector * kCountersAtOnce;
-      for (int s = 0; s < kCountersAtOnce; ++s) c[0][s] = static_cast<uint32_t>(i / 4 + first + s);
+      uint64_t numbers[kCountersAtOnce];
+      for (int s = 0; s < kCountersAtOnce; ++s) numbers[s] = static_cast<uint32_t>(i / 4 + first + s);
+      Counters c[4];
+      std::memcpy(&c[0], numbers, sizeof(c[0]));
+      c[1] = Counters{} + static_cast<uint32_t>(unit);
+      c[2] = Counters{} + static_cast<uint32_t>(network);
+      c[3] = Counters{};
       philox(c[0], c[1], c[2], c[3], static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
       for (int word = 0; word < 4; ++word) {
         Acc* const out = row + i + word * kStreams + first;
