@@ -70,7 +70,7 @@ class Recommendation:
         return pandas.DataFrame(rows).set_index("method")
 
     def _cells(self) -> list[tuple[str, ...]]:
-        header = ("method", *(f"{part}, %" for part in SPLITS_AND_ALL), "ECE, %", "base", "seconds", "few rows only")
+        header = ("method", *(f"{part}, %" for part in SPLITS_AND_ALL), "ECE, %", "base change, %", "seconds", "few rows only")
         rows = [
             (
                 candidate.method,
