@@ -7,11 +7,14 @@ import inspect
 import pytest
 from option_table import PAGE, table
 
-from alphaext import AlphaNet, fit
+from alphaext import AlphaNet, fit, fit_many, recommend, repair
 from alphaext.commands.fit import Fit
 from alphaext.commands.options import kinds_of
+from alphaext.pretraining import train_model
+from alphaext.pretraining.options import JointOptions
 from alphaext.sklearn import AlphaNetClassifier
 from alphaext.training import PRESETS
+from alphaext.training.builder import Builder
 from alphaext.training.options import OPTIONS, HeadOptions, TrainingOptions, read_options
 
 HEAD = list(HeadOptions.__dataclass_fields__)
@@ -33,6 +36,22 @@ def test_defaults_are_the_tables():
     assert AlphaNetClassifier(epochs=3).get_params()["epochs"] == 3
     with pytest.raises(TypeError, match="unknown option 'epoch'"):
         AlphaNetClassifier(epoch=3)
+
+
+def test_a_joint_training_takes_its_table():
+    own, table = defaults(train_model), defaults(JointOptions)
+    assert {name: own[name] for name in table} == table
+
+
+def test_what_says_the_data_is_said_alike():
+    data = defaults(Builder)
+    del data["linear"], data["means"]  # of which fit_many takes means, too
+    for function in (fit_many, repair, recommend):
+        own = defaults(function)
+        # Where the configurations come behind the labels, these have no default.
+        assert {name: None if own[name] is inspect.Parameter.empty else own[name] for name in data if name != "features"} == {
+            name: data[name] for name in data if name != "features"
+        }
 
 
 def test_flags_and_presets_are_the_tables():
