@@ -18,10 +18,10 @@ __all__ = ["Candidate", "Recommendation"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method, measured on validation samples that it was not chosen by.
+    """A method, measured on samples by which nothing of it was chosen.
 
     Attributes:
-        method: a key of the methods compared.
+        method: its name, such as ``"few-bias"``, ``"few"`` or ``"discriminant"``; ``"original"`` is the classifier as it is.
         few, medium, many, all: top-1 accuracy, fractions of 1; NaN for a part without samples.
         calibration_error: expected calibration error over all.
         base_change: of the accuracy over samples of base classes, against the original classifier.
@@ -49,7 +49,7 @@ class Recommendation:
     Attributes:
         method: the recommended one.
         advice: one sentence that says so, and why.
-        linear: its classifier, made with all validation samples.
+        linear: its classifier, made with all samples: none is held back from it.
         candidates: all methods, what changes least first.
         split: which classes are few, medium and many.
     """

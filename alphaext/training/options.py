@@ -95,7 +95,7 @@ SELECTIONS = (*CHOOSING, "last")
 
 @dataclass(frozen=True)
 class TrainingOptions(OptionTable):
-    """How to train. The defaults are the paper's.
+    """How to train. The defaults are the paper's, but that the original classifier is kept where nothing is better.
 
     Attributes:
         epochs: 80 in the paper.
