@@ -9,6 +9,7 @@ constexpr int kStreams = 8;
 // A counter lies in the low half of a lane of 64 bits; what is in the high half plays no part.
 using Counters = VectorOf<double>::integers;
 constexpr int kCountersAtOnce = kLanes<double>, kCounterVectors = kStreams / kCountersAtOnce;
+constexpr uint64_t kNumbers[kStreams] = {0, 1, 2, 3, 4, 5, 6, 7};
 
 static ALPHAEXT_INLINE void philox(Counters& c0, Counters& c1, Counters& c2, Counters& c3, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
@@ -30,10 +31,9 @@ static inline void random_row(const InitialWeightsParams& p, int64_t network, in
   for (int64_t i = 0; i <= p.inputs; i += 4 * kStreams) {
     for (int vector = 0; vector < kCounterVectors; ++vector) {
       const int first = vector * kCountersAtOnce;
-      uint64_t numbers[kCountersAtOnce];
-      for (int s = 0; s < kCountersAtOnce; ++s) numbers[s] = static_cast<uint32_t>(i / 4 + first + s);
       Counters c[4];
-      std::memcpy(&c[0], numbers, sizeof(c[0]));
+      std::memcpy(&c[0], kNumbers + first, sizeof(c[0]));
+      c[0] += static_cast<uint64_t>(i / 4);
       c[1] = Counters{} + static_cast<uint32_t>(unit);
       c[2] = Counters{} + static_cast<uint32_t>(network);
       c[3] = Counters{};
