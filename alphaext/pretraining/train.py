@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from ..data.images import LabelledImages
 from ..data.transforms import ImageTransform
 from ..utils.checks import check_integer, check_kind, check_together
 from ..utils.files import PathLike, check_output_folder, folder_lock
+from ..utils.option_table import check_known, with_options
 from ..utils.processes import process_group
 from .epochs import default_workers
 from .options import JointOptions
@@ -48,6 +50,7 @@ class TrainResult:
     seconds: float
 
 
+@with_options(fields(JointOptions))
 def train_model(
     model: nn.Module,
     images: LabelledImages,
@@ -56,31 +59,10 @@ def train_model(
     transform: ImageTransform,
     val_images: LabelledImages | None = None,
     val_transform: ImageTransform | None = None,
-    epochs: int = 90,
-    batch_size: int = 512,
-    lr: float = 0.2,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    weight_decay: float = 5e-4,
-    schedule: str = "cosine",
-    warmup_epochs: int = 0,
-    lr_step: int = 30,
-    lr_factor: float = 0.1,
-    optimizer: str = "sgd",
-    sampling: str = "instance",
-    label_smoothing: float = 0.0,
-    precision: str = "float32",
-    drop_last: bool = True,
-    sync_batch_norm: bool = False,
-    channels_last: bool = True,
-    deterministic: bool = True,
-    select: str | None = None,
-    few_below: int = 20,
-    many_above: int = 100,
     workers: int | None = None,
     device: str | torch.device | None = None,
-    seed: int = 0,
     progress: bool | None = None,
+    **options: Any,
 ) -> TrainResult:
     """Train a model on labelled images with the cross-entropy of all classes.
 
@@ -160,30 +142,8 @@ def train_model(
         (2, 'fc.bias')
     """
     started = time.monotonic()
-    options = JointOptions(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=momentum,
-        nesterov=nesterov,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        warmup_epochs=warmup_epochs,
-        lr_step=lr_step,
-        lr_factor=lr_factor,
-        optimizer=optimizer,
-        sampling=sampling,
-        label_smoothing=label_smoothing,
-        precision=precision,
-        drop_last=drop_last,
-        sync_batch_norm=sync_batch_norm,
-        channels_last=channels_last,
-        deterministic=deterministic,
-        select=select,
-        few_below=few_below,
-        many_above=many_above,
-        seed=seed,
-    )
+    check_known(options, [entry.name for entry in fields(JointOptions)])
+    settings = JointOptions(**options)
     _check_model(model)
     _check_images(images, transform, "images", "transform")
     check_together(val_images=val_images, val_transform=val_transform)
@@ -193,13 +153,13 @@ def train_model(
         if val_transform.random:
             raise ValueError(f"val_transform must not be random, got {val_transform!r}")
         validation = (val_images, val_transform)
-    if options.select == "best_all" and validation is None:
+    if settings.select == "best_all" and validation is None:
         raise ValueError("select='best_all' needs val_images and val_transform")
     workers = default_workers() if workers is None else check_integer(workers, "workers", minimum=0)
     folder = check_output_folder(output_folder, "output_folder")
     with process_group(device) as group, ExitStack() as stack:
         with group.together():
-            run = JointRun(model, options, (images, transform), validation, folder, workers, group)
+            run = JointRun(model, settings, (images, transform), validation, folder, workers, group)
             if group.is_main:
                 folder.mkdir(exist_ok=True)
                 stack.enter_context(folder_lock(folder, "a training"))

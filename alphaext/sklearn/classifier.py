@@ -29,11 +29,12 @@ from ..repairing.recommend import METHODS, compare_methods
 from ..repairing.recommendation import Recommendation
 from ..repairing.repair import repair
 from ..training.builder import Builder
-from ..training.options import OPTIONS, HeadOptions, check_known, read_options, takes_options
+from ..training.options import OPTIONS, HeadOptions, read_options
 from ..training.presets import PRESETS, preset_options
 from ..training.result import AlphaNetWarning, FitResult
 from ..utils.checks import check_choice, check_integer, check_number, if_given
 from ..utils.linear import make_linear
+from ..utils.option_table import check_known, with_options
 from .estimators import (
     Array,
     FitSamples,
@@ -148,7 +149,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
     select: str | None
     top_k: int | None
 
-    @takes_options(_OPTIONS, default=None)
+    @with_options((OPTIONS[name] for name in _OPTIONS), default=None)
     def __init__(
         self,
         estimator: Any = None,

@@ -6,21 +6,19 @@ and which values it takes is said here alone.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS, RULES
 from ..utils.checks import check_integer
-from ..utils.option_table import OptionTable, table_option
+from ..utils.option_table import OptionTable, check_known, table_option
 
-__all__ = ["HeadOptions", "TrainingOptions", "read_options", "selection_score", "takes_options"]
+__all__ = ["HeadOptions", "TrainingOptions", "read_options", "selection_score"]
 
 _SAME: Any = object()
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _option(
@@ -38,13 +36,6 @@ def _option(
     """
     presets = {"few": default if few is _SAME else few, "paper": default if paper is _SAME else paper}
     return table_option(default, help, presets=presets, several=several, **more)
-
-
-def check_known(options: Mapping[str, Any], known: Collection[str]) -> None:
-    """Check that there are such options."""
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
 
 
 @dataclass(frozen=True)
@@ -264,30 +255,6 @@ def read_options(config: Mapping[str, Any]) -> tuple[HeadOptions, TrainingOption
     training = TrainingOptions(**{name: value for name, value in config.items() if name not in head})
     # Coefficients in closed form leave nothing to train.
     return of_head, replace(training, epochs=0) if of_head.coefficients == "closed-form" else training
-
-
-def takes_options(names: Collection[str], default: Any = _SAME) -> Callable[[_Function], _Function]:
-    """A decorator: the function's ``**options`` are those of the table with these names; its signature shows them.
-
-    The signature shows the plain form's values, or ``default`` for all.
-    """
-
-    def decorate(function: _Function) -> _Function:
-        own = inspect.signature(function)
-        kept = [each for each in own.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        more = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=OPTIONS[name].default if default is _SAME else default,
-                annotation=OPTIONS[name].type,
-            )
-            for name in names
-        ]
-        function.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
-        return function
-
-    return decorate
 
 
 def check_min_all(min_all: object, select: str | None) -> float | None:

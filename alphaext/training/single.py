@@ -23,6 +23,7 @@ from ..metrics.evaluation import expected_calibration_error
 from ..metrics.predictions import predict
 from ..utils.checks import check_choice, check_integer, check_kind, check_number, format_ids
 from ..utils.linear import make_linear
+from ..utils.option_table import check_known, with_options
 from ..utils.progress import task_bar
 from ..utils.resume import ResumableTraining, check_alike, check_checkpoint
 from ..utils.tensors import LabelledFeatures, TensorLike
@@ -33,7 +34,7 @@ from .cached_logits import data_digest
 from .engine import ENGINES, TrainingData, TrainingDiverged, hits_of
 from .few_bias import choose_few_bias
 from .native_engine import NativeEngine, SharedLogits, why_not_native
-from .options import TrainingOptions, check_known, takes_options
+from .options import TrainingOptions
 from .result import AlphaNetWarning, FitResult
 from .selection import Policy, unfit_to_choose
 from .sgd import DecayOfStart, Sgd
@@ -54,7 +55,7 @@ _FEW_POINTS = 3
 _OPTIONS = [entry.name for entry in fields(TrainingOptions)]
 
 
-@takes_options(_OPTIONS)
+@with_options(fields(TrainingOptions))
 def fit(
     head: AlphaNet,
     features: TensorLike | LabelledFeatures,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from .checks import check_choice, check_flag, check_integer, check_number
+
+_SAME: Any = object()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _CHECKS: dict[str, Any] = {"bool": check_flag, "int": check_integer, "float": check_number}
 _BOUNDS = ("minimum", "maximum", "above", "below")
@@ -28,6 +32,37 @@ def table_option(default: Any, help: str = "", *, choices: Sequence[str] | None 
 def kind_of(entry: Field[Any]) -> str:
     """The type of an option that has a value: of a list, that of its entries."""
     return str(entry.type).removesuffix(" | None").removeprefix("Sequence[").removesuffix("]")
+
+
+def check_known(options: Mapping[str, Any], known: Collection[str]) -> None:
+    """Check that there are such options."""
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+
+
+def with_options(entries: Iterable[Field[Any]], default: Any = _SAME) -> Callable[[_Function], _Function]:
+    """A decorator: the function's ``**options`` are those of a table; its signature shows them.
+
+    The signature shows the table's values, or ``default`` for all.
+    """
+    more = [
+        inspect.Parameter(
+            entry.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=entry.default if default is _SAME else default,
+            annotation=entry.type,
+        )
+        for entry in entries
+    ]
+
+    def decorate(function: _Function) -> _Function:
+        own = inspect.signature(function)
+        kept = [each for each in own.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        function.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 class OptionTable:
