@@ -1,9 +1,8 @@
-"""Banking77, long-tailed: 77 kinds of bank customers' questions (Casanueva et al., CC BY 4.0), from ``ALPHAEXT_DATA``."""
+"""Banking77, long-tailed: 77 kinds of bank customers' questions (Casanueva et al., CC BY 4.0), the examples' file."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ Texts = dict[str, tuple[list[str], "np.ndarray[Any, Any]"]]
 
 def read_banking() -> Texts:
     """Texts and labels of train, val and test."""
-    data = json.loads((Path(os.environ["ALPHAEXT_DATA"]) / "banking77lt.json").read_text(encoding="utf-8"))
+    path = Path(__file__).resolve().parents[1] / "docs" / "examples" / "banking77lt.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
     return {
         part: ([text for text, _ in data[part]], np.array([label for _, label in data[part]]))
         for part in ("train", "val", "test")

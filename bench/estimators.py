@@ -2,7 +2,7 @@
 
     python bench/estimators.py --results NAME [--draws 5]
 
-Banking77 (from ``ALPHAEXT_DATA``), TF-IDF in the same pipeline as the classifier. A draw takes as many questions of each class
+Banking77 (the examples' file), TF-IDF in the same pipeline as the classifier. A draw takes as many questions of each class
 as the long-tailed list has, from training and validation questions together. Writes ``bench/results/NAME.csv``, a row a preset
 and draw, and prints the mean with a 95% t interval of what the repair gains.
 """
