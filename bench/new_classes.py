@@ -3,9 +3,10 @@
     python bench/new_classes.py --results NAME [--draws 5]
 
 Ten classes of at least 20 training samples, drawn at random, are taken from Caltech-101's EfficientNet-Lite0 features (from
-``ALPHAEXT_DATA``) and from Banking77's TF-IDF with SVD (the examples' file), both long-tailed. Logistic regression learns the others. Then the ten
-come back with 1, 2, 5 or 10 samples each: by ``add_classes``, beside nearest class mean (cosine) for all classes, and beside
-logistic regression trained with these samples from the start. Writes ``bench/results/NAME.csv``, a row a method and draw.
+``ALPHAEXT_DATA``) and from Banking77's TF-IDF with SVD (the examples' file), both long-tailed. Logistic regression learns the
+others. Then the ten come back with 1, 2, 5 or 10 samples each: by ``add_classes``, beside nearest class mean (cosine) for all
+classes, and beside logistic regression trained with these samples from the start. Writes ``bench/results/NAME.csv``, a row a
+method and draw.
 """
 
 from __future__ import annotations
