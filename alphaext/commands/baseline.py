@@ -39,6 +39,7 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Chec
     """
 
     section: ClassVar[str] = "baseline"
+    goes_on: ClassVar[bool] = True
     name: str = option(
         choices=tuple(BASELINES),
         positional=True,

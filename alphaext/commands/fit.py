@@ -70,6 +70,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Classifie
     """
 
     section: ClassVar[str] = "fit"
+    goes_on: ClassVar[bool] = True
     preset: str = option(
         "few",
         choices=(*PRESETS, "all"),

@@ -24,7 +24,7 @@ from ..data.loading import Batch, Reader, Transform, image_batches, image_seed
 from ..models.inference import for_cpu
 from ..models.split import SplitModel
 from ..utils.modules import computing_in, cudnn_choice
-from ..utils.processes import end_with_parent, keep_freed_memory
+from ..utils.processes import end_with_parent, interrupted_afterwards, keep_freed_memory
 from ..utils.seeds import noise
 
 
@@ -141,7 +141,8 @@ class Computing:
             for _ in range(processes):
                 ours, theirs = context.Pipe()
                 started[ours] = context.Process(target=_compute_apart, args=(self, network, theirs, os.getpid()))
-                started[ours].start()
+                with interrupted_afterwards():
+                    started[ours].start()
                 theirs.close()  # so that its end is seen
             # As many as the workers of a process read ahead, one that it computes, and one to go on with.
             for _ in range(2 * self.workers + 2):

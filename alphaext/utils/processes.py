@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -205,6 +206,23 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Let a Ctrl-C wait for the end of the block, which forks: what runs at a fork would swallow it, and a child show it."""
+    own = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not own:
+        yield
+        return
+    interrupted: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, own)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _place() -> tuple[int, int, int]:

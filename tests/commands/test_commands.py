@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import OrderedDict
@@ -23,7 +25,8 @@ from digit_images import TRAIN_COUNTS, write_digits
 from PIL import Image
 
 from alphaext import AlphaNet
-from alphaext.checkpoints import read_checkpoint
+from alphaext.__main__ import main as process_main
+from alphaext.checkpoints import read_checkpoint, save_linear
 from alphaext.commands import COMMANDS, Doctor, Evaluate, Export, Extract, Fit, Train
 from alphaext.commands import main as cli
 from alphaext.commands.options import read_config
@@ -702,3 +705,60 @@ def test_errors_are_json_under_json(digits, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit", "--prset", "few", "--json"])
     assert json.loads(capsys.readouterr().out)["error"] == "unknown option --prset; did you mean '--preset'?"
+
+
+INTERRUPTED = {
+    "doctor": ["doctor", "data"],
+    "init": ["init", "DIGITS", "--output", "OUT/mine.toml"],
+    "train": ["train", "--output", "OUT", "--epochs", "60"],
+    "extract": ["extract", "--features", "OUT", "--processes", "2"],
+    "baseline": ["baseline", "crt", "--epochs", "3000", "--output", "OUT"],
+    "recommend": ["recommend", "--classifier", "DIGITS/joint", "--output", "OUT"],
+    "fit": ["fit", "--classifier", "DIGITS/joint", "--epochs", "3000", "--output", "OUT"],
+    "evaluate": ["evaluate", "DIGITS/joint", "--output", "OUT"],
+    "export": ["export", "--repaired", "OUT/changed.pth", "--output", "OUT/new.pth"],
+    "study": ["study", "--classifier", "DIGITS/joint", "--experiments", "top-k", "--epochs", "50", "--output", "OUT"],
+    "repair": ["repair", "--output", "OUT"],
+}
+
+
+@pytest.mark.parametrize("name", list(INTERRUPTED))
+def test_ctrl_c_is_one_sentence_and_the_same_command_can_be_run_again(digits, tmp_path, name):
+    words = [word.replace("DIGITS", str(digits)).replace("OUT", str(tmp_path / "out")) for word in INTERRUPTED[name]]
+    (tmp_path / "out").mkdir()
+    if name == "export":
+        changed = read_classifier(digits / "joint")
+        changed.weight.data[FEW] += 0.1
+        save_linear(changed, tmp_path / "out" / "changed.pth")
+    if name != "init":
+        words += ["--config", str(digits / ("train.toml" if name == "train" else "alphaext.toml"))]
+
+    def command():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        for descriptor, said in ((1, "out.txt"), (2, "err.txt")):
+            os.dup2(os.open(tmp_path / said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.stdout, sys.stderr, sys.argv = open(1, "w"), open(2, "w"), ["alphaext", *words]  # noqa: SIM115
+        code = process_main()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+    def leftovers():
+        return [path.name for path in tmp_path.rglob("*.tmp")]
+
+    codes = []
+    for delay in (0.02, 0.15, 0.4):
+        child = multiprocessing.get_context("fork").Process(target=command)
+        child.start()
+        child.join(delay)
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGINT)
+        child.join(60)
+        codes.append(child.exitcode)
+        said = (tmp_path / "err.txt").read_text()
+        assert child.exitcode in (0, 130), said
+        if child.exitcode == 0:
+            break
+        on = "; run the same command again to go on" if COMMANDS[name].goes_on else ""
+        assert said in ("interrupted\n", f"interrupted{on}\n") and not leftovers()  # the first: before it was read which one
+        assert not (tmp_path / "out" / "result.json").exists()
+    assert codes[0] == 130
