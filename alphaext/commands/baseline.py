@@ -13,6 +13,7 @@ from rich.table import Column, Table
 import alphaext
 
 from ..baselines.choices import BASELINE_OPTIONS, BASELINES, RETRAINING_PRESETS
+from ..training.options import SELECTIONS
 from ..utils.text import percent
 from . import results
 from .options import option
@@ -53,7 +54,7 @@ class Baseline(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Chec
     )
     select: str | None = option(
         None,
-        choices=("best_all", "best_few", "last"),
+        choices=SELECTIONS,
         help="what a choice on validation features goes by; without, best_all (crt and lws without validation features: last)",
     )
     min_all: float | None = option(None, help="under best_few: the least accuracy over all; without, the classifier's own")

@@ -19,7 +19,7 @@ import alphaext
 
 from ..study.plans import POLICIES, check_policy
 from ..training.options import OPTIONS, selection_score
-from ..training.presets import PRESETS, preset_options
+from ..training.presets import PRESETS, PRESETS_AND_ALL, preset_options
 from ..utils.checks import check_number, format_ids
 from ..utils.text import percent, value_text
 from . import results
@@ -73,7 +73,7 @@ class Fit(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Classifie
     goes_on: ClassVar[bool] = True
     preset: str = option(
         "few",
-        choices=(*PRESETS, "all"),
+        choices=PRESETS_AND_ALL,
         help="what all options below are where they are not given: what gains most, or exactly the paper's form; all: "
         "preset few averaged with the discriminant and balanced re-training, which may change every row",
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import alphaext
 
+from ..training.options import CHOOSING
 from ..utils.files import without_nan
 from . import results
 from .options import option
@@ -29,9 +30,7 @@ class Recommend(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Cla
     """
 
     section: ClassVar[str] = "recommend"
-    policy: str = option(
-        "best_all", choices=("best_all", "best_few"), help="accuracy over all, or few accuracy of those that keep --min-all"
-    )
+    policy: str = option("best_all", choices=CHOOSING, help="accuracy over all, or few accuracy of those that keep --min-all")
     min_all: float | None = option(
         None, help="under best_few: the least accuracy over all, up to 1; without, the classifier's own"
     )

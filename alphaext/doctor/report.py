@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from ..classes import ClassSplit
+from ..metrics.accuracy import SPLITS
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
@@ -114,7 +115,7 @@ class DataReport:
             "few_below": self.few_below,
             "many_above": self.many_above,
             "split_sizes": self.split_sizes(),
-            "split": None if split is None else {name: getattr(split, name).tolist() for name in ("few", "medium", "many")},
+            "split": None if split is None else {name: getattr(split, name).tolist() for name in SPLITS},
             "counts": {part: counts.tolist() for part, counts in self.counts.items()},
             "problems": [finding.to_dict() for finding in self.problems],
         }

@@ -12,7 +12,7 @@ from ..classes import ClassSplit, class_counts
 from ..metrics.accuracy import SplitMetrics
 from ..training.builder import Builder
 from ..training.engine import hits_of
-from ..training.presets import PRESETS
+from ..training.presets import PRESETS_AND_ALL
 from ..training.result import FitResult
 from ..utils.checks import check_choice
 from ..utils.linear import make_linear
@@ -81,7 +81,7 @@ def repair(
         >>> torch.equal(made.linear.weight[:3], original.weight[:3]), made.head.coefficients
         (True, 'direct')
     """
-    check_choice(preset, "preset", (*PRESETS, "all"))
+    check_choice(preset, "preset", PRESETS_AND_ALL)
     check_choice(method or "auto", "method", ("auto",))
     bounds = {name: options.pop(name) for name in _OF_AUTO if name in options} if method == "auto" else {}
     refused = (

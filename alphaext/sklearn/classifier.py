@@ -30,7 +30,7 @@ from ..repairing.recommendation import Recommendation
 from ..repairing.repair import repair
 from ..training.builder import Builder
 from ..training.options import OPTIONS, HeadOptions, read_options
-from ..training.presets import PRESETS, preset_options
+from ..training.presets import PRESETS_AND_ALL, preset_options
 from ..training.result import AlphaNetWarning, FitResult
 from ..utils.checks import check_choice, check_integer, check_number, if_given
 from ..utils.linear import make_linear
@@ -420,7 +420,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
     def _check_parameters(self) -> HeadOptions:
         """Check all parameters before any work is done; what the head's options are."""
-        check_choice(self.preset, "preset", (*PRESETS, "all"))
+        check_choice(self.preset, "preset", PRESETS_AND_ALL)
         check_choice(self.method or "auto", "method", ("auto",))
         if self.method == "auto" and self.preset != "few":
             raise ValueError(f"preset={self.preset!r} does not go with method='auto'")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..classes import split_classes
 from ..features.store import Features, as_json, differences, read_parts
+from ..metrics.accuracy import SPLITS
 from ..utils.checks import check_integer, if_given
 from ..utils.environment import versions
 from ..utils.files import PathLike, check_no_file, folder_lock, read_json, write_json
@@ -128,7 +129,7 @@ def run_study(
             "classifier": name,
             "features": os.fspath(features),
             "samples": {part: len(entry) for part, entry in parts.items()},
-            "classes": {part: len(getattr(split, part)) for part in ("few", "medium", "many")},
+            "classes": {part: len(getattr(split, part)) for part in SPLITS},
             "versions": versions("python", "alphaext", "torch", "numpy", "scikit-learn"),
             "machine": _machine(weight.device),
             "options": asdict(settings),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classes import ClassSplit, check_split
+from ..metrics.accuracy import SPLITS_AND_ALL
 from ..utils.checks import check_number
 from ..utils.linear import linear_parameters, make_linear, wide
 from ..utils.tensors import LabelledFeatures, TensorLike, check_class_ids, check_finite, check_list
@@ -195,7 +196,7 @@ class _Gaps:
         hits, samples = np.stack([*right[:3], sum(right)]), np.array([*self._samples[:3], sum(self._samples)])
         with np.errstate(invalid="ignore"):  # 0 / 0 is the nan that is meant
             fractions = (hits / samples[:, None].astype(np.float64)).T.tolist()
-        return [dict(zip(("few", "medium", "many", "all"), row, strict=True)) for row in fractions]
+        return [dict(zip(SPLITS_AND_ALL, row, strict=True)) for row in fractions]
 
 
 def _rounding(weight: Tensor) -> float:

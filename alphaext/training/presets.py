@@ -9,7 +9,7 @@ from typing import Any
 from ..utils.checks import check_choice
 from .options import OPTIONS
 
-__all__ = ["PRESETS", "preset_options"]
+__all__ = ["PRESETS", "PRESETS_AND_ALL", "preset_options"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -25,6 +25,10 @@ validation samples (docs/results/findings.md). ``"paper"`` is exactly the publis
 ImageNet-LT. Options that are not given to :func:`alphaext.fit_many` are the plain form's: the paper's, but from the original
 classifier on and with a gradient that lets a clamped coefficient return, gamma 1 (docs/reference/defaults.md).
 """
+
+
+PRESETS_AND_ALL = (*PRESETS, "all")
+"""The names of all presets: those of few rows, and ``"all"`` of :func:`alphaext.repair`, which may change every row."""
 
 
 def preset_options(name: str, *, pool_size: int | None = None, validation: bool = True) -> dict[str, Any]:
