@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import time
@@ -153,8 +154,11 @@ def train(
     return result
 
 
-def warn_of(notes: list[str], stacklevel: int = 3) -> None:
-    """Warn of what is to know of a result; the warning is where the caller's caller is."""
+def warn_of(notes: list[str]) -> None:
+    """Warn of what is to know of a result; the warning names the line outside this package that asked for it."""
+    frame, stacklevel = inspect.currentframe(), 1
+    while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "alphaext":
+        frame, stacklevel = frame.f_back, stacklevel + 1
     for note in notes:
         warnings.warn(note, AlphaNetWarning, stacklevel=stacklevel)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from alphaext import fit_many, repair
+from alphaext import AlphaNet, fit, fit_many, repair, repair_model
 from alphaext.checkpoints import read_checkpoint
 from alphaext.metrics import expected_calibration_error, predict
-from alphaext.training import single
+from alphaext.training import AlphaNetWarning, single
 
 COUNTS = torch.tensor([40, 30, 25, 22, 6, 4])
 CENTRES = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
@@ -167,3 +167,16 @@ def test_a_layer_of_one_row_is_refused_in_words():
 def test_a_layer_of_another_make_will_do():
     layer = nn.utils.parametrizations.weight_norm(model()[1])
     assert repair(layer, FEATURES, LABELS, **QUICK).linear.out_features == 6
+
+
+@pytest.mark.parametrize("call", ["repair", "repair_model", "fit"])
+def test_a_warning_names_the_line_of_the_caller(call):
+    few = {"val_features": FEATURES[:4], "val_labels": LABELS[:4]}
+    with pytest.warns(AlphaNetWarning, match="not verified") as caught:
+        if call == "repair":
+            repair(model()[1], FEATURES, LABELS, **few, **QUICK)
+        elif call == "repair_model":
+            repair_model(nn.Sequential(nn.Identity(), model()[1]), (FEATURES, LABELS), tuple(few.values()), **QUICK)
+        else:
+            fit(AlphaNet.from_linear(model()[1], members=[[5, 0, 1]], seed=0), FEATURES, LABELS, **few, **QUICK)
+    assert {each.filename for each in caught} == {__file__}
