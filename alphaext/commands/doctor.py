@@ -88,8 +88,13 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
             return self.images(part)
 
     def _accuracy(self, images: alphaext.data.LabelledImages, num_classes: int) -> alphaext.doctor.Finding:
+        from ..utils.processes import keep_freed_memory
+
         try:
-            found = self.accuracy(self.trained_model(num_classes, self.chosen_device()), images)
+            device = self.chosen_device()
+            if device.type == "cpu":
+                keep_freed_memory()
+            found = self.accuracy(self.trained_model(num_classes, device), images)
             if found.level != "error":
                 return found
             if self.allow_chance:

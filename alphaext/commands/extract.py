@@ -62,7 +62,7 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
         with process_group(self.device) as group:
             on_cpu = group.device.type == "cpu"
             processes = self.processes if self.processes is not None else processors_per_process() if on_cpu else 0
-            if on_cpu and not processes:
+            if on_cpu:
                 keep_freed_memory()
             model = self.trained_model(self.num_classes, group.device)
             parts = self._open(named, model.num_classes, self.class_names(model.model))

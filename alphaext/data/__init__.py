@@ -9,6 +9,8 @@ from .long_tailed import long_tailed_counts, make_long_tailed
 from .sources import from_torchvision, open_images, read_arrays, read_cifar, read_image_folder
 from .texts import TEXT_SUFFIXES, Texts, read_texts
 from .transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     ImageTransform,
     make_transform,
     small_test_transform,
@@ -18,6 +20,8 @@ from .transforms import (
 )
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "TEXT_SUFFIXES",
     "ArrayImages",
     "DatasetImages",

@@ -65,9 +65,11 @@ class LabelledImages(Dataset["tuple[Image, int]"], ABC):
         labels: int64 [n], CPU, in ``0 .. num_classes - 1``.
         num_classes: N; there may be classes without images.
         class_names: a name for each class, or None where the source has none.
+        noun: what one of them is called in words to the user: ``"image"``, or ``"text"``.
     """
 
     kind: str
+    noun = "image"
 
     def __init__(self, labels: TensorLike, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> None:
         if class_names is not None:

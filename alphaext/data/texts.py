@@ -22,6 +22,7 @@ class Texts(RowImages):
     the package."""
 
     kind = "texts"
+    noun = "text"
 
     def stored(self, index: int) -> bytes:
         text: str = self._whole[self._row(index)]

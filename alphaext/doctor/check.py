@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +112,8 @@ def check_data(
         problems += [*reading_problems(parts, readings), *content_problems(parts, readings), *truncation_problems()]
     else:
         problems += missing_problems(parts)
+    if train.noun != "image":  # findings speak of images; items are names of the user's own
+        problems = [replace(each, title=_of(train, each.title), detail=_of(train, each.detail)) for each in problems]
     gaps = bool((counts["train"] == 0).any())
     return DataReport(
         counts=counts,
@@ -122,7 +126,12 @@ def check_data(
         problems=sorted(problems, key=lambda finding: LEVELS.index(finding.level)),
         images_read=sum(map(len, parts.values())) if read_images else 0,
         seconds=time.monotonic() - started,
+        noun=train.noun,
     )
+
+
+def _of(images: LabelledImages, text: str) -> str:
+    return re.sub(r"\bimage", images.noun, text)
 
 
 def check_classifier_order(

@@ -90,7 +90,8 @@ def read_all(
     ]
     total = sum(len(images) for images in parts.values())
     pool = ThreadPoolExecutor(threads, thread_name_prefix="alphaext-read")
-    with task_bar(progress, "reading", total=total, unit="images") as report:
+    noun = next((images.noun for images in parts.values()), "image")
+    with task_bar(progress, "reading", total=total, unit=f"{noun}s") as report:
         try:
             for count in pool.map(read, *zip(*tasks, strict=True)) if tasks else ():
                 report(count)

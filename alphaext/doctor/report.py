@@ -71,6 +71,7 @@ class DataReport:
         problems: all findings, errors first.
         images_read: how many images were read whole.
         seconds: how long all took.
+        noun: what a sample is called: ``"image"`` or ``"text"``.
     """
 
     counts: dict[str, Tensor]
@@ -83,6 +84,7 @@ class DataReport:
     problems: list[Finding] = field(default_factory=list)
     images_read: int = 0
     seconds: float = 0.0
+    noun: str = "image"
 
     @property
     def ok(self) -> bool:
@@ -129,11 +131,12 @@ class DataReport:
         for finding in self.problems:
             finding.print(out)
         summary = ", ".join(plural(len(self.of_level(level)), level) for level in LEVELS)
-        read = f"{plural(self.images_read, 'image')} read" if self.images_read else "images not read"
+        read = f"{plural(self.images_read, self.noun)} read" if self.images_read else f"{self.noun}s not read"
         out.print(f"[{'green' if self.ok else 'bold red'}]{summary}[/] ({read}, {self.seconds:.1f} s)", highlight=False)
 
     def _parts_table(self) -> Table:
-        table = _table("Images", ("", "images", "classes", "smallest", "largest"), left=("",))
+        samples = f"{self.noun}s"
+        table = _table(samples.capitalize(), ("", samples, "classes", "smallest", "largest"), left=("",))
         for part, counts in self.counts.items():
             present = int((counts > 0).sum())
             table.add_row(
@@ -146,7 +149,8 @@ class DataReport:
         return table
 
     def _splits_table(self) -> Table:
-        table = _table("Splits by training images", ("split", "training images", "classes", *self.counts), left=("split",))
+        trained = f"training {self.noun}s"
+        table = _table(f"Splits by {trained}", ("split", trained, "classes", *self.counts), left=("split",))
         rules = {
             "few": f"fewer than {self.few_below}",
             "medium": f"{self.few_below} to {self.many_above}",

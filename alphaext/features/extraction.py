@@ -146,7 +146,7 @@ def extract(
                 computing = Computing(split_model, images, transform, seed, precision, workers, group.device)
                 computed = computing.apart(tasks, processes) if processes else computing.here(tasks)
                 total, shown = len(images) * plan.passes, progress if group.is_main else False
-                with task_bar(shown, title, unit="images", total=total, done=state["done"]) as report:
+                with task_bar(shown, title, unit=f"{images.noun}s", total=total, done=state["done"]) as report:
                     _in_rounds(group, shards.written(computed), report)
                     with group.together():
                         if group.is_main:

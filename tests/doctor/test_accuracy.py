@@ -9,6 +9,7 @@ from torch import nn
 
 pytest.importorskip("torchvision", exc_type=ImportError)
 
+from alphaext.commands.shared import ModelOptions
 from alphaext.data import ArrayImages, test_transform
 from alphaext.doctor import at_chance, check_accuracy
 from alphaext.models import split_model
@@ -57,6 +58,46 @@ def test_a_wrong_transform_is_at_chance_and_the_right_one_is_named():
 def test_another_transform_that_does_better_is_a_warning():
     finding = check(0.05, 1.0 / 1.4, others={"values of 0 to 1": transform(0.0, 1.0)})
     assert finding.level == "warning" and "values of 0 to 1" in finding.detail
+
+
+def test_others_are_tried_only_where_one_could_do_better():
+    def never(_):
+        raise AssertionError("nothing is to be gained")
+
+    assert check(0.0, 1.0, others={"never": never}).level == "note"
+
+
+class Blue(nn.Module):
+    """Knows each class by how blue it is in the last channel, where values are as ``layer`` has them."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1, 4)
+        centers = scale * (40 + 50 * torch.arange(4.0))
+        with torch.no_grad():
+            self.fc.weight.copy_(2 * centers[:, None])
+            self.fc.bias.copy_(-(centers**2))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(images[:, -1].mean(dim=(1, 2))[:, None])
+
+
+BLUE = np.concatenate([PIXELS[..., :2] * 0, PIXELS[..., 2:]], axis=3)
+
+
+@pytest.mark.parametrize(
+    ("network", "pixels", "options", "found"),
+    [
+        (Blue(1.0), PIXELS, {"mean": (0.0,), "std": (1.0,)}, "values of 0 to 255 "),
+        (Blue(1 / 255), PIXELS, {}, "values of 0 to 1 "),
+        (Blue(1 / 255), BLUE[..., ::-1], {"mean": (0.0,), "std": (1.0,)}, "blue before red"),
+    ],
+)
+def test_likely_causes_of_a_wrong_transform_are_named(network, pixels, options, found):
+    settings = ModelOptions(image_size=8, **options)
+    images = ArrayImages(np.ascontiguousarray(pixels), LABELS, "pixels")
+    finding = settings.accuracy(split_model(network), images)
+    assert finding.level in ("warning", "error") and f"with {found}" in finding.detail
 
 
 def test_another_class_order_is_at_chance():
