@@ -7,7 +7,6 @@ their labels is smooth and convex in all of these numbers, and has one best plac
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -21,6 +20,7 @@ from ..classes import ClassSplit
 from ..training.options import CHOOSING
 from ..training.result import AlphaNetWarning
 from ..training.selection import BaselineResult, Policy, Validation, unfit_to_choose
+from ..utils.callers import warn_caller
 from ..utils.linear import check_fits, linear_parameters, make_linear
 from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor
 
@@ -89,7 +89,7 @@ def average(
     settings: dict[str, Any] = {}
     doubt = unfit_to_choose(validation.samples.labels, split)
     if doubt:
-        warnings.warn(f"no weights are chosen, and the original classifier is kept: {doubt}", AlphaNetWarning, stacklevel=2)
+        warn_caller(f"no weights are chosen, and the original classifier is kept: {doubt}", AlphaNetWarning)
     else:
         directions = _directions(split, class_counts)
         stacked = torch.stack(list(directions.values()))

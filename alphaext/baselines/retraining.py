@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..training.cached_logits import check_samples
 from ..training.options import TrainingOptions
 from ..training.result import AlphaNetWarning
 from ..training.selection import BaselineResult, Rescaling, Validation
+from ..utils.callers import warn_caller
 from ..utils.checks import check_integer
 from ..utils.linear import linear_parameters, make_linear, wide
 from ..utils.resume import check_checkpoint
@@ -417,7 +417,7 @@ def _trained(
     options = replace(options, lr=rates[0], weight_decay=decays[0])
     training = make(options)
     if training.doubt:
-        warnings.warn(f"no epoch is chosen, and the last one is taken: {training.doubt}", AlphaNetWarning, stacklevel=3)
+        warn_caller(f"no epoch is chosen, and the last one is taken: {training.doubt}", AlphaNetWarning)
     enough = -(-_LEAST_STEPS // training.steps)
     if more_epochs:
         options = replace(options, epochs=max(options.epochs, enough))

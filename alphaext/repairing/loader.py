@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from ..models.split import (
     unwrapped,
 )
 from ..training.result import AlphaNetWarning
+from ..utils.callers import warn_caller
 from ..utils.checks import check_class_names, check_integer, check_kind, if_given
 from ..utils.linear import make_linear, wide
 from ..utils.modules import evaluating
@@ -238,12 +238,11 @@ def _warn_of_chance(layer: nn.Linear, features: Features) -> None:
     some, labels = features.features[::apart], features.labels[::apart]
     accuracy, chance, bad = at_chance(predict(layer, some, labels, progress=False).predicted, labels)
     if chance_level(bad, len(labels)) == "error":
-        warnings.warn(
+        warn_caller(
             f"of {len(labels)} training samples the model knows {percent(accuracy)}%, where chance would know "
             f"{percent(chance)}%: the transform (size, mean and deviation) is another than in its training, or the labels "
             "count the classes in another order",
             AlphaNetWarning,
-            stacklevel=3,
         )
 
 

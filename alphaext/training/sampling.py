@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
 from ..ops.training import sample_epoch
+from ..utils.callers import warn_caller
 from ..utils.checks import format_ids
 from .options import TrainingOptions
 
@@ -90,7 +90,7 @@ class EpochSampler:
             text = f"negative_ratio={ratio:g}, class-balanced, asks {short} base classes for more samples than they have"
         else:
             text = f"negative_ratio={ratio:g} asks for {self.negatives} base samples an epoch, but there are {int(sizes[0])}"
-        warnings.warn(f"{text}: they are drawn with replacement", stacklevel=4)
+        warn_caller(f"{text}: they are drawn with replacement")
 
     def __len__(self) -> int:
         """Samples of an epoch."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -22,6 +20,7 @@ from ..head.alphanet import AlphaNet
 from ..metrics.accuracy import SplitMetrics
 from ..metrics.evaluation import expected_calibration_error
 from ..metrics.predictions import predict
+from ..utils.callers import warn_caller
 from ..utils.checks import check_choice, check_integer, check_kind, check_number, format_ids
 from ..utils.linear import make_linear
 from ..utils.option_table import check_known, with_options
@@ -155,12 +154,9 @@ def train(
 
 
 def warn_of(notes: list[str]) -> None:
-    """Warn of what is to know of a result; the warning names the line outside this package that asked for it."""
-    frame, stacklevel = inspect.currentframe(), 1
-    while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == "alphaext":
-        frame, stacklevel = frame.f_back, stacklevel + 1
+    """Warn of what is to know of a result."""
     for note in notes:
-        warnings.warn(note, AlphaNetWarning, stacklevel=stacklevel)
+        warn_caller(note, AlphaNetWarning)
 
 
 class Run(ResumableTraining):

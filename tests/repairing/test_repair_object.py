@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from alphaext import AlphaNet, fit, fit_many, repair, repair_model
+from alphaext.baselines import run_baseline
 from alphaext.checkpoints import read_checkpoint
 from alphaext.metrics import expected_calibration_error, predict
 from alphaext.training import AlphaNetWarning, single
@@ -169,14 +170,16 @@ def test_a_layer_of_another_make_will_do():
     assert repair(layer, FEATURES, LABELS, **QUICK).linear.out_features == 6
 
 
-@pytest.mark.parametrize("call", ["repair", "repair_model", "fit"])
+@pytest.mark.parametrize("call", ["repair", "repair_model", "run_baseline", "fit"])
 def test_a_warning_names_the_line_of_the_caller(call):
     few = {"val_features": FEATURES[:4], "val_labels": LABELS[:4]}
-    with pytest.warns(AlphaNetWarning, match="not verified") as caught:
+    with pytest.warns(AlphaNetWarning, match="not verified|no epoch is chosen") as caught:
         if call == "repair":
             repair(model()[1], FEATURES, LABELS, **few, **QUICK)
         elif call == "repair_model":
             repair_model(nn.Sequential(nn.Identity(), model()[1]), (FEATURES, LABELS), tuple(few.values()), **QUICK)
+        elif call == "run_baseline":
+            run_baseline("crt", FEATURES, LABELS, **few, **QUICK)
         else:
             fit(AlphaNet.from_linear(model()[1], members=[[5, 0, 1]], seed=0), FEATURES, LABELS, **few, **QUICK)
     assert {each.filename for each in caught} == {__file__}
