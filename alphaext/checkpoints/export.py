@@ -186,11 +186,11 @@ def export(
         unchanged = write_verified(checkpoint, linear, few, target, **options, verify=batch.check)
     elif format == "onnx":
         assert isinstance(batch, _Images)
-        onnx_checked_by, onnx_difference = _write_onnx(batch, target)
+        onnx_checked_by, onnx_difference = _write_onnx(batch, target, overwrite)
     else:
         tensors = batch.state() if format == "safetensors" else _named("", weight, bias, checkpoint.dtype)
         content = file_content(tensors, _notes(checkpoint), safetensors=target.suffix == ".safetensors")
-        with whole_file(target) as file:
+        with whole_file(target, overwrite=overwrite) as file:
             file.write(content)
             file.flush()
             name = batch.classifier_name if format == "safetensors" else None
@@ -388,7 +388,7 @@ def _notes(checkpoint: Checkpoint) -> dict[str, str]:
     return notes
 
 
-def _write_onnx(batch: _Images, target: Path) -> tuple[str, float | None]:
+def _write_onnx(batch: _Images, target: Path, overwrite: bool) -> tuple[str, float | None]:
     """Write the model with the repaired classifier; returns what read the file back, and how far off its scores were."""
     model = batch.compose()
     batch.check_scores(batch.run(batch.images))
@@ -396,7 +396,7 @@ def _write_onnx(batch: _Images, target: Path) -> tuple[str, float | None]:
     traced, tried = (torch.cat([batch.images] * 3)[:count].to(batch.dtype) for count in (2, 3))
     with evaluating(model):
         content = onnx_content(model, traced)
-    with whole_file(target) as file:
+    with whole_file(target, overwrite=overwrite) as file:
         file.write(content)
         file.flush()
         scores, checked_by = run_onnx(Path(file.name), tried)

@@ -86,7 +86,7 @@ def undo(path: PathLike, output: PathLike, *, overwrite: bool = False) -> int:
             file.seek(start)
             content = np.frombuffer(file.read(len(bits)), np.uint8) ^ bits
             changes.append(Change(start, content.tobytes(), int((bits != 0).sum())))
-    with whole_file(target) as written:
+    with whole_file(target, overwrite=overwrite) as written:
         copy_with(repaired, written, changes)
         if file_digest(written.name) != digests[1]:
             raise ValueError(f"{kept} does not make the original of {repaired}; nothing was written")

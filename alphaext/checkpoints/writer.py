@@ -58,7 +58,7 @@ def save_linear(
     target = check_output_file(path, "path", overwrite=overwrite)
     tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     content = file_content(tensors, texts, safetensors=target.suffix == ".safetensors")
-    with whole_file(target) as file:
+    with whole_file(target, overwrite=overwrite) as file:
         file.write(content)
 
 
@@ -148,7 +148,7 @@ def write_verified(
     if keep_original and container(checkpoint.path) == "legacy":
         raise ValueError(f"keep_original must be False for {checkpoint.path}: a file from before torch 1.6 is written anew")
     edits = _edits(checkpoint, few, weight, bias)
-    with _editable(checkpoint.path, target.parent) as source, whole_file(target) as file:
+    with _editable(checkpoint.path, target.parent) as source, whole_file(target, overwrite=overwrite) as file:
         changes = changed_bytes(source, edits, checkpoint.path)
         copy_with(source, file, changes)
         same = check_copy(source, Path(file.name), changes)

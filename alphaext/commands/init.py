@@ -54,7 +54,7 @@ class Init(Options):
             raise ValueError(f"folder must be a folder, got {str(self.folder)!r}")
         output = check_output_file(self.output or self.folder / "mine.toml", "output", overwrite=self.overwrite)
         found = self._look()
-        with whole_file(output) as file:
+        with whole_file(output, overwrite=self.overwrite) as file:
             file.write(_configuration(found, output.absolute().parent).encode("utf-8"))
         for name, value in found.items():
             console.print(f"{name}: {'not found' if value is None else value}", markup=False, highlight=False)

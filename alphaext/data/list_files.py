@@ -169,7 +169,7 @@ def write_list(path: PathLike, names: Sequence[str], labels: TensorLike, *, over
         raise ValueError(
             f"names must be valid Unicode, got {text[error.start]!r} in {text[: error.end].count(chr(10))}"
         ) from None
-    with whole_file(target) as file:
+    with whole_file(target, overwrite=overwrite) as file:
         file.write(content)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import fcntl
 import glob
 import hashlib
@@ -13,7 +14,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -88,21 +89,32 @@ def read_text(path: PathLike, name: str) -> str:
 
 
 @contextmanager
-def whole_file(path: PathLike) -> Iterator[IO[bytes]]:
+def whole_file(path: PathLike, *, overwrite: bool | None = None) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of ``path`` when the block ends, and is gone if the block fails.
 
     Its content is on the disk before it is seen under ``path``, so that neither a kill nor a full disk nor a power cut leaves
     half a file behind that looks whole. A link stays, and what it leads to is replaced. The directory must exist.
+
+    Args:
+        path: the file.
+        overwrite: of a file that a user named: whether one that is there is replaced. Then no two processes write it at once.
+            Without, whoever writes holds the folder that it is in.
+
+    Raises:
+        OSError: it cannot be written; the error names ``path``.
+        ValueError: another process is writing it, or has written it since :func:`check_output_file`.
     """
     target = Path(os.path.realpath(path))
     temporary = temporary_for(target)
     try:
-        with temporary.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)  # by which others see that its process lives
+        with ExitStack() as stack:
+            with nullcontext() if overwrite is None else _alone(target, overwrite):
+                file = stack.enter_context(temporary.open("wb"))
+                fcntl.flock(file, fcntl.LOCK_SH)  # by which others see that its process lives
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            os.replace(temporary, target)  # while it is held
     except OSError as error:
         if error.filename is None and error.errno is not None:
             # A full disk does not say which file it had no room for.
@@ -123,12 +135,34 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
             yield temporary
             os.replace(temporary, target)
     except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise ValueError(f"{str(target)!r} exists already: another process has written it in the meantime") from None
         if isinstance(error.filename, str) and error.filename.startswith(str(temporary)):
             # What it was written for is known to the user, and the temporary folder is gone by then.
             error.filename = str(target) + error.filename[len(str(temporary)) :]
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _alone(target: Path, overwrite: bool) -> Iterator[None]:
+    """Keep others out while a process begins to write ``target``, after looking whether one does already."""
+    if target.parent.suffix == ".tmp":  # a folder that is being written, by this process
+        yield
+        return
+    with _held(target.parent, fcntl.LOCK_EX):
+        for other in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            try:
+                with _held(other, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    pass  # nobody's
+            except BlockingIOError:
+                raise ValueError(f"another process is writing {str(target)!r}; wait for it or stop it") from None
+            except FileNotFoundError:  # done in this moment
+                pass
+        if target.exists() and not overwrite:
+            raise ValueError(f"{str(target)!r} exists already: another process has written it in the meantime")
+        yield
 
 
 def temporary_for(target: Path) -> Path:

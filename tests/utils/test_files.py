@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,8 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         assert (tmp_path / name / "a").exists()
     assert sorted(os.listdir(tmp_path)) == ["link", "new", "real"] and (tmp_path / "link").is_symlink()
     (tmp_path / "late").mkdir()
-    with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "late"):
+    late = pytest.raises(ValueError, match=r"late' exists already: another process has written it in the meantime")
+    with late, whole_folder(tmp_path / "late"):
         (tmp_path / "late" / "of another process").touch()
     assert os.listdir(tmp_path / "late") == ["of another process"]
 
@@ -213,3 +215,64 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     finally:
         child.kill()
         child.join()
+
+
+def test_two_writers_of_one_file(tmp_path):
+    path = tmp_path / "file.bin"
+    with whole_file(path, overwrite=True) as first:
+        first.write(b"first")
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=r"another process is writing '.*file.bin'; wait for it or stop it"):
+                _in_a_process(partial(_write, path, b"second", overwrite))
+        _in_a_process(lambda: _write(tmp_path / "other.bin", b"third", False))
+    assert path.read_bytes() == b"first" and sorted(os.listdir(tmp_path)) == ["file.bin", "other.bin"]
+    with pytest.raises(ValueError, match=r"file.bin' exists already: another process has written it in the meantime"):
+        _write(path, b"second", False)
+    _write(path, b"second", True)
+    assert path.read_bytes() == b"second"
+
+
+def _write(path, content, overwrite):
+    with whole_file(path, overwrite=overwrite) as file:
+        file.write(content)
+
+
+def _in_a_process(work):
+    """Do it in another process, and raise here what is raised there."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def body():
+        try:
+            theirs.send(work())
+        except Exception as error:
+            theirs.send(error)
+
+    child = context.Process(target=body)
+    child.start()
+    found = ours.recv()
+    child.join()
+    if isinstance(found, Exception):
+        raise found
+
+
+def test_many_writers_of_one_file_leave_one_whole(tmp_path):
+    path, context = tmp_path / "file.bin", multiprocessing.get_context("fork")
+    ready, wrote = context.Barrier(8), context.Queue()
+
+    def body(number):
+        ready.wait()
+        try:
+            _write(path, bytes([number]) * 100_000, False)
+        except ValueError:
+            return
+        wrote.put(number)
+
+    children = [context.Process(target=body, args=(number,)) for number in range(8)]
+    for child in children:
+        child.start()
+    winner = wrote.get(timeout=30)
+    for child in children:
+        child.join()
+    assert all(child.exitcode == 0 for child in children) and wrote.empty()
+    assert path.read_bytes() == bytes([winner]) * 100_000 and os.listdir(tmp_path) == ["file.bin"]
