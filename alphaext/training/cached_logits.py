@@ -363,8 +363,8 @@ def _blocks(weight: Tensor, bias: Tensor | None, samples: Samples, indices: Tens
             wanted = indices[part]
             first, last, count = int(wanted[0]), int(wanted[-1]), len(wanted)
             contiguous = last - first == count - 1 and bool((wanted.diff() == 1).all())
-            # Matrix libraries round the last few rows otherwise than those before; a sample's logits shall not depend on its
-            # company.
+            # Matrix libraries round the last few rows otherwise than those before; a sample's logits must not depend on the
+            # samples beside it.
             whole = count + -count % ops.BLOCK_SAMPLES
             if contiguous and in_place and whole == count:
                 block = source[first : last + 1]

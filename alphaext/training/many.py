@@ -31,7 +31,7 @@ from .single import Run
 
 @dataclass
 class SweepRun:
-    """One configuration of :func:`fit_many` and what came of it.
+    """A configuration of :func:`fit_many`, and its result.
 
     Attributes:
         config: the configuration, as it was given.
@@ -200,7 +200,7 @@ def _train_all(trainings: list[_Training], workers: int, report: Callable[..., N
 
 
 def _train_side_by_side(trainings: list[_Training], logits: SharedLogits, report: Callable[..., None]) -> None:
-    """All trainings of equal sizes and equally many epochs to go together: on a GPU an epoch of them is one launch."""
+    """Train together what has equal sizes and equally many epochs left: on a GPU an epoch of all of them is one launch."""
     started = time.monotonic()
     groups: dict[tuple[object, ...], list[_Training]] = {}
     for training in trainings:
