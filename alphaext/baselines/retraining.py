@@ -44,13 +44,13 @@ from .balanced_training import BalancedTraining, Model
 __all__ = ["crt", "lws"]
 
 
-# What is tried where they are not given; first Kang et al.'s for ImageNet-LT.
+# Tried where none are given; the first are Kang et al.'s for ImageNet-LT.
 LRS = (0.2, 0.02)
 WEIGHT_DECAYS = (5e-4, 5e-3, 5e-2)
 
-# Mean squared length of features, at least, that these are for. Of networks' features it is some hundreds.
+# They are for features whose mean squared length is at least this; networks' features have some hundreds.
 _LENGTH = 100.0
-# Of so many samples it is measured, at most twice as many.
+# The length is measured on so many samples, or up to twice as many: on each second, third, ... of all.
 _MEASURED = 4096
 
 # Steps that a training has at least where the number of epochs is not given: on small data ten epochs are a few dozen.

@@ -66,7 +66,7 @@ class HuggingFaceTexts(HuggingFaceModel):
     """A text classifier: of tokens ``[n, 2, T]`` as :class:`Tokens` makes them."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # By noise models are tried out: no number in it may be none of a token.
+        # Models are tried on noise: each of its numbers must become a token's.
         ids, mask = tokens[:, 0].long().clamp(min=0), tokens[:, 1] > 0
         used = mask.any(dim=0).nonzero().flatten().tolist() or [0]
         columns = slice(used[0], used[-1] + 1)  # what is padding in all texts takes time and changes nothing

@@ -207,7 +207,7 @@ def _make_own(name: str, num_classes: int, _: int, __: bool, options: dict[str, 
         raise ValueError(f"backbone {name!r} cannot be imported: {error}") from error
     parameters = inspect.signature(make).parameters
     by_name = "num_classes" in parameters or any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
-    # A first parameter under another name is taken for it, unless it has a value.
+    # Where no parameter has that name, the first one without a value is taken for it.
     first = next((entry.name for entry in parameters.values() if entry.default is entry.empty), None)
     positional = () if by_name or first is None or first in options else (num_classes,)
     options = {"num_classes": num_classes, **options} if by_name else options

@@ -59,7 +59,7 @@ _FOLDS = 5
 _NOISE, _LIKELIHOOD_NOISE = 1.0, 0.5
 # Samples of a class, at most, by which something is chosen within the training samples.
 _MOST_OF_A_CLASS = 40
-# Of so many training samples, at most twice as many, the spread of scores is measured.
+# The spread of scores is measured on so many training samples, or up to twice as many.
 _SPREAD_SAMPLES = 4096
 _TRAINED = ("few", "discriminant", "crt", "all")
 _TRAINED_ONCE = ("original", "discriminant", "crt")

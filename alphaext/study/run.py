@@ -137,7 +137,7 @@ def run_study(
             "experiments": (earlier or {}).get("experiments", []),
             "choices": (earlier or {}).get("choices", []),
         }
-        # Before there are any: it says whose results these are.
+        # Written before there are results: it says whose they will be.
         write_json(folder / RESULTS, results)
         trainings = Trainings(problem, folder, jobs)
         try:

@@ -23,7 +23,7 @@ from .plots import FRONT_PLACE, ORIGINAL_MARKER, method_places, study_picture
 from .tables import half_width_text, mean_text, of_studies
 
 FEW, ALL = "test_few", "test_all"
-# Less is not told from nothing: a twentieth of a point.
+# A difference of less than a twentieth of a point is called none.
 _NOTHING = 0.0005
 _MOST_NAMED = 3
 _SIZE = (4.4, 3.4)
@@ -202,7 +202,7 @@ def verdict(height: Height, name: str, samples: int | None, original: Row | None
     if interval is None:
         seen = "one seed, no interval"
     else:
-        # Of a distance below the front as well, the smaller number first.
+        # The smaller number comes first, also where the distance is one below the front.
         low, high = interval if mean > 0 else (-interval[1], -interval[0])
         seen = f"95% interval {percent(low)} to {percent(high)}, {len(known)} seeds"
     images = f", {abs(mean) * samples:.0f} of {samples:,} test samples" if samples else ""
