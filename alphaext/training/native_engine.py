@@ -81,7 +81,7 @@ class NativeEngine:
         self.logits = logits
         self.columns = self.logits.columns.of(head).to(self.device)
         self.steps = 0
-        # Of the epoch before, counted with it.
+        # What was measured with the last epoch, until it is asked for.
         self._kept_hits: Tensor | None = None
         self._kept_clamped: int | None = None
         self._drawn: tuple[int, Tensor] | None = None  # the rows of an epoch to come

@@ -244,7 +244,7 @@ class Run(ResumableTraining):
             self.policy = self.policy.bounded(self.before)
             final = self.policy if self.policy.select != "last" else replace(self.policy, select="best_all")
             if options.max_base_drop is not None:
-                # A hit less is not lost to the rounding of a share.
+                # A little lower, so that rounding forbids nothing that exactly meets the bound.
                 least = final.base_accuracy(self.before) - options.max_base_drop / 100 - 1e-9
                 final = replace(final, min_base=least)
                 self.policy = self.policy if options.few_bias else replace(self.policy, min_base=least)
