@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..utils.checks import check_integer, check_kind, check_number, check_text, 
 from ..utils.files import PathLike, read_json
 from ..utils.linear import make_linear
 from ..utils.tensors import check_finite, floating_tensor
+from ..utils.warn import warn
 from .files import Payload, read_payload
 from .layouts import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, is_no_weight, listed, tensor_at
 from .names import aligned
@@ -162,10 +162,9 @@ class Checkpoint:
         if noted is not None:
             model.transform_input = noted == "true"  # type: ignore[assignment]
             return
-        warnings.warn(
+        warn(
             f"{self.path} does not say whether the model changes its input, as weights that began as torchvision's do: "
-            f"transform_input is {bool(model.transform_input)}; --model-options transform_input=true changes that",
-            stacklevel=3,
+            f"transform_input is {bool(model.transform_input)}; --model-options transform_input=true changes that"
         )
 
     def _fitting(self, wanted: Mapping[str, Tensor], classifier: str, model: nn.Module) -> dict[str, Tensor]:
@@ -265,7 +264,7 @@ def read_checkpoint(
     """
     checkpoint = open_checkpoint(path, classifier=classifier, num_classes=num_classes, scale=scale, state=state)
     for note in checkpoint.notes:
-        warnings.warn(note, stacklevel=2)
+        warn(note)
     return checkpoint
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 import alphaext
 
+from ..utils.files import read_json
 from . import results
 from .options import option
 from .shared import CommonOptions, ModelOptions
@@ -61,7 +62,7 @@ class Export(CommonOptions, ModelOptions):
         changed = changed_rows(checkpoint.linear(), linear)
         if len(changed) == 0:
             raise ValueError(f"repaired must differ from the checkpoint in some row, {str(self.repaired)!r} does in none")
-        if len(changed) == checkpoint.num_classes:
+        if len(changed) == checkpoint.num_classes and not self._made_from(checkpoint.path):
             warnings.warn(
                 f"every row of the classifier changes: make sure that {str(self.repaired)!r} is for the network in "
                 f"{str(checkpoint.path)!r}",
@@ -84,6 +85,14 @@ class Export(CommonOptions, ModelOptions):
         )
         console.print(str(report), markup=False, highlight=False, soft_wrap=True)
         return {**report.to_dict(), "changed_classes": changed.tolist(), "num_classes": checkpoint.num_classes}
+
+    def _made_from(self, file: Path) -> bool:
+        """Whether the new classifier was made from this checkpoint's, as its folder says."""
+        run = Path(str(self.repaired)) / results.RUN
+        options = read_json(run, "a run of alphaext").get("options", {}) if run.is_file() else {}
+        saved = str(options.get("backbone")).removeprefix("hf:")
+        source = Path(options.get("classifier") or options.get("checkpoint") or saved)
+        return source.exists() and source.samefile(file.parent if source.is_dir() else file)
 
     def _save_folder(
         self, console: Console, checkpoint: alphaext.checkpoints.Checkpoint, linear: nn.Linear, changed: Tensor

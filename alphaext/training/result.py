@@ -88,7 +88,7 @@ class FitResult:
         return _top1(self.metrics_after)
 
     def plot(self) -> Any:
-        """Loss and accuracies by epoch, as a matplotlib ``Figure`` (``pip install 'alphaext[report]'``)."""
+        """Loss and accuracies by epoch, as a matplotlib ``Figure``; it needs matplotlib."""
         return plot_history(self)
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -594,12 +595,15 @@ def test_an_extraction_keeps_what_earlier_ones_found(digits, repaired, tmp_path,
 
 
 def test_a_classifier_without_bias_goes_back_into_a_file_with_one(digits, tmp_path):
-    run(digits, "baseline", "tau", "--tau", "0.5", "--classifier", digits / "joint", "--output", tmp_path / "tau")
+    shutil.copytree(digits / "joint", tmp_path / "joint")
+    run(digits, "baseline", "tau", "--tau", "0.5", "--classifier", tmp_path / "joint", "--output", tmp_path / "tau")
+    options = {"repaired": tmp_path / "tau", "output": tmp_path / "tau.pth", "overwrite": True}
+    options |= {"backbone": "resnet18", "image_size": 32, "device": "cpu"}
     with pytest.warns(UserWarning, match="every row of the classifier changes"):
-        Export(
-            **{"checkpoint": digits / "joint" / "model.pth", "repaired": tmp_path / "tau", "output": tmp_path / "tau.pth"},
-            **{"backbone": "resnet18", "image_size": 32, "device": "cpu"},
-        ).run()
+        Export(checkpoint=digits / "joint" / "model.pth", **options).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of the very checkpoint that it was made from nothing is to be said
+        Export(checkpoint=tmp_path / "joint" / "model.pth", **options).run()
     after = torch.load(tmp_path / "tau.pth", weights_only=True)
     assert torch.count_nonzero(after["fc.bias"]) == 0
 

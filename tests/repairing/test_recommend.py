@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 
@@ -199,6 +200,22 @@ def test_validation_without_few_samples_is_refused():
     with pytest.raises(ValueError, match="val_labels must have two samples of a few class or more"):
         base = val_labels < 5
         recommend(linear, features, labels, val_features[base], val_labels[base], few_below=10)
+
+
+def test_what_keeps_the_original_layer_after_all_is_called_so(monkeypatch):
+    linear, features, labels, val_features, val_labels = problem()
+    module = importlib.import_module("alphaext.repairing.recommend")
+    made = {"taken": nn.Linear(6, 8), "original": linear}
+    found = {}
+    for name, layer in made.items():
+        monkeypatch.setattr(module, "_made", lambda *_, layer=layer: layer)
+        found[name] = recommend(*problem(), few_below=10, many_above=45)
+    method = found["taken"].method
+    assert method != "original" and found["original"].method == "original" and found["original"].linear is linear
+    assert f"Take original (the classifier as it is): {method} was ahead" in found["original"].advice
+    val = {"val_features": val_features, "val_labels": val_labels}
+    kept = repair(linear, features, labels, **val, few_below=10, many_above=45, method="auto")
+    assert kept.result.kept_original and kept.result.before == kept.result.after
 
 
 def test_repair_takes_what_is_recommended():
