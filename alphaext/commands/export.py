@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,12 +53,15 @@ class Export(CommonOptions, ModelOptions):
             return {"path": str(self.output), "restored_bytes": restored}
         if self.repaired is None:
             raise ValueError("--repaired must be given, or repaired in [export] of the configuration: the new classifier")
-        checkpoint = self.read_checkpoint()
+        checkpoint, without_place = self.read_checkpoint(), False
         linear = results.read_classifier(self.repaired, checkpoint.num_classes, self.classifier_layer)
         bias: Tensor | None = linear.bias
         if bias is None and checkpoint.bias is not None:
             # What has no bias has one of zeros, and the file has a place for it.
             linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)))
+        elif bias is not None and checkpoint.bias is None and self.format == "linear":
+            checkpoint = replace(checkpoint, bias=checkpoint.weight.new_zeros(len(checkpoint.weight)))
+            without_place = True
         changed = changed_rows(checkpoint.linear(), linear)
         if len(changed) == 0:
             raise ValueError(f"repaired must differ from the checkpoint in some row, {str(self.repaired)!r} does in none")
@@ -70,7 +73,8 @@ class Export(CommonOptions, ModelOptions):
             )
         if self.saved_model is not None and self.checkpoint is None and self.format == "same":
             return self._save_folder(console, checkpoint, linear, changed)
-        model = None if self.backbone is None else self.model(checkpoint.num_classes).eval()
+        # A bias that the network has no place for cannot be tried in it.
+        model = None if self.backbone is None or without_place else self.model(checkpoint.num_classes).eval()
         report = alphaext.checkpoints.export(
             checkpoint,
             linear,

@@ -83,8 +83,15 @@ class Repair(Options):
         if repair.get("kept_original") or repair.get("method") == "original":
             console.print("Nothing was better on the validation samples than the checkpoint as it is: no other is written.")
         else:
-            repaired = output / _name_of(data)
-            steps.run(Export, {"repaired": made, "output": repaired}, made=repaired)
+            repaired, flags = output / _name_of(data), {}
+            if data.read_checkpoint().bias is None and results.read_classifier(made).bias is not None:
+                console.print(
+                    "The repaired classifier has a bias and the network's code makes none: it is written alone, as weight and "
+                    "bias of an nn.Linear to put into the network",
+                    highlight=False,
+                )
+                repaired, flags = output / "classifier.pth", {"format": "linear"}
+            steps.run(Export, {"repaired": made, "output": repaired, **flags}, made=repaired)
         fitted = [f"Preset {repair.get('preset')} was asked for, and no other method compared.", *repair.get("notes", ())]
         page = _page(self.config, steps, evaluation, [repair["advice"]] if "advice" in repair else fitted)
         with whole_file(output / _PAGE) as file:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,10 @@ class Tokens:
                 f"{type(error).__name__}: {error}"
             ) from error
         if self._tokenizer.pad_token is None:
-            raise ValueError(f"the tokenizer in {str(path)!r} must have a pad_token, it has none")
+            raise ValueError(
+                f"the tokenizer in {str(path)!r} must have a pad_token, it has none; tokenizer.pad_token = tokenizer.eos_token "
+                "gives it one before save_pretrained"
+            )
         positions = getattr(
             transformers.AutoConfig.from_pretrained(path, local_files_only=True), "max_position_embeddings", None
         )
@@ -141,7 +144,13 @@ def load_folder(folder: PathLike) -> HuggingFaceModel:
     load = getattr(transformers, f"AutoModel{kind}").from_pretrained
     try:
         with _without_bars(transformers.utils.logging):
-            return _KINDS[kind](load(os.fspath(path), local_files_only=True, dtype=torch.float32))
+            model = load(os.fspath(path), local_files_only=True, dtype=torch.float32)
+            if kind == "ForSequenceClassification" and getattr(model.config, "pad_token_id", None) is None:
+                # Trained a text at a time: those that read the last token must know padding from it.
+                with suppress(Exception):
+                    tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(path), local_files_only=True)
+                    model.config.pad_token_id = tokenizer.pad_token_id
+            return _KINDS[kind](model)
     except Exception as error:  # what a library makes of foreign bytes knows no limits
         raise ValueError(f"backbone {PREFIX}{path} cannot be loaded: {type(error).__name__}: {error}") from error
 

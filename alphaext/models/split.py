@@ -53,7 +53,7 @@ def find_classifier(model: nn.Module, example: Tensor | None = None) -> str:
     same = [
         name
         for name, seen in calls.items()
-        if any(output._version == version and _equal(output, logits) for _, output, version in seen)
+        if any(output._version == version and is_output(output, logits) for _, output, version in seen)
     ]
     if not same:
         raise ValueError(
@@ -177,6 +177,8 @@ class SplitModel:
         calls, output = _watched(self.model, {self.classifier_name: self.classifier}, inputs)
         check_used_once(self.classifier_name, len(calls[self.classifier_name]))
         features: Tensor = calls[self.classifier_name][0][0]
+        if features.dim() == 3 and isinstance(output, Tensor) and output.dim() == 2:
+            features = rows_of(*calls[self.classifier_name][0][:2], output, self.classifier_name)
         if features.dim() != 2 or len(features) != len(inputs):
             raise ValueError(
                 f"features must have shape [{len(inputs)}, {self.in_features}], one row an image, but the classifier "
@@ -290,8 +292,8 @@ def check_used_once(name: str, times: int) -> None:
 def _check_logits(logits: object, linears: dict[str, nn.Linear]) -> None:
     if not isinstance(logits, Tensor):
         raise ValueError(
-            f"model must return one tensor of logits, got a {type(logits).__name__}; wrap it in a module that returns the "
-            f"logits. Its linear layers: {_listed(linears)}"
+            f"model must return a tensor of logits, or an object with such logits, got a {type(logits).__name__}; wrap it in a "
+            f"module that returns the logits. Its linear layers: {_listed(linears)}"
         )
 
 
@@ -311,11 +313,42 @@ def _listed(linears: dict[str, nn.Linear], limit: int = 8) -> str:
     return text if len(linears) <= limit else f"{text} (the last {limit} of {len(linears)})"
 
 
-def _equal(output: Tensor, logits: Tensor) -> bool:
+def is_output(output: Tensor, logits: Tensor) -> bool:
+    """Whether a layer's output is the model's: itself, or one position of each sample's sequence."""
+    if output.dim() == 3 and logits.dim() == 2:
+        return _position(output, logits) is not None
     if output.shape != logits.shape or output.dtype != logits.dtype or output.device != logits.device:
         return False
     # NaN is equal to itself here: what a broken model returns is still its layer's output.
     return output is logits or torch.allclose(output, logits, rtol=0, atol=0, equal_nan=True)
+
+
+def _position(output: Tensor, logits: Tensor) -> Tensor | None:
+    """Which of the positions ``[n, T, N]`` of a layer's output are the logits, ``[n]``; None where they are not all there."""
+    if output.shape[0] != logits.shape[0] or output.shape[2] != logits.shape[1]:
+        return None
+    same = (output == logits[:, None]).all(dim=2)
+    return same.int().argmax(dim=1) if bool(same.any(dim=1).all()) else None
+
+
+def rows_of(features: Tensor, output: Tensor, logits: Tensor, name: str) -> Tensor:
+    """What a classifier was given for each sample; of a sequence, at the position whose scores are the model's."""
+    if features.dim() == 3:
+        position = _position(output, logits)
+        if position is not None:
+            features = features[torch.arange(len(features), device=features.device), position]
+    if features.dim() != 2 or len(features) != len(logits):
+        raise ValueError(
+            f"features must have one row a sample, but the classifier {name!r} gets {list(features.shape)} where the logits "
+            f"are {list(logits.shape)}"
+        )
+    return features
+
+
+def logits_of(output: Any) -> Any:
+    """The logits in what a model returns: itself, what it calls ``logits``, or the first of several."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    return found[0] if isinstance(found, (tuple, list)) and found else found
 
 
 def _to_model(model: nn.Module, images: Tensor, name: str) -> Tensor:
@@ -329,8 +362,8 @@ def _to_model(model: nn.Module, images: Tensor, name: str) -> Tensor:
 
 
 def run_model(model: nn.Module, images: Tensor) -> Any:
-    """What the model makes of the images. What it raises where their shape is wrong becomes a ValueError that names it."""
-    return called(model, lambda: model(images), f"images {list(images.shape)}")
+    """A model's logits of the images. What it raises where their shape is wrong becomes a ValueError that names it."""
+    return logits_of(called(model, lambda: model(images), f"images {list(images.shape)}"))
 
 
 def called(model: nn.Module, call: Callable[[], Any], inputs: str) -> Any:

@@ -22,7 +22,7 @@ from ..classes import split_classes
 from ..data.images import LabelledImages
 from ..data.transforms import ImageTransform
 from ..metrics.accuracy import SplitMetrics, label_ranks
-from ..models.split import run_model
+from ..models.split import logits_of, run_model
 from ..utils.files import whole_file, write_json
 from ..utils.modules import computing_in, cudnn_choice, evaluating
 from ..utils.processes import Group
@@ -229,6 +229,8 @@ class JointRun(ResumableTraining):
             outputs = [output]
         elif isinstance(output, tuple) and hasattr(output, "logits"):
             outputs = [output.logits, *(other for other in output if isinstance(other, Tensor) and other is not output.logits)]
+        elif isinstance(logits_of(output), Tensor):
+            outputs = [logits_of(output)]
         else:
             raise ValueError(f"model must return a tensor of logits in training mode too, got a {type(output).__name__}")
         loss, *others = [
@@ -264,7 +266,7 @@ class JointRun(ResumableTraining):
         with evaluating(self.model), reader as read:
             for inputs, labels in read():
                 with self._autocast():
-                    logits = self.model(inputs.contiguous(memory_format=self.layout)).float()
+                    logits = logits_of(self.model(inputs.contiguous(memory_format=self.layout))).float()
                 if bool(logits.isnan().any()):
                     broken += 1
                     continue

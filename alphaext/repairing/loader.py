@@ -24,8 +24,11 @@ from ..models.split import (
     check_used_once,
     compare_scores,
     find_classifier,
+    is_output,
     linear_layers,
+    logits_of,
     plain_scores,
+    rows_of,
     unwrapped,
 )
 from ..training.result import AlphaNetWarning
@@ -109,7 +112,8 @@ def extract_features(
             if classifier is None:
                 classifier = _ending(passed, logits, layers)
                 layers = {classifier: layers[classifier]}
-            features = _features(passed[classifier], logits, classifier)
+            check_used_once(classifier, len(passed[classifier]))
+            features = rows_of(*passed[classifier][0], logits, classifier)
             check_finite(features, "the model's features", first_row=sum(map(len, rows)))
             if not rows:
                 compare_scores(plain_scores(layers[classifier], features), logits, classifier, "the model's output")
@@ -226,6 +230,14 @@ def repair_model(
     _warn_of_chance(layer, parts[0])
     wide_layer = make_linear(wide(layer.weight), None if layer.bias is None else wide(layer.bias))
     made = repair(wide_layer, parts[0], val_features=parts[1], progress=progress, **options)
+    biases: list[Tensor | None] = [layer.bias, made.linear.bias]
+    if biases[0] is None and biases[1] is not None:
+        warn(
+            f"the layer {name!r} has no bias and the repaired one has: what makes the model anew from a file, such as "
+            "from_pretrained, makes it without and loses the bias; load it into a layer with one, or save the layer alone "
+            "(made.repair.save)",
+            AlphaNetWarning,
+        )
     return RepairedModel(made.apply(copy.deepcopy(model), name), name, made, parts[0], parts[1])
 
 
@@ -391,9 +403,7 @@ def _watched(
     finally:
         for hook in hooks:
             hook.remove()
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if isinstance(logits, (tuple, list)) and logits:
-        logits = logits[0]
+    logits = logits_of(output)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         seen = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise ValueError(f"model must return logits [n, N], or an object with such logits, got {seen}")
@@ -422,23 +432,10 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(**known)
 
 
-def _position(output: Tensor, logits: Tensor) -> Tensor | None:
-    """Which of the positions ``[n, T, N]`` of a layer's output are the logits, ``[n]``; None where they are not all there."""
-    if output.shape[0] != logits.shape[0] or output.shape[2] != logits.shape[1]:
-        return None
-    same = (output == logits[:, None]).all(dim=2)
-    return same.int().argmax(dim=1) if bool(same.any(dim=1).all()) else None
-
-
 def _ending(passed: Mapping[str, list[tuple[Tensor, Tensor]]], logits: Tensor, layers: Mapping[str, nn.Linear]) -> str:
     """The layer whose output is the model's."""
 
-    def ends(output: Tensor) -> bool:
-        if output.dim() == 3:
-            return _position(output, logits) is not None
-        return output.shape == logits.shape and torch.allclose(output, logits, rtol=0, atol=0, equal_nan=True)
-
-    same = [name for name, calls in passed.items() if any(ends(output) for _, output in calls)]
+    same = [name for name, calls in passed.items() if any(is_output(output, logits) for _, output in calls)]
     if not same:
         shown = ", ".join(f"{name!r} [{layer.out_features}, {layer.in_features}]" for name, layer in list(layers.items())[-8:])
         raise ValueError(
@@ -446,19 +443,3 @@ def _ending(passed: Mapping[str, list[tuple[Tensor, Tensor]]], logits: Tensor, l
             f"(a softmax or a scale may follow). Its last linear layers: {shown}"
         )
     return same[-1]
-
-
-def _features(calls: list[tuple[Tensor, Tensor]], logits: Tensor, name: str) -> Tensor:
-    """What the classifier was given for each sample; of a sequence, at the position whose scores are the model's."""
-    check_used_once(name, len(calls))
-    features, output = calls[0]
-    if features.dim() == 3:
-        position = _position(output, logits)
-        if position is not None:
-            features = features[torch.arange(len(features), device=features.device), position]
-    if features.dim() != 2 or len(features) != len(logits):
-        raise ValueError(
-            f"features must have one row a sample, but the classifier {name!r} gets {list(features.shape)} where the logits "
-            f"are {list(logits.shape)}"
-        )
-    return features

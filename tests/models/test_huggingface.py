@@ -142,6 +142,14 @@ def save_text_model(folder: Path, kind: str = "Bert") -> list[tuple[str, str]]:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "pad_token_id": 0}
+    names = {
+        "pad_token_id": "pad_token_id",
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+    }
+    if kind == "GPT2":
+        small = {names[name]: value for name, value in small.items() if name in names}
     config = getattr(transformers, f"{kind}Config")(
         **small, vocab_size=len(words), max_position_embeddings=20, id2label=dict(enumerate(QUESTIONS)),
         label2id={name: number for number, name in enumerate(QUESTIONS)},
@@ -189,6 +197,29 @@ def test_a_model_of_texts_is_repaired_by_one_command(kind, tmp_path, capsys):
     layer = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
         torch.testing.assert_close(layer(torch.from_numpy(features.features.astype("float32"))), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_a_model_that_reads_the_last_token_is_repaired_by_one_command(kind, tmp_path, capsys):
+    texts = save_text_model(tmp_path / "saved", kind)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))  # as trained a text at a time
+    for part, rows in {"train": texts, "val": texts[::2] + texts[-2:] * 6}.items():
+        lines = [json.dumps({"text": text, "label": name}) for text, name in rows]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    assert cli.main(["init", str(tmp_path)]) == 0
+    assert cli.main(["repair", "--config", str(tmp_path / "mine.toml"), "--json"]) == 0
+    said = json.loads("{" + capsys.readouterr().out.partition("\n{")[2])
+    features = read_features(tmp_path / "features" / "train")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", local_files_only=True).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        for row, (text, _) in list(zip(features.features, texts, strict=True))[::9]:
+            expected = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0]
+            torch.testing.assert_close(model.score(torch.from_numpy(row.astype("float32"))), expected, atol=0.02, rtol=0.02)
+    if said["recommend"]["method"] != "original":
+        written = [(tmp_path / "repaired" / name).exists() for name in ("classifier.pth", "model")]
+        assert sum(written) == 1
 
 
 def test_what_is_no_saved_image_classifier(tmp_path):

@@ -193,6 +193,18 @@ def test_a_model_that_knows_nothing_of_its_data_is_warned_of(shift, recwarn):
     assert not said or ("of 220 training samples the model knows" in said[0] and recwarn[0].filename == __file__)
 
 
+def test_a_bias_that_the_model_has_no_place_for_is_warned_of(recwarn):
+    torch.manual_seed(5)
+    labels = torch.arange(3).repeat_interleave(torch.tensor([150, 60, 15]))
+    rows = 2 * torch.eye(3)[labels] + torch.randn(225, 3)
+    model = nn.Sequential(nn.Identity(), nn.Linear(3, 3, bias=False))
+    nn.init.eye_(model[1].weight)
+    model[1].weight.data[2] *= 0.3
+    made = repair_model(model, (rows, labels), (rows, labels), epochs=3)
+    said = [str(warning.message) for warning in recwarn if "has no bias" in str(warning.message)]
+    assert made.model[1].bias is not None and "the layer '1' has no bias and the repaired one has" in said[0]
+
+
 class Softmax(nn.Module):
     def __init__(self) -> None:
         super().__init__()

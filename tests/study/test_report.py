@@ -651,7 +651,7 @@ def test_bad_arguments_are_refused(study, tmp_path):
 
 def test_without_matplotlib_the_error_says_how_to_get_it(study, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'alphaext\[report\]'"):
+    with pytest.raises(ImportError, match="pip install .*matplotlib"):
         write_report(study, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
