@@ -34,7 +34,7 @@ RUN = {
     "README.md": {"sh": 2, "python": 2, "": 1},
     "docs/guides/folders.md": {"toml": 1, "sh": 1},
     "docs/guides/head.md": {"python": 1},
-    "docs/guides/huggingface.md": {"python": 1, "toml": 1},
+    "docs/guides/huggingface.md": {"python": 2, "toml": 1},
     "docs/guides/imagenet_lt.md": {"toml": 1, "sh": 6},
     "docs/guides/new_classes.md": {"python": 1},
     "docs/guides/places_lt.md": {"toml": 1, "sh": 1},
@@ -168,6 +168,10 @@ def test_examples(page, package, tmp_path, monkeypatch, capsys):
     for code in blocks(page, "python"):
         exec(compile(code, page, "exec"), names)
     assert "classes are few" in capsys.readouterr().out
+    if package == "transformers":
+        model, saved = nn.Module(), nn.Linear(4, 3).state_dict()
+        model.score = nn.Linear(4, 3, bias=False)
+        assert torch.equal(names["with_classifier"](model, saved).score.bias, saved["bias"])
 
 
 def test_folders(tmp_path):
