@@ -18,6 +18,7 @@ from PIL import Image
 from alphaext.commands import main as cli
 from alphaext.commands.shared import DataOptions
 from alphaext.features import read_features
+from alphaext.models import SmallConvNet
 
 NAMES = ("ant", "bee", "cat", "dog")
 DATA = os.environ.get("ALPHAEXT_DATA")
@@ -85,13 +86,68 @@ def test_torchvision_and_folders(tmp_path, capsys):
     check_repaired(tmp_path, found, tmp_path / "trained.pth", tmp_path / "repaired" / "trained-repaired.pth", "fc.")
 
 
-def test_timm_and_folders(tmp_path, capsys):
+def test_timm_and_folders(tmp_path, capsys, monkeypatch):
     timm = pytest.importorskip("timm")
     write_folders(tmp_path)
     torch.manual_seed(0)
     torch.save(timm.create_model("mobilenetv3_small_050", num_classes=4).state_dict(), tmp_path / "trained.pth")
-    found = repair(tmp_path, capsys, image_size=32, backbone="timm:mobilenetv3_small_050")
+    monkeypatch.setattr(timm, "list_modules", lambda: ["vision_transformer", "resnet", "mobilenetv3"])  # all take a minute
+    found = repair(tmp_path, capsys, image_size=32)
+    assert 'backbone = "timm:mobilenetv3_small_050"' in (tmp_path / "mine.toml").read_text()
     check_repaired(tmp_path, found, tmp_path / "trained.pth", tmp_path / "repaired" / "trained-repaired.pth", "classifier.")
+
+
+def test_a_checkpoint_that_fits_several_or_none(tmp_path, monkeypatch, capsys):
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm, "list_modules", lambda: ["efficientnet"])
+    own = timm.list_models
+    monkeypatch.setattr(timm, "list_models", lambda **how: [name for name in own(**how) if "net_lite" in name])
+    state = timm.create_model("tf_efficientnet_lite0", num_classes=4).state_dict()
+    torch.save(state, tmp_path / "trained.pth")
+    assert cli.main(["init", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "backbone: timm:efficientnet_lite0" in said and "may compute otherwise: timm:tf_efficientnet_lite0" in said
+    torch.save(dict(list(state.items())[1:]), tmp_path / "trained.pth")
+    assert cli.main(["init", str(tmp_path), "--overwrite"]) == 0
+    assert "backbone must be written in: the checkpoint's tensors are those of no model" in capsys.readouterr().out
+
+
+def test_grey_images_and_the_small_network(tmp_path, capsys):
+    """One channel is seen in the checkpoint; files of all modes go into it, and into a network of three channels."""
+    generator = np.random.default_rng(0)
+    counts = {"train": (70, 60, 70, 12), "val": (12, 12, 12, 12)}
+    images, labels = [], []
+    for part, each in counts.items():
+        for label, (name, count) in enumerate(zip(NAMES, each, strict=True)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                grey = (60 * label + generator.integers(0, 50, (16, 16))).astype(np.uint8)
+                deep = Image.fromarray(grey.astype(np.uint16) * 257)
+                kinds = [Image.fromarray(grey), deep, Image.fromarray(grey).convert("P"), Image.fromarray(grey).convert("RGB")]
+                kinds[number % 4].save(tmp_path / part / name / f"{number}.png")
+                images.append(grey), labels.append(label)
+    inputs, targets = torch.from_numpy(np.stack(images)).float()[:, None] / 127.5 - 1, torch.tensor(labels)
+    for channels in (1, 3):
+        torch.manual_seed(0)
+        model = SmallConvNet(4, channels)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+        for _ in range(25):
+            for batch in torch.randperm(len(targets)).split(32):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(inputs[batch].expand(-1, channels, -1, -1)), targets[batch]).backward()
+                optimizer.step()
+        torch.save(model.state_dict(), tmp_path / "trained.pth")
+        assert cli.main(["init", str(tmp_path), "--overwrite"]) == 0
+        config = tmp_path / "mine.toml"
+        text = config.read_text()
+        assert 'backbone = "small"' in text and ("channels = 1 " in text) == (channels == 1)
+        config.write_text(text.replace("# image_size = 224", 'transform = "small"\nimage_size = 16'))
+        capsys.readouterr()
+        options = ["--config", str(config), "--features", str(tmp_path / f"features{channels}"), "--json"]
+        assert cli.main(["doctor", "data", "--config", str(config), "--json"]) == 0
+        (said,) = [each for each in json.loads(capsys.readouterr().out)["problems"] if "the network knows" in each["title"]]
+        assert float(said["detail"].split("knows ")[1].split("%")[0]) > 90
+        assert cli.main(["extract", *options]) == 0
 
 
 def test_hugging_face_and_folders(tmp_path, capsys):

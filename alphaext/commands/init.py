@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 
@@ -16,6 +18,9 @@ from ..utils.files import check_output_file, whole_file
 from . import results
 from .options import Options, option
 from .shared import PARTS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
 _CLASSES = ("classes.txt", "class_names.txt", "labels.txt", "names.txt")
@@ -53,13 +58,17 @@ class Init(Options):
         if not self.folder.is_dir():
             raise ValueError(f"folder must be a folder, got {str(self.folder)!r}")
         output = check_output_file(self.output or self.folder / "mine.toml", "output", overwrite=self.overwrite)
-        found = self._look()
+        found = self._look(console)
         with whole_file(output, overwrite=self.overwrite) as file:
             file.write(_configuration(found, output.absolute().parent).encode("utf-8"))
         for name, value in found.items():
+            if name == "alike":
+                text = f"other models have just these tensors, and may compute otherwise: {', '.join(value)}"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+                continue
             console.print(f"{name}: {'not found' if value is None else value}", markup=False, highlight=False)
         if found["backbone"] is None:
-            known = "" if found["checkpoint"] is None else ": the checkpoint's tensors are those of no common torchvision model"
+            known = "" if found["checkpoint"] is None else ": the checkpoint's tensors are those of no model that is known here"
             console.print(
                 f"backbone must be written in{known}; timm:NAME for timm's, module:function for your own",
                 markup=False,
@@ -70,7 +79,7 @@ class Init(Options):
         console.print(f"Look through it, then: alphaext repair --config {output}", markup=False, highlight=False)
         return {"configuration": str(output), **found}
 
-    def _look(self) -> dict[str, Any]:
+    def _look(self, console: Console) -> dict[str, Any]:
         entries = sorted(self.folder.iterdir())
         parts = {part: _named(entries, names) for part, names in _PART_NAMES.items()}
         columns = next(
@@ -83,10 +92,14 @@ class Init(Options):
         checkpoint = self.checkpoint
         if checkpoint is None and saved is None and len(weights) == 1:
             checkpoint = weights[0]
-        backbone = None if saved is None else f"hf:{saved}"
+        backbone, channels = None if saved is None else f"hf:{saved}", 3
+        alike: list[str] = []
         if checkpoint is not None:
-            backbone = recognised(alphaext.checkpoints.read_checkpoint(checkpoint))
-        return {**parts, "root": root, "classes": classes, **columns, "checkpoint": checkpoint, "backbone": backbone}
+            read = alphaext.checkpoints.read_checkpoint(checkpoint)
+            names, channels = recognised(read, console), in_channels(read)
+            backbone, alike = next(iter(names), None), names[1:]
+        found = {**parts, "root": root, "classes": classes, **columns, "checkpoint": checkpoint, "backbone": backbone}
+        return found | ({"channels": channels} if channels != 3 else {}) | ({"alike": alike} if alike else {})
 
 
 def _named(entries: Iterable[Path], names: Sequence[str]) -> Path | None:
@@ -116,28 +129,78 @@ def _columns(path: Path) -> dict[str, str]:
     return {option: name for option, name in found.items() if name is not None and name != likely[option][0]}
 
 
-def recognised(checkpoint: alphaext.checkpoints.Checkpoint) -> str | None:
-    """The name of the torchvision model that has just a checkpoint's tensors, if one of the common ones has."""
+def recognised(checkpoint: alphaext.checkpoints.Checkpoint, console: Console | None = None) -> list[str]:
+    """The names of the models that have just a checkpoint's tensors: the small network, a common one of torchvision's, or those
+    of timm's, where these are installed."""
+    import torch
+
+    given = {name: tuple(value.shape) for name, value in checkpoint.backbone.items() if value.dim() > 0}
+    channels = in_channels(checkpoint)
+
+    def fits(name: str) -> bool:
+        with torch.device("meta"):
+            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+            try:
+                model = alphaext.models.make_model(name, checkpoint.num_classes, in_channels=channels, options=options)
+            except (ImportError, RuntimeError, TypeError, ValueError):
+                return False
+        return _shapes(model) == given
+
+    own = next((name for name in ("small", *(_KNOWN if channels == 3 else ())) if fits(name)), None)
+    if own is not None:
+        return [own]
+    if importlib.util.find_spec("timm"):
+        results.console_or_quiet(console).print("No common torchvision model; looking through timm's, which may take a minute")
+    likely = _likely_of_timm(checkpoint)
+    found = next(filter(fits, likely), None)
+    if found is None:
+        return []
+    # All others would take as long again; the same under another name is called alike.
+    base = found.removeprefix("timm:").removeprefix("tf_")
+    return [found, *(name for name in likely if base in name and fits(name))]
+
+
+def in_channels(checkpoint: alphaext.checkpoints.Checkpoint) -> int:
+    """How many channels the first convolution takes; 3 where there is none."""
+    kernels = (value for value in checkpoint.backbone.values() if value.dim() == 4)
+    first = next(kernels, None)
+    return 1 if first is not None and first.shape[1] == 1 else 3
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's tensors by their names, but for numbers and the classifier's."""
+    layer = alphaext.models.find_classifier(model)
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items() if value.dim() > 0}
+    return {name: shape for name, shape in state.items() if name not in (f"{layer}.weight", f"{layer}.bias")}
+
+
+def _likely_of_timm(checkpoint: alphaext.checkpoints.Checkpoint) -> Iterator[str]:
+    """The models of timm's whose first convolution and classifier are called as the checkpoint's, of families that call their
+    tensors as it does."""
     import torch
 
     try:
-        from torchvision import models
+        import timm
     except ImportError:
-        return None
-    given = {(name, tuple(value.shape)) for name, value in checkpoint.backbone.items() if value.dim() > 0}
-    for name in _KNOWN:
-        with torch.device("meta"):
-            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-            model = models.get_model(name, weights=None, num_classes=checkpoint.num_classes, **options)
-        layer = alphaext.models.find_classifier(model)
-        wanted = {
-            (key, tuple(value.shape))
-            for key, value in model.state_dict().items()
-            if value.dim() > 0 and key not in (f"{layer}.weight", f"{layer}.bias")
-        }
-        if wanted == given:
-            return name
-    return None
+        return
+    kinds = {re.sub(r"\d+", "0", name) for name in checkpoint.backbone}
+    for family in timm.list_modules():
+        likely = []
+        for name in timm.list_models(module=family):
+            known = timm.get_pretrained_cfg(name)
+            firsts, layers = (
+                [value] if isinstance(value, str) else list(value or ())
+                for value in (getattr(known, "first_conv", None), getattr(known, "classifier", None))
+            )
+            if checkpoint.classifier in layers and all(f"{first}.weight" in checkpoint.backbone for first in firsts):
+                likely.append(name)
+        likely.sort(key=len)  # the plain ones first, which are more common and smaller
+        for example in dict.fromkeys(likely[:: max(1, len(likely) // 2)]):
+            with torch.device("meta"):
+                own = {re.sub(r"\d+", "0", name) for name in timm.create_model(example, num_classes=2).state_dict()}
+            if len(kinds & own) >= 0.5 * len(kinds | own):
+                yield from (f"timm:{name}" for name in likely)
+                break
 
 
 _TEMPLATE = """\
@@ -157,7 +220,7 @@ many_above = 100                 # a class with more is many
 [model]
 {backbone}  # torchvision's name, timm:NAME, hf:FOLDER, small, or module:function
 {checkpoint}  # the trained weights
-# image_size = 224               # what the network takes, and how images become that: as its library says, where it does
+{channels}# image_size = 224               # what the network takes; images become that as its library says, where it does
 """
 
 
@@ -165,6 +228,7 @@ def _configuration(found: dict[str, Any], folder: Path) -> str:
     lines = {"file": "mine.toml"}
     for name in ("text_column", "label_column"):
         lines[name] = f"{name} = {json.dumps(found[name])}\n" if name in found else ""
+    lines["channels"] = f"channels = {found['channels']}                     # grey images\n" if "channels" in found else ""
     for name in (*PARTS, "root", "classes", "backbone", "checkpoint"):
         value = found[name]
         lines[name] = f'# {name} = ""' if value is None else f"{name} = {json.dumps(_relative(str(value), folder))}"
