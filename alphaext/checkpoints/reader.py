@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..models.huggingface import HuggingFaceModel
+from ..utils.callers import warn_caller
 from ..utils.checks import check_integer, check_kind, check_number, check_text, if_given
 from ..utils.files import PathLike, read_json
 from ..utils.linear import make_linear
 from ..utils.tensors import check_finite, floating_tensor
-from ..utils.warn import warn
 from .files import Payload, read_payload
 from .layouts import KeyPath, Layout, check_classifier_tensors, class_names, find_layout, is_no_weight, listed, tensor_at
 from .names import aligned
@@ -162,7 +162,7 @@ class Checkpoint:
         if noted is not None:
             model.transform_input = noted == "true"  # type: ignore[assignment]
             return
-        warn(
+        warn_caller(
             f"{self.path} does not say whether the model changes its input, as weights that began as torchvision's do: "
             f"transform_input is {bool(model.transform_input)}; --model-options transform_input=true changes that"
         )
@@ -264,7 +264,7 @@ def read_checkpoint(
     """
     checkpoint = open_checkpoint(path, classifier=classifier, num_classes=num_classes, scale=scale, state=state)
     for note in checkpoint.notes:
-        warn(note)
+        warn_caller(note)
     return checkpoint
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import ConcatDataset, Subset
 
+from ..utils.callers import warn_caller
 from ..utils.checks import check_choice, check_class_names
 from ..utils.files import LONGEST_START, PathLike, open_file, what_it_is
 from ..utils.packages import require
 from ..utils.text import did_you_mean
-from ..utils.warn import warn
 from .images import ArrayImages, DatasetImages, FileImages, LabelledImages
 from .list_files import existing_folder, read_list
 
@@ -154,7 +154,7 @@ def read_image_folder(root: PathLike, *, class_names: Sequence[str] | None = Non
         )
     if others:
         listed = ", ".join(f"{number} {ending or 'without ending'}" for ending, number in others.most_common())
-        warn(f"{folder}: files of other endings than images have are passed over: {listed}")
+        warn_caller(f"{folder}: files of other endings than images have are passed over: {listed}")
     return FileImages(folder, paths, labels, class_names=names)
 
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from ..data.images import ImageReadError, LabelledImages
 from ..data.loading import Transform
 from ..models.split import SplitModel
+from ..utils.callers import warn_caller
 from ..utils.checks import PRECISIONS, check_choice, check_integer, check_kind
 from ..utils.files import PathLike, read_json, write_json
 from ..utils.processes import Group, process_group
 from ..utils.progress import task_bar
-from ..utils.warn import warn
 from .computing import Computed, Computing, Task
 from .extraction_folder import ExtractionFolder, wait_for
 from .shards import IDENTITY_FILE, Shard, ShardPlan, Unreadable, read_identity
@@ -162,7 +162,7 @@ def extract(
         skipped = features.metadata["skipped"]
         if skipped and group.is_main:
             names = ", ".join(repr(image["name"]) for image in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-            warn(f"{len(skipped)} of {len(images)} images cannot be read and are left out: {names}")
+            warn_caller(f"{len(skipped)} of {len(images)} images cannot be read and are left out: {names}")
         return features
 
 
@@ -345,7 +345,9 @@ def _class_names(images: LabelledImages, num_classes: int) -> tuple[str, ...] | 
     names = images.class_names
     if names is None or len(names) == num_classes:
         return None if names is None else tuple(map(printable, names))
-    warn(f"images have names for {len(names)} classes and the model has {num_classes}: the features are kept without names")
+    warn_caller(
+        f"images have names for {len(names)} classes and the model has {num_classes}: the features are kept without names"
+    )
     return None
 
 

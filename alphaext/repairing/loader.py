@@ -232,7 +232,7 @@ def repair_model(
     made = repair(wide_layer, parts[0], val_features=parts[1], progress=progress, **options)
     biases: list[Tensor | None] = [layer.bias, made.linear.bias]
     if biases[0] is None and biases[1] is not None:
-        warn(
+        warn_caller(
             f"the layer {name!r} has no bias and the repaired one has: what makes the model anew from a file, such as "
             "from_pretrained, makes it without and loses the bias; load it into a layer with one, or save the layer alone "
             "(made.repair.save)",

@@ -31,10 +31,10 @@ from ..training.builder import Builder
 from ..training.options import OPTIONS, HeadOptions, read_options
 from ..training.presets import PRESETS_AND_ALL, preset_options
 from ..training.result import AlphaNetWarning, FitResult
+from ..utils.callers import warn_caller
 from ..utils.checks import check_choice, check_integer, check_number, if_given
 from ..utils.linear import make_linear
 from ..utils.option_table import check_known, with_options
-from ..utils.warn import warn
 from .estimators import (
     Array,
     FitSamples,
@@ -412,7 +412,7 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         self.repaired_ = True
 
     def _keep_plain(self, reason: str) -> AlphaNetClassifier:
-        warn(f"{reason}: the result is the plain estimator", AlphaNetWarning)
+        warn_caller(f"{reason}: the result is the plain estimator", AlphaNetWarning)
         self.coef_, self.intercept_ = own_rows(self.estimator_)
         self.composed_estimator_ = self.estimator_
         self.repaired_ = False
@@ -494,13 +494,13 @@ class AlphaNetClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         available = pool_size(split, options.pool)
         if self.top_k is not None and self.top_k > available:
             text = f"top_k={self.top_k} is more than the classes that neighbours can be chosen from: all {available} are taken"
-            warn(text, AlphaNetWarning)
+            warn_caller(text, AlphaNetWarning)
         if split.num_classes == 2 and options.rule != "l1" and not options.residual:
             text = (
                 f"of two classes, both rows are multiples of one vector: rule={options.rule!r} does no more than scale the "
                 "scores"
             )
-            warn(text, AlphaNetWarning)
+            warn_caller(text, AlphaNetWarning)
         return {} if self.top_k is None else {"top_k": min(self.top_k, available)}
 
     def _scale(self, scores: Array, labels: Array, split: ClassSplit) -> float:
