@@ -3,11 +3,8 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "flush_denormals.h"
+#include "intrinsics.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

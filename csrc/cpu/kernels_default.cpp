@@ -3,13 +3,8 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 #include "flush_denormals.h"
+#include "intrinsics.h"
 #include "kernels.h"
 
 #define ALPHAEXT_SIMD_NAMESPACE simd_default

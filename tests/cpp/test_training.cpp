@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <thread>
 
+#include "cpu/intrinsics.h"
 #include "cpu/kernels.h"
 #include "kernel_cases.h"
 #include "kernels/sampling.h"
