@@ -53,7 +53,7 @@ def extract_features(
     data: Any,
     *,
     classifier: str | None = None,
-    label_name: str | None = None,
+    label_name: str | int | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
     batch_size: int = 64,
@@ -69,9 +69,11 @@ def extract_features(
             mapping of arrays by name. A batch is a tuple whose last entry is the labels, or has names (a mapping, a dataclass,
             a named tuple): then the labels are under one of ``labels``, ``label``, ``targets``, ``target`` and ``y``, and the
             model gets all other tensors by their names. Any other object with such an attribute goes into the model whole.
-            Inputs are of any kind: images, token ids, rows of a table.
+            Inputs are of any kind: images, token ids, rows of a table. The order plays no part. A loader that leaves samples
+            out, draws them with replacement or augments them is warned of.
         classifier: dotted name of the last linear layer. Default: the one whose output is the model's.
-        label_name: the name of the labels, where it is another one.
+        label_name: the name of the labels, where it is another one; or their place in tuples, as in 1 where a third entry
+            follows that the model does not take.
         num_classes: N, which must be the layer's; default the layer's own.
         class_names: of all classes. Default: those of the data set (``classes``), or of the model's configuration
             (``id2label``), or none.
@@ -97,6 +99,7 @@ def extract_features(
     check_kind(model, nn.Module, "model")
     model, classifier = unwrapped(model, classifier)
     batches, total = _batches(data, check_integer(batch_size, "batch_size", minimum=1))
+    _warn_of_loader(data)
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("model must have parameters, it has none")
@@ -108,7 +111,7 @@ def extract_features(
     with _on_device(model, place), evaluating(model), torch.autocast(place.type, enabled=False), bar as report:
         for batch in batches:
             inputs, targets = _inputs_and_labels(batch, label_name)
-            passed, logits = _watched(model, layers, _prepared(inputs, place, parameter.dtype))
+            passed, logits = _watched(model, layers, _prepared(inputs, place, parameter.dtype), label_name)
             if classifier is None:
                 classifier = _ending(passed, logits, layers)
                 layers = {classifier: layers[classifier]}
@@ -123,7 +126,7 @@ def extract_features(
             except (TypeError, ValueError) as error:
                 if not isinstance(batch, (tuple, list)) or len(batch) == 2:
                     raise
-                raise type(error)(f"{error}; of a batch of {len(batch)} entries the last is taken for the labels") from error
+                raise type(error)(f"{error}; of a batch of {len(batch)} entries {_taken(label_name)}") from error
             report()
     if classifier is None or not rows:
         raise ValueError("data must hold at least one batch, got none")
@@ -178,7 +181,7 @@ def repair_model(
     val: Any = None,
     *,
     classifier: str | None = None,
-    label_name: str | None = None,
+    label_name: str | int | None = None,
     class_names: Sequence[str] | None = None,
     batch_size: int = 64,
     device: torch.device | str | None = None,
@@ -281,6 +284,46 @@ def _batches(data: Any, batch_size: int) -> tuple[Iterable[Any], int | None]:
     return loader, len(loader) if countable else None  # type: ignore[arg-type]
 
 
+def _within(data: Any) -> Iterator[Any]:
+    """Data, the data set that they load, and what that is a part of."""
+    while data is not None:
+        yield data
+        data = getattr(data, "dataset", None)
+
+
+def _warn_of_loader(data: Any) -> None:
+    """Warn of a loader that does not give each sample once, as it is tested."""
+    dataset = getattr(data, "dataset", None)
+    if isinstance(data, DataLoader) and data.drop_last and not isinstance(dataset, IterableDataset) and data.batch_size:
+        left_out = len(data.sampler) % data.batch_size  # type: ignore[arg-type]
+        if left_out:
+            warn_caller(f"the loader has drop_last=True and leaves out {left_out} of {len(data.sampler)} samples")  # type: ignore[arg-type]
+    if getattr(getattr(data, "sampler", None), "replacement", False):
+        warn_caller(
+            f"the loader's {type(data.sampler).__name__} draws samples with replacement: which classes are few goes by how "
+            "often they are drawn; give the data set itself"
+        )
+    steps = [step for each in _within(data) for step in _steps_of(getattr(each, "transform", None))]
+    random = [name for name in (type(step).__name__ for step in steps) if name.startswith("Rand") or name in _AUGMENTING]
+    if random:
+        names = ", ".join(dict.fromkeys(random))
+        warn_caller(f"the data set augments its images ({names}): give each image once, as the model is tested on it")
+
+
+# Of torchvision's random transforms, those whose name does not begin with Rand.
+_AUGMENTING = ("AugMix", "AutoAugment", "ColorJitter", "ElasticTransform", "TrivialAugmentWide")
+
+
+def _steps_of(transform: Any) -> Iterator[Any]:
+    """A transform, or those that it is composed of."""
+    steps = getattr(transform, "transforms", None)
+    if isinstance(steps, (list, tuple)):
+        for step in steps:
+            yield from _steps_of(step)
+    elif transform is not None:
+        yield transform
+
+
 def _are_arrays(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(map(_are_arrays, value.values()))
@@ -301,9 +344,9 @@ def _slices(data: Any, samples: int, batch_size: int) -> tuple[Iterator[Any], in
     return (cut(data, slice(start, start + batch_size)) for start in starts), len(starts)
 
 
-def _inputs_and_labels(batch: Any, label_name: str | None) -> tuple[Any, Any]:
+def _inputs_and_labels(batch: Any, label_name: str | int | None) -> tuple[Any, Any]:
     """What goes into the model, and the labels."""
-    names = LABEL_NAMES if label_name is None else (label_name,)
+    names = (label_name,) if isinstance(label_name, str) else LABEL_NAMES
     if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
         batch = batch._asdict()
     elif dataclasses.is_dataclass(batch):
@@ -318,7 +361,9 @@ def _inputs_and_labels(batch: Any, label_name: str | None) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)):
         if len(batch) < 2:
             raise ValueError(f"a batch must be of inputs and labels, got a {type(batch).__name__} of {len(batch)}")
-        return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
+        place = label_name if isinstance(label_name, int) else len(batch) - 1
+        place = check_integer(place, "label_name", minimum=1, maximum=len(batch) - 1)
+        return batch[0] if place == 1 else tuple(batch[:place]), batch[place]
     found = next((name for name in names if hasattr(batch, name)), None)
     if found is None:
         raise ValueError(
@@ -354,8 +399,7 @@ def _labels(targets: Any, samples: int, num_classes: int) -> Tensor:
 
 def _class_names(data: Any, model: nn.Module, num_classes: int) -> Sequence[str] | None:
     """The names that the data set or the model's configuration has for all classes, if any."""
-    classes = getattr(getattr(data, "dataset", data), "classes", None)
-    for names in (classes, class_names_of(model)):
+    for names in (*(getattr(each, "classes", None) for each in _within(data)), class_names_of(model)):
         if isinstance(names, (list, tuple)) and len(names) == num_classes and all(isinstance(name, str) for name in names):
             return names
     return None
@@ -386,7 +430,7 @@ def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _watched(
-    model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Any
+    model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Any, label_name: str | int | None
 ) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], Tensor]:
     """What each layer is given and returns in a pass, and the model's logits."""
     passed: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
@@ -399,7 +443,7 @@ def _watched(
 
     hooks = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        output = called(model, lambda: _call(model, inputs), _shapes(inputs))
+        output = called(model, lambda: _call(model, inputs), _shapes(inputs, label_name))
     finally:
         for hook in hooks:
             hook.remove()
@@ -410,12 +454,18 @@ def _watched(
     return passed, logits
 
 
-def _shapes(inputs: Any) -> str:
+def _taken(label_name: str | int | None) -> str:
+    """Which entry of a batch the labels are, for an error."""
+    which = f"number {label_name}" if isinstance(label_name, int) else "the last"
+    return f"{which} is taken for the labels; label_name=1 takes the second"
+
+
+def _shapes(inputs: Any, label_name: str | int | None = None) -> str:
     """What goes into a model, for an error."""
     if isinstance(inputs, Mapping):
         return ", ".join(f"{name}: {_shapes(value)}" for name, value in inputs.items()) or "nothing by name"
     if isinstance(inputs, tuple):
-        return f"{', '.join(map(_shapes, inputs))} (of a batch's entries the last is taken for the labels)"
+        return f"{', '.join(map(_shapes, inputs))} (of a batch's entries {_taken(label_name)})"
     return f"inputs {list(inputs.shape)}" if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
 import alphaext
 from alphaext import extract_features, repair_model
@@ -91,6 +91,48 @@ def test_every_kind_of_data(kind):
     assert found.labels.equal(LABELS) and found.num_classes == 3 and found.metadata["classifier"] == "head.1"
     assert all(module.training for module in model.modules())
     assert found.class_names == (Rows.classes if kind == "data set" else None)
+
+
+def test_samples_may_come_in_any_order():
+    data = DataLoader(Rows(), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(0))
+    model = Table().eval()
+    found = extract_features(model, data)
+    assert found.class_names == Rows.classes and not found.labels.equal(LABELS)
+    assert found.class_counts().equal(LABELS.bincount())
+    for row, label in zip(found.features, found.labels, strict=True):
+        with torch.no_grad():
+            own = model.body(TABLE[label == LABELS])
+        assert (own - torch.from_numpy(row)).abs().max(dim=1).values.min() < 1e-6
+
+
+class Augmented(Rows):
+    transform = SimpleNamespace(transforms=[nn.Identity(), SimpleNamespace(transforms=[type("RandomCrop", (), {})()])])
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (DataLoader(Rows(), batch_size=5, drop_last=True), "drop_last=True and leaves out 3 of 23 samples"),
+        (
+            DataLoader(Rows(), batch_size=5, sampler=WeightedRandomSampler([1.0] * 23, 23)),
+            "WeightedRandomSampler draws .* with",
+        ),
+        (DataLoader(Subset(Augmented(), range(23)), batch_size=5), r"augments its images \(RandomCrop\)"),
+    ],
+)
+def test_a_loader_that_does_not_give_each_sample_once_as_tested(data, said):
+    with pytest.warns(UserWarning, match=said) as caught:
+        found = extract_features(Table(), data)
+    assert caught[0].filename == __file__ and found.class_names == Rows.classes
+
+
+def test_the_place_of_the_labels_in_a_tuple():
+    data = [(TABLE, LABELS, torch.arange(23) + 900)]
+    with pytest.raises(ValueError, match="entries the last is taken for the labels; label_name=1 takes the second"):
+        extract_features(Table(), data)
+    assert extract_features(Table(), data, label_name=1).labels.equal(LABELS)
+    with pytest.raises(ValueError, match="label_name must be .*2.*got 3"):
+        extract_features(Table(), data, label_name=3)
 
 
 def test_an_object_goes_into_the_model_whole():
