@@ -7,6 +7,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -88,6 +89,19 @@ def read_text(path: PathLike, name: str) -> str:
         raise ValueError(f"{os.fspath(path)} is not {name}: line {line}: not UTF-8 ({seen})") from None
 
 
+class _Remembering(io.FileIO):
+    """A file that remembers why it could not be written."""
+
+    failed: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.failed = error
+            raise
+
+
 @contextmanager
 def whole_file(path: PathLike, *, overwrite: bool | None = None) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of ``path`` when the block ends, and is gone if the block fails.
@@ -105,21 +119,27 @@ def whole_file(path: PathLike, *, overwrite: bool | None = None) -> Iterator[IO[
         ValueError: another process is writing it, or has written it since :func:`check_output_file`.
     """
     target = Path(os.path.realpath(path))
-    temporary = temporary_for(target)
+    temporary, raw = temporary_for(target), None
     try:
         with ExitStack() as stack:
             with nullcontext() if overwrite is None else _alone(target, overwrite):
-                file = stack.enter_context(temporary.open("wb"))
+                raw = _Remembering(temporary, "wb")
+                file = stack.enter_context(io.BufferedWriter(raw))
                 fcntl.flock(file, fcntl.LOCK_SH)  # by which others see that its process lives
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, target)  # while it is held
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            # A full disk does not say which file it had no room for.
+        if error.errno is not None and str(error.filename) in ("None", str(temporary)):
+            # A full disk does not say which file it had no room for, and a folder that cannot be written names the temporary.
             error.filename = os.fspath(target)
         raise
+    except RuntimeError:
+        # torch.save makes something else of it.
+        if raw is None or raw.failed is None:
+            raise
+        raise OSError(raw.failed.errno, raw.failed.strerror, os.fspath(target)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from alphaext.utils.files import (
     check_output_file,
@@ -276,3 +278,31 @@ def test_many_writers_of_one_file_leave_one_whole(tmp_path):
         child.join()
     assert all(child.exitcode == 0 for child in children) and wrote.empty()
     assert path.read_bytes() == bytes([winner]) * 100_000 and os.listdir(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("how", ["bytes", "torch", "torch, at its end", "json", "two pieces"])
+@pytest.mark.parametrize("overwrite", [None, True])
+def test_what_there_is_no_room_for_names_the_file(tmp_path, how, overwrite):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with whole_file(path, overwrite=overwrite) as file:
+            if how.startswith("torch"):
+                torch.save({"w": torch.ones(100_000 if how == "torch" else 700)}, file)
+            elif how == "json":
+                write_json(path, {"long": ["value"] * 10_000})
+            else:
+                for _ in range(2):
+                    file.write(bytes(100_000 if how == "bytes" else 4000))
+
+    with pytest.raises(OSError, match=rf"File too large: '{path}'$") as error:
+        _in_a_process(work)
+    assert error.value.errno == errno.EFBIG and path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_an_error_of_torch_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="of another kind"), whole_file(tmp_path / "file.bin"):
+        raise RuntimeError("of another kind")
+    assert os.listdir(tmp_path) == []
