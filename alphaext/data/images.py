@@ -9,6 +9,7 @@ import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from ..utils.checks import check_class_names, check_integer, if_given
 from ..utils.files import open_file, what_it_is
 from ..utils.packages import require
 from ..utils.tensors import TensorLike, check_labels
+from ..utils.text import one_form
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -191,13 +193,28 @@ class FileImages(LabelledImages):
     def name(self, index: int) -> str:
         return self.paths[index]
 
+    def _in_another_form(self, name: str) -> str | None:
+        """The file that is there under this name, but for the form of its accents."""
+        if name.isascii():
+            return None
+        found = ""
+        for part in name.split("/"):
+            with suppress(OSError):
+                here = os.listdir(os.path.join(self.root, found))
+                part = next((entry for entry in sorted(here) if one_form(entry) == one_form(part)), part)
+            found = os.path.join(found, part)
+        return found if found != name and os.path.isfile(os.path.join(self.root, found)) else None
+
     def stored(self, index: int) -> bytes:
         name = self.name(index)
         try:
             with open_file(os.path.join(self.root, name)) as file:
                 content = file.read()
         except FileNotFoundError:
-            raise ImageReadError.of(name, f"no such file in {str(self.root)!r}") from None
+            cause = f"no such file in {str(self.root)!r}"
+            if (other := self._in_another_form(name)) is not None:
+                cause += f", but {other!r} with accents in another form of Unicode (NFC, NFD)"
+            raise ImageReadError.of(name, cause) from None
         except (OSError, ValueError) as error:  # ValueError: no file can have this name
             raise ImageReadError.of(name, getattr(error, "strerror", None) or str(error)) from error
         if not content:

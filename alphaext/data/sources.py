@@ -16,7 +16,7 @@ from ..utils.callers import warn_caller
 from ..utils.checks import check_choice, check_class_names
 from ..utils.files import LONGEST_START, PathLike, open_file, what_it_is
 from ..utils.packages import require
-from ..utils.text import did_you_mean
+from ..utils.text import did_you_mean, one_form, same_names
 from .images import ArrayImages, DatasetImages, FileImages, LabelledImages
 from .list_files import existing_folder, read_list
 
@@ -128,8 +128,10 @@ def read_image_folder(root: PathLike, *, class_names: Sequence[str] | None = Non
     if not found:
         raise ValueError(f"root must hold a folder for each class, got none in {str(folder)!r}")
     names = tuple(found) if class_names is None else check_class_names(class_names, None)
-    label_of = {name: label for label, name in enumerate(names)}
-    unknown = [name for name in found if name not in label_of]
+    if class_names is None:
+        check_class_names(names, None)
+    label_of = {one_form(name): label for label, name in enumerate(names)}
+    unknown = [name for name in found if one_form(name) not in label_of]
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         meant = did_you_mean(unknown[0], names)
@@ -147,7 +149,7 @@ def read_image_folder(root: PathLike, *, class_names: Sequence[str] | None = Non
     for name in found:
         before = len(paths)
         paths += _image_paths(folder, name, others)
-        labels += [label_of[name]] * (len(paths) - before)
+        labels += [label_of[one_form(name)]] * (len(paths) - before)
     if not paths:
         raise ValueError(
             f"root must hold images ({', '.join(IMAGE_SUFFIXES)}) in its class folders, got none in {str(folder)!r}"
@@ -404,10 +406,10 @@ def _agreeing(
     """``images``, after checking that what is known of the classes is what was asked for."""
     if num_classes is not None and images.num_classes != num_classes:
         raise ValueError(f"source {source!r} has {images.num_classes} classes, but num_classes is {num_classes}")
-    if class_names is not None and images.class_names is not None and tuple(class_names) != images.class_names:
+    if class_names is not None and images.class_names is not None and not same_names(class_names, images.class_names):
         if len(class_names) != len(images.class_names):
             raise ValueError(f"source {source!r} has {images.num_classes} classes, but class_names has {len(class_names)}")
-        first = next(i for i, name in enumerate(images.class_names) if name != class_names[i])
+        first = next(i for i, name in enumerate(images.class_names) if one_form(name) != one_form(class_names[i]))
         raise ValueError(
             f"source {source!r} calls class {first} {images.class_names[first]!r}, class_names {class_names[first]!r}"
         )

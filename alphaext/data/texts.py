@@ -11,7 +11,7 @@ from typing import Any
 
 from ..utils.checks import check_class_names
 from ..utils.files import PathLike, read_text
-from ..utils.text import did_you_mean
+from ..utils.text import did_you_mean, one_form
 from .images import RowImages
 
 TEXT_SUFFIXES = (".csv", ".json", ".jsonl")
@@ -81,8 +81,9 @@ def read_texts(
             )
     names = None if class_names is None else check_class_names(class_names, num_classes)
     if names is None and not all(_is_number(label) for label in labels):
-        names = tuple(sorted({str(label) for label in labels}))
-    label_of = {name: number for number, name in enumerate(names or ())}
+        names = tuple(sorted({one_form(str(label)): str(label) for label in labels}.values()))
+    labels = [one_form(str(label)) for label in labels]
+    label_of = {one_form(name): number for number, name in enumerate(names or ())}
     if not all(str(label) in label_of for label in labels) and all(_is_number(label) for label in labels):
         ids = [int(str(label)) for label in labels]
     else:

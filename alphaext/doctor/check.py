@@ -6,6 +6,8 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
@@ -231,6 +233,8 @@ def _likely_orders(names: Sequence[str] | None) -> Iterator[tuple[str, Tensor]]:
         return
     orders: list[tuple[str, list[str]]] = [
         ("sorted by name", sorted(names)),
+        ("sorted by name, accents apart from their letters (Unicode's NFD)", sorted(names, key=partial(normalize, "NFD"))),
+        ("sorted by name, accented letters as one (Unicode's NFC)", sorted(names, key=partial(normalize, "NFC"))),
         ("sorted by name without regard to case", sorted(names, key=lambda name: (name.casefold(), name))),
     ]
     if all(name.isascii() and name.isdecimal() for name in names):

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import os
 import threading
-import unicodedata
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from typing import TypeAlias
 from ..data.images import DatasetImages, FileImages, ImageReadError, LabelledImages, RowImages
 from ..data.texts import Texts
 from ..utils.progress import task_bar
+from ..utils.text import one_form
 from .report import Finding, Level, plural
 
 Parts: TypeAlias = Mapping[str, LabelledImages]
@@ -184,9 +184,9 @@ def _other_paths(root: Path, path: str) -> Iterator[tuple[str, str]]:
         below = below.partition("/")[2]
         yield below, "the paths of the list have more folders than there are"
     alike = _alike(root, path)
-    if _one_form(alike) == _one_form(path):
+    if one_form(alike) == one_form(path):
         yield alike, "the list and the disk write accents in different forms of Unicode (NFC, NFD)"
-    if _one_form(alike).casefold() == _one_form(path).casefold():
+    if one_form(alike).casefold() == one_form(path).casefold():
         yield alike, "upper and lower case differ"
     yield alike, "the files have another ending"
 
@@ -197,15 +197,11 @@ def _alike(root: Path, path: str) -> str:
     for part in path.split("/"):
         folder = root.joinpath(*found)
         present = sorted(os.listdir(folder)) if folder.is_dir() else []
-        wanted = _one_form(part).casefold()
-        same = [name for name in present if _one_form(name).casefold() == wanted]
-        stem = [name for name in present if _one_form(os.path.splitext(name)[0]).casefold() == os.path.splitext(wanted)[0]]
+        wanted = one_form(part).casefold()
+        same = [name for name in present if one_form(name).casefold() == wanted]
+        stem = [name for name in present if one_form(os.path.splitext(name)[0]).casefold() == os.path.splitext(wanted)[0]]
         found.append((same or stem or [part])[0])
     return "/".join(found)
-
-
-def _one_form(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
 
 
 def repeat_problems(parts: Parts) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import FileImages, LabelledImages
+from ..utils.text import same_names
 from .images import Parts
 from .report import Finding, Level
 
@@ -202,7 +203,7 @@ def name_problems(parts: Parts, checkpoint_names: Names) -> Iterator[Finding]:
     if checkpoint_names is not None:
         named.insert(0, (CHECKPOINT, checkpoint_names))
     for (one, first), (other, second) in itertools.combinations(named, 2):
-        if first == second:
+        if same_names(first, second):
             continue
         differing = tuple(
             f"class {label}: {a!r} in {one}, {b!r} in {other}"

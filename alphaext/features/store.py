@@ -37,6 +37,7 @@ from ..utils.files import (
     write_json,
 )
 from ..utils.tensors import TensorLike, as_tensor, check_finite, check_labels, check_rows, check_whole
+from ..utils.text import one_form
 from .shards import IDENTITY_FILE, PARTS_FOLDER, count_done
 from .sums import RowSums, WholeSum, checksum, compare, row_sums
 
@@ -155,7 +156,9 @@ def read_parts(folder: PathLike, *parts: str) -> dict[str, Features]:
             "the network (its fingerprint)": (first.metadata.get("model"), other.metadata.get("model")),
             "their width": (first.features.shape[1], other.features.shape[1]),
             "the number of classes": (first.num_classes, other.num_classes),
-            "the names of the classes": (first.class_names, other.class_names),
+            "the names of the classes": tuple(
+                None if each.class_names is None else tuple(map(one_form, each.class_names)) for each in (first, other)
+            ),
         }
         for what, (here, there_) in pairs.items():
             if here is not None and there_ is not None and here != there_:

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from .text import one_form
+
 _Checked = TypeVar("_Checked")
 
 PRECISIONS = ("float32", "bfloat16")
@@ -142,9 +144,11 @@ def check_class_names(names: Sequence[str], num_classes: int | None, *, distinct
         raise ValueError("class_names must name at least one class, got none")
     if num_classes is not None and len(checked) != num_classes:
         raise ValueError(f"class_names must have one name a class, got {len(checked)} names for num_classes = {num_classes}")
-    most_common, times = Counter(checked).most_common(1)[0]
+    most_common, times = Counter(map(one_form, checked)).most_common(1)[0]
     if distinct and times > 1:
-        raise ValueError(f"class_names must be different, got {most_common!r} {times} times")
+        forms = len({name for name in checked if one_form(name) == most_common})
+        how = f", with accents in {forms} forms of Unicode (NFC, NFD)" if forms > 1 else ""
+        raise ValueError(f"class_names must be different, got {most_common!r} {times} times{how}")
     return checked
 
 

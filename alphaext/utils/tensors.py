@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checks import format_ids
 from .files import PathLike, open_file
-from .text import did_you_mean
+from .text import did_you_mean, one_form
 
 TensorLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[Any]
 """What users have at hand: a tensor, a NumPy array (also a read-only memory map), or nested lists of numbers."""
@@ -217,7 +217,8 @@ def class_ids(classes: TensorLike, num_classes: int, name: str, class_names: Seq
         return check_class_ids(classes, num_classes, name)
     if class_names is None:
         raise ValueError(f"{name} must be ids where classes have no names (those of alphaext.features.Features), got {words!r}")
-    id_of = {word: number for number, word in enumerate(class_names)}
+    id_of = {one_form(word): number for number, word in enumerate(class_names)}
+    words = [one_form(word) if isinstance(word, str) else word for word in words]
     for word in words:
         if word not in id_of:
             raise ValueError(f"{name} must name classes, {word!r} is none{did_you_mean(str(word), id_of)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import unicodedata
 from collections.abc import Collection, Iterable
 
 
@@ -29,6 +30,21 @@ def value_text(value: object) -> str:
     if value is None or isinstance(value, bool):
         return words[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def one_form(text: str) -> str:
+    """Text with each accented letter as one character (NFC), as most systems write it; macOS takes them apart (NFD).
+
+    Example:
+        >>> one_form("cafe\\u0301") == "caf\\u00e9"
+        True
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+def same_names(first: Iterable[str], second: Iterable[str]) -> bool:
+    """Whether names are the same in the same order, whatever form their accents are in."""
+    return [*map(one_form, first)] == [*map(one_form, second)]
 
 
 def first_free(name: str, separator: str, taken: Collection[str]) -> str:
