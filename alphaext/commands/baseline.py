@@ -17,7 +17,7 @@ from ..training.options import SELECTIONS
 from ..utils.text import percent
 from . import results
 from .options import option
-from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
+from .shared import CheckpointOptions, CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,7 @@ _SHOWN = 15  # candidates, around the chosen one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Baseline(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, CheckpointOptions):
+class Baseline(CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions, CheckpointOptions):
     """Make a classifier by another method, from cached features.
 
     What a method leaves open (the tau, the strength, the bias) is chosen on validation features, never on test ones. The result

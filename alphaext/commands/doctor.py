@@ -15,11 +15,11 @@ import alphaext
 from ..utils.environment import RESULT_DEPENDS_ON, versions
 from . import results
 from .options import option
-from .shared import CommonOptions, DataOptions, ModelOptions
+from .shared import CommonOptions, DataOptions, FewClassesOptions, ModelOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor(CommonOptions, DataOptions, ModelOptions):
+class Doctor(CommonOptions, DataOptions, FewClassesOptions, ModelOptions):
     """Check data, or the installation, before hours are spent; all that is wrong is told, not the first thing.
 
     'doctor data' reads every image: missing and unreadable ones, gaps in the labels, images that are in two parts, splits
@@ -52,6 +52,10 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
         order = None if checkpoint is None else self.class_order(checkpoint.class_names)
         train = self.need("train", class_names=order)
         num_classes = self.num_classes if checkpoint is None else checkpoint.num_classes
+        few = None
+        if self.few_classes is not None:
+            names = self.class_order(None if checkpoint is None else checkpoint.class_names, num_classes)
+            few = self.named_classes(num_classes or train.num_classes, names)
         report = alphaext.doctor.check_data(
             train,
             self._opened("val", order),
@@ -60,6 +64,7 @@ class Doctor(CommonOptions, DataOptions, ModelOptions):
             class_names=None if checkpoint is None else checkpoint.class_names,
             few_below=self.few_below,
             many_above=self.many_above,
+            few_classes=few,
             top_k=self.top_k,
             read_images=self.read_images,
             workers=self.workers,

@@ -15,11 +15,11 @@ import alphaext
 from ..utils.checks import PRECISIONS
 from . import results
 from .options import option
-from .shared import PARTS, CheckpointOptions, CommonOptions, FeaturesOptions, SplitOptions
+from .shared import PARTS, CheckpointOptions, CommonOptions, FeaturesOptions, FewClassesOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(CommonOptions, FeaturesOptions, SplitOptions, CheckpointOptions):
+class Evaluate(CommonOptions, FeaturesOptions, FewClassesOptions, CheckpointOptions):
     """Measure classifiers on cached features: what each gains over the first, what it costs, and who pays.
 
     Top-1 and top-5 of few, medium, many and all classes with bootstrap intervals; each classifier compared with the first,

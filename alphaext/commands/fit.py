@@ -24,7 +24,7 @@ from ..utils.checks import check_number, format_ids
 from ..utils.text import percent, value_text
 from . import results
 from .options import from_table, option, type_of
-from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
+from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def _may_be_none(entry: Field[Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 @from_table([OPTIONS[name] for name in PRESETS["paper"]], _tried_or_given)
-class Fit(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, ClassifierOptions):
+class Fit(CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions, ClassifierOptions):
     """Rebuild the few rows of a classifier: train an Alpha Net on cached features and fold it.
 
     With several gammas each is trained, and validation features choose. Writes classifier.pth (a plain weight and bias),

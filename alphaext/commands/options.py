@@ -46,6 +46,8 @@ _TYPES: dict[type, tuple[str, str | None]] = {
 
 # "cifar100:train" stands where the path of a data set may stand, and is not one.
 _MAY_BE_NAMES = ("train", "val", "test")
+# Classes are named by text or by number.
+_MAY_BE_NUMBERS = ("few_classes",)
 _NAME = re.compile(r"[\w.-]+:[\w.-]+")
 
 
@@ -165,6 +167,8 @@ class Kind:
             return path if folder is None or is_name else folder / path
         if isinstance(value, str) and value.startswith("hf:") and folder is not None:
             return f"hf:{folder / Path(value[3:]).expanduser()}"
+        if self.name in _MAY_BE_NUMBERS and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):

@@ -14,11 +14,11 @@ from ..training.options import CHOOSING
 from ..utils.files import without_nan
 from . import results
 from .options import option
-from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
+from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recommend(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, ClassifierOptions):
+class Recommend(CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions, ClassifierOptions):
     """Measure cheap rivals, baselines and presets alike, and say which does most for a classifier.
 
     What a method leaves open is chosen on four fifths of the validation features, and it is measured on the rest, in turn;
@@ -42,7 +42,7 @@ class Recommend(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Cla
         """Compare, print, write the recommended classifier; returns what result.json holds."""
         console, started = results.console_or_quiet(console), time.monotonic()
         train, val = self.read_train_and_val()
-        self.split_to_repair(train)
+        split = self.split_to_repair(train)
         linear, _ = self.classifier_or_checkpoint(self.classifier, train.num_classes)
         with results.output_folder(self.output, self, results.CLASSIFIER, overwrite=self.overwrite, started=started) as folder:
             found = alphaext.recommend(
@@ -52,8 +52,7 @@ class Recommend(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Cla
                 policy=self.policy,
                 min_all=self.min_all,
                 max_base_drop=self.max_base_drop,
-                few_below=self.few_below,
-                many_above=self.many_above,
+                split=split,
                 seed=self.seed,
             )
             candidates = [without_nan(asdict(candidate)) for candidate in found.candidates]

@@ -94,11 +94,57 @@ class SplitOptions(Options):
                 f"{int(counts[counts > 0].min())}"
             )
         if len(split.base) == 0:
+            if getattr(self, "few_classes", None) is not None:
+                raise ValueError("few_classes names every class; rows are composed of classes that are not few")
             raise ValueError(
                 f"every class is few: few are those below few_below = {self.few_below} training images, and the largest has "
                 f"{int(counts.max())}; rows are composed of classes that are not few"
             )
         return split
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewClassesOptions(SplitOptions):
+    """The same, where the user may say which classes are few."""
+
+    section: ClassVar[str] = "data"
+    few_classes: tuple[str, ...] | None = option(
+        None,
+        metavar="CLASS",
+        help="the few classes, however many training images they have, instead of few_below: names, or numbers where no class "
+        "has that name; several, or separated by commas",
+    )
+
+    def split(self, features: alphaext.features.Features) -> alphaext.ClassSplit:
+        """The classes as they are named, the others by the training features' labels."""
+        few = self.named_classes(features.num_classes, features.class_names)
+        if few is None:
+            return super().split(features)
+        return alphaext.ClassSplit.of_few(few, features.class_counts(), self.many_above)
+
+    def named_classes(self, num_classes: int, class_names: Sequence[str] | None) -> list[int] | None:
+        """The ids of the few classes that are named, or None."""
+        from ..utils.tensors import check_class_ids
+
+        if self.few_classes is None:
+            return None
+        id_of = {name: number for number, name in enumerate(class_names or ())}
+        ids = []
+        for given in self.few_classes:
+            # A name may have a comma in it.
+            for word in [given] if given in id_of else filter(None, map(str.strip, given.split(","))):
+                number = id_of.get(word)
+                if number is None and word.isdecimal():
+                    number = int(word)
+                if number is None:
+                    if not id_of:
+                        raise ValueError(f"few_classes must be numbers where the classes have no names, got {word!r}")
+                    raise ValueError(f"few_classes must name classes, {word!r} is none{did_you_mean(word, id_of)}")
+                ids.append(number)
+        if not ids:
+            raise ValueError("few_classes must name a class, got none")
+        checked: list[int] = check_class_ids(ids, num_classes, "few_classes").tolist()
+        return checked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,14 +16,14 @@ from ..study.plans import EXPERIMENTS, StudyOptions
 from ..utils.text import percent, value_text
 from . import results
 from .options import from_table, option
-from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, OutputOptions, SplitOptions
+from .shared import ClassifierOptions, CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions
 
 _TABLE = [entry for entry in fields(StudyOptions) if entry.metadata["help"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 @from_table(_TABLE)
-class Study(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, ClassifierOptions):
+class Study(CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions, ClassifierOptions):
     """Run the paper's experiments on a classifier, each with several seeds, into one table.
 
     Gamma, neighbours, their pool, weight sharing, negative samples, rule, start, controls, fewer samples, and the comparison
@@ -56,6 +56,7 @@ class Study(CommonOptions, FeaturesOptions, SplitOptions, OutputOptions, Classif
             classifier_name=results.classifier_name(path),
             few_below=self.few_below,
             many_above=self.many_above,
+            few_classes=self.named_classes(val.num_classes, val.class_names),
             jobs=self.jobs,
             overwrite=self.overwrite,
             attribution=self.attribution,

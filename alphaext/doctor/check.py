@@ -12,11 +12,11 @@ from unicodedata import normalize
 import torch
 from torch import Tensor, nn
 
-from ..classes import class_means, split_classes
+from ..classes import ClassSplit, class_means, split_classes
 from ..data.images import LabelledImages
 from ..utils.checks import check_class_names, check_integer, check_kind, check_thresholds, if_given
 from ..utils.linear import linear_parameters
-from ..utils.tensors import LabelledFeatures, TensorLike, check_labels, features_and_labels, finite_tensor
+from ..utils.tensors import LabelledFeatures, TensorLike, check_labels, class_ids, features_and_labels, finite_tensor
 from .images import content_problems, missing_problems, read_all, reading_problems, repeat_problems, truncation_problems
 from .labels import (
     coverage_problems,
@@ -41,6 +41,7 @@ def check_data(
     class_names: Sequence[str] | None = None,
     few_below: int = 20,
     many_above: int = 100,
+    few_classes: TensorLike | None = None,
     top_k: int = 5,
     read_images: bool = True,
     workers: int | None = None,
@@ -61,6 +62,7 @@ def check_data(
         class_names: the classes as the checkpoint orders them, where it is known.
         few_below: a class with fewer training images is few; 20 in the paper, section 4.1.
         many_above: a class with more training images is many; 100 in the paper.
+        few_classes: ids of the few classes, however many images they have, instead of ``few_below``; or names.
         top_k: how many base classes each few class is to be combined with; 5 in the paper.
         read_images: read and decode every image. Without, files are only looked for, and equal images under two names go
             unnoticed.
@@ -100,11 +102,12 @@ def check_data(
     counts = {
         part: images.labels[images.labels < num_classes].bincount(minlength=num_classes) for part, images in parts.items()
     }
+    few = if_given(class_ids, few_classes, num_classes, "few_classes", names)
     problems = [
         *label_problems(parts, num_classes),
         *gap_problems(train, counts["train"], num_classes, names),
-        *split_problems(counts["train"], few_below, many_above, top_k),
-        *coverage_problems(counts, few_below, names),
+        *split_problems(counts["train"], few_below, many_above, top_k, few),
+        *coverage_problems(counts, few_below, names, few),
         *name_problems(parts, checkpoint_names),
         *folder_problems(parts, folders, checkpoint_names),
         *repeat_problems(parts),
@@ -116,15 +119,19 @@ def check_data(
         problems += missing_problems(parts)
     if train.noun != "image":  # findings speak of images; items are names of the user's own
         problems = [replace(each, title=_of(train, each.title), detail=_of(train, each.detail)) for each in problems]
-    gaps = bool((counts["train"] == 0).any())
+    split = None
+    if not bool((counts["train"] == 0).any()):
+        split = split_classes(counts["train"], few_below=few_below, many_above=many_above)
+        split = split if few is None else ClassSplit.of_few(few, counts["train"], many_above)
     return DataReport(
         counts=counts,
         images={part: len(images) for part, images in parts.items()},
         num_classes=num_classes,
         class_names=names,
-        split=None if gaps else split_classes(counts["train"], few_below=few_below, many_above=many_above),
+        split=split,
         few_below=few_below,
         many_above=many_above,
+        few_classes=few,
         problems=sorted(problems, key=lambda finding: LEVELS.index(finding.level)),
         images_read=sum(map(len, parts.values())) if read_images else 0,
         seconds=time.monotonic() - started,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.images import FileImages, LabelledImages
 from ..utils.text import same_names
 from .images import Parts
-from .report import Finding, Level
+from .report import Finding, Level, few_mask
 
 Names: TypeAlias = tuple[str, ...] | None
 
@@ -135,13 +135,25 @@ def gap_problems(train: LabelledImages, counts: Tensor, num_classes: int, names:
         )
 
 
-def split_problems(counts: Tensor, few_below: int, many_above: int, top_k: int) -> Iterator[Finding]:
+def split_problems(
+    counts: Tensor, few_below: int, many_above: int, top_k: int, few_classes: Tensor | None = None
+) -> Iterator[Finding]:
     """Splits that are empty or too small."""
     present = counts[counts > 0]
     if len(present) == 0:
         return
-    few, many = int((present < few_below).sum()), int((present > many_above).sum())
+    is_few = few_mask(counts, few_below, few_classes)
+    few, many = int(is_few.sum()), int(((counts > many_above) & ~is_few).sum())
     base = len(present) - few
+    if few_classes is not None and 0 in (few, base):
+        yield Finding(
+            "error",
+            "no base classes" if few else "no few classes",
+            "few_classes names every class with training images, so that there is nothing to repair them with"
+            if few
+            else "no class that few_classes names has training images, so that there is nothing to repair",
+        )
+        return
     if few == 0:
         yield Finding(
             "error",
@@ -157,24 +169,26 @@ def split_problems(counts: Tensor, few_below: int, many_above: int, top_k: int) 
             "there is nothing to repair them with; a smaller few_below leaves some classes as base",
         )
     elif base < top_k:
+        those = "are not few" if few_classes is not None else f"have at least {few_below} training images"
         yield Finding(
             "note",
             "fewer base classes than neighbours",
-            f"{base} classes have at least {few_below} training images: presets combine each few class with these, and a "
-            f"training with top_k={top_k} is refused",
+            f"{base} classes {those}: presets combine each few class with these, and a training with top_k={top_k} is refused",
         )
     for name, number, rule in (
-        ("medium", base - many, f"{few_below} to {many_above}"),
+        ("medium", base - many, f"{few_below} to {many_above}" if few_classes is None else f"at most {many_above}"),
         ("many", many, f"more than {many_above}"),
     ):
         if number == 0 and base:
             yield Finding("note", f"no {name} classes", f"no class has {rule} training images: there is no {name} accuracy")
 
 
-def coverage_problems(counts: Mapping[str, Tensor], few_below: int, names: Names) -> Iterator[Finding]:
+def coverage_problems(
+    counts: Mapping[str, Tensor], few_below: int, names: Names, few_classes: Tensor | None = None
+) -> Iterator[Finding]:
     """Classes that validation or test images leave out."""
     train = counts["train"]
-    present, is_few = train > 0, (train > 0) & (train < few_below)
+    present, is_few = train > 0, few_mask(train, few_below, few_classes)
     checks: tuple[tuple[str, Level, str, Tensor, str], ...] = (
         (
             "val",
@@ -183,7 +197,7 @@ def coverage_problems(counts: Mapping[str, Tensor], few_below: int, names: Names
             is_few,
             "few classes: choosing the epoch does not see them",
         ),
-        ("val", "note", "base classes without validation images", train >= few_below, "classes that are not few"),
+        ("val", "note", "base classes without validation images", present & ~is_few, "classes that are not few"),
         ("test", "warning", "classes without test images", present, "classes: the accuracies that are reported leave them out"),
     )
     for part, level, title, among, detail in checks:

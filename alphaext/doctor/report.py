@@ -55,6 +55,15 @@ class Finding:
             out.print(f"    ... and {len(self.items) - _SHOWN_ITEMS:,} more", highlight=False)
 
 
+def few_mask(counts: Tensor, few_below: int, few_classes: Tensor | None = None) -> Tensor:
+    """Which classes with training images are few, by their number of images or because they are named."""
+    is_few = counts < few_below
+    if few_classes is not None:
+        is_few = torch.zeros_like(is_few)
+        is_few[few_classes] = True
+    return is_few & (counts > 0)
+
+
 @dataclass
 class DataReport:
     """What :func:`alphaext.doctor.check_data` found.
@@ -68,6 +77,7 @@ class DataReport:
         split: few, medium and many by the training images, or None if a class has none.
         few_below: a class with fewer training images is few.
         many_above: a class with more training images is many.
+        few_classes: ids of the classes that were named as few, instead of ``few_below``; or None.
         problems: all findings, errors first.
         images_read: how many images were read whole.
         seconds: how long all took.
@@ -85,6 +95,7 @@ class DataReport:
     images_read: int = 0
     seconds: float = 0.0
     noun: str = "image"
+    few_classes: Tensor | None = None
 
     @property
     def ok(self) -> bool:
@@ -101,7 +112,8 @@ class DataReport:
 
     def _masks(self) -> dict[str, Tensor]:
         counts = self.counts["train"]
-        few, many, none = (counts > 0) & (counts < self.few_below), counts > self.many_above, counts == 0
+        few, none = few_mask(counts, self.few_below, self.few_classes), counts == 0
+        many = (counts > self.many_above) & ~few
         return {"few": few, "medium": ~(few | many | none), "many": many, "none": none}
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +128,7 @@ class DataReport:
             "class_names": None if self.class_names is None else list(self.class_names),
             "few_below": self.few_below,
             "many_above": self.many_above,
+            "few_classes": None if self.few_classes is None else self.few_classes.tolist(),
             "split_sizes": self.split_sizes(),
             "split": None if split is None else {name: getattr(split, name).tolist() for name in SPLITS},
             "counts": {part: counts.tolist() for part, counts in self.counts.items()},
@@ -152,8 +165,8 @@ class DataReport:
         trained = f"training {self.noun}s"
         table = _table(f"Splits by {trained}", ("split", trained, "classes", *self.counts), left=("split",))
         rules = {
-            "few": f"fewer than {self.few_below}",
-            "medium": f"{self.few_below} to {self.many_above}",
+            "few": f"fewer than {self.few_below}" if self.few_classes is None else "named",
+            "medium": f"{self.few_below} to {self.many_above}" if self.few_classes is None else f"at most {self.many_above}",
             "many": f"more than {self.many_above}",
         }
         masks = self._masks()

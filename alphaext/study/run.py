@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..classes import split_classes
+from ..classes import ClassSplit, split_classes
 from ..features.store import Features, as_json, differences, read_parts
 from ..metrics.accuracy import SPLITS
 from ..utils.checks import check_integer, if_given
 from ..utils.environment import versions
 from ..utils.files import PathLike, check_no_file, folder_lock, read_json, write_json
 from ..utils.linear import linear_parameters, make_linear
-from ..utils.tensors import check_whole, tensor_digest
+from ..utils.tensors import TensorLike, check_whole, class_ids, tensor_digest
 from .plans import EXPERIMENTS, StudyOptions
 from .rivals import Rivals
 from .rows import ResultsFile, row_key, summarize
@@ -44,6 +44,7 @@ def run_study(
     classifier_name: str = "classifier",
     few_below: int = 20,
     many_above: int = 100,
+    few_classes: TensorLike | None = None,
     jobs: int | None = None,
     overwrite: bool = False,
     attribution: str | None = None,
@@ -69,6 +70,8 @@ def run_study(
         classifier_name: what the classifier is called in the results.
         few_below: a class with fewer training images is few; 20 in the paper.
         many_above: a class with more training images is many; 100 in the paper.
+        few_classes: ids of the few classes, however many images they have, instead of ``few_below``; or names, where the
+            features have such.
         jobs: trainings at a time; default one a core.
         overwrite: start anew where there are results already.
         attribution: a text that goes into ``results.json``, such as the data set's licence.
@@ -107,9 +110,14 @@ def run_study(
     for part in parts.values():
         check_whole(part.features)
     split = split_classes(train.class_counts(), few_below=few_below, many_above=many_above)
+    if few_classes is not None:
+        few = class_ids(few_classes, train.num_classes, "few_classes", train.class_names)
+        split = ClassSplit.of_few(few, train.class_counts(), many_above)
     if not len(split.few) or not len(split.base):
         raise ValueError(f"the training features must have few and base classes, got {split!r}")
     identity = _identity_of(parts, weight, bias, few_below, many_above, settings)
+    if few_classes is not None:
+        identity |= {"few_below": None, "few_classes": split.few.tolist()}
     folder = Path(output)
     earlier = _check_output(folder, identity, overwrite)
     folder.mkdir(parents=True, exist_ok=True)

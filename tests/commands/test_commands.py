@@ -711,6 +711,46 @@ def test_errors_are_json_under_json(digits, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["error"] == "unknown option --prset; did you mean '--preset'?"
 
 
+def test_few_classes_are_named_by_the_user(digits, tmp_path, capsys):
+    """By name or number, in place of few_below, in each command that repairs or measures them."""
+    # The largest class, and one between; of class folders and lists alike the names here are the digits themselves.
+    run(digits, "fit", "--few-classes", "0,", "4", "--epochs", "1", "--output", tmp_path / "alpha")
+    assert read_result(tmp_path / "alpha")["few_classes"] == [0, 4]
+    run(digits, "recommend", "--few-classes", "0, 4", "--output", tmp_path / "recommended")
+    before, after = (read_classifier(folder).weight for folder in (digits / "joint", tmp_path / "recommended"))
+    assert before.shape == after.shape
+    run(digits, "evaluate", tmp_path / "alpha", "--few-classes", "0,4", "--part", "val", "--json")
+    assert json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(["{", ""]))["classes"]["few"] == 2
+    for given, said in (
+        (["12"], "few_classes must be in 0..9, got 12"),
+        (["4", "4"], "few_classes must name each class once, got class 4 more than once"),
+        ([","], "few_classes must name a class, got none"),
+        ([",".join(map(str, range(10)))], "few_classes names every class; rows are composed of classes that are not few"),
+    ):
+        run(digits, "fit", "--few-classes", *given, "--output", tmp_path / "none", code=2)
+        assert said in capsys.readouterr().err
+
+
+def test_named_classes_are_names_before_numbers():
+    names = ["artificial, man-made", "sparrow", "0"]
+    for given, ids in (
+        (["sparrow"], [1]),
+        (["sparrow, 0"], [1, 2]),
+        (["artificial, man-made", "sparrow"], [0, 1]),
+        ([1, "0"], [1, 2]),
+    ):
+        assert Doctor(few_classes=given).named_classes(3, names) == ids
+    with pytest.raises(ValueError, match=r"few_classes must name classes, 'sparow' is none; did you mean 'sparrow'\?"):
+        Doctor(few_classes="sparow").named_classes(3, names)
+    with pytest.raises(ValueError, match="few_classes must be numbers where the classes have no names, got 'sparrow'"):
+        Doctor(few_classes="sparrow").named_classes(3, None)
+
+
+def test_a_configuration_names_few_classes_by_number(tmp_path):
+    (tmp_path / "mine.toml").write_text("[data]\nfew_classes = [3, 7]\n")
+    assert read_config(tmp_path / "mine.toml", [Fit]) == {"data": {"few_classes": ("3", "7")}}
+
+
 INTERRUPTED = {
     "doctor": ["doctor", "data"],
     "init": ["init", "DIGITS", "--output", "OUT/mine.toml"],

@@ -749,3 +749,16 @@ def test_what_does_not_fit_the_classifier(
         check_classifier_order(classifier(means()), *arguments, **options)
     with pytest.raises(TypeError, match="linear must have a weight"):
         check_classifier_order(nn.ReLU(), means())
+
+
+def test_few_classes_that_the_user_names() -> None:
+    """They are few however many images they have, and no other class is."""
+    train, val, test = healthy(names=[f"class {label}" for label in range(7)])
+    report = check_data(train, val, test, few_classes=["class 0", "class 2"], many_above=50)
+    assert report.split is not None and report.split.few.tolist() == [0, 2] and report.split.many.tolist() == [1]
+    assert report.split_sizes() == {"few": 2, "medium": 4, "many": 1, "none": 0} and report.to_dict()["few_classes"] == [0, 2]
+    assert report.ok
+    (error,) = check_data(train, few_classes=range(7)).of_level("error")
+    assert error.title == "no base classes" and "names every class" in error.detail
+    with pytest.raises(ValueError, match="few_classes must name classes, 'class 9' is none; did you mean"):
+        check_data(train, few_classes=["class 9"])
