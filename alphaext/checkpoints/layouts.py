@@ -26,6 +26,8 @@ KeyPath: TypeAlias = tuple[str, ...]
 _WRAPPERS = ("state_dict_best", "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights")
 # Averages over training are taken only where there is nothing else, and what belongs to training never.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
+# Such a network beside the one that is trained, in a module of both.
+_AVERAGE = re.compile(r"(?:.*_)?(?:ema|swa|averaged?)(?:_.*)?")
 _NOT_MODELS = (
     "optimizer",
     "optimizer_state",
@@ -113,7 +115,13 @@ def find_layout(
     trail: KeyPath = ()
     average = ""
     if state is not None:
-        for key in [state] if state in content else state.split("/"):
+        rest = state
+        while rest:
+            # The names of callbacks can hold slashes themselves.
+            key = max(
+                (key for key in map(str, content) if f"{rest}/".startswith(f"{key}/")), key=len, default=rest.partition("/")[0]
+            )
+            rest = rest[len(key) + 1 :]
             inner = content.get(key)
             if isinstance(inner, Mapping) and _holds_tensors(inner):
                 content, trail = inner, (*trail, key)
@@ -161,6 +169,7 @@ def find_layout(
             f"{path}: {taken or 'what has no prefix'} is read; {listed(others)} in the same file is neither read nor repaired, "
             "though other loaders may prefer it (timm loads an average where there is one); state= or --state chooses"
         )
+    notes += _unnamed_averages(payload.content, path) if state is None else ()
     return replace(
         layout,
         normalized=normalized,
@@ -170,13 +179,29 @@ def find_layout(
     )
 
 
+def _unnamed_averages(content: Mapping[str, Any], path: Path) -> list[str]:
+    """What callbacks keep as lists of weights, whose places in the model nobody tells."""
+    callbacks = content.get("callbacks")
+    kept = [
+        f"callbacks/{callback}/{key} ({len(value)} tensors)"
+        for callback, values in (callbacks.items() if isinstance(callbacks, Mapping) else ())
+        for key, value in (values.items() if isinstance(values, Mapping) else ())
+        if isinstance(value, (list, tuple)) and len(value) > 1 and all(isinstance(each, Tensor) for each in value)
+    ]
+    return [f"{path}: {listed(kept)} has no names of layers, and is neither read nor repaired"] if kept else []
+
+
 def _without_averages(tensors: dict[str, Tensor], wanted: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of the model, or those of the average ``wanted``, from a dictionary that has both; the averages' prefixes."""
-    prefixes = {name: name.partition(".")[0] for name in tensors}
-    averages = sorted({prefix for prefix in prefixes.values() if prefix in _AVERAGES})
+    prefixes = {name: name.rpartition(".")[0].partition(".")[0] for name in tensors}
+    averages = [
+        prefix
+        for prefix in sorted(set(filter(_AVERAGE.fullmatch, prefixes.values())))
+        if prefix in _AVERAGES or _candidates({name: each for name, each in tensors.items() if prefixes[name] == prefix})
+    ]
     if wanted:
         return {name: tensor for name, tensor in tensors.items() if prefixes[name] == wanted}, []
-    rest = {name: tensor for name, tensor in tensors.items() if prefixes[name] not in _AVERAGES}
+    rest = {name: tensor for name, tensor in tensors.items() if prefixes[name] not in averages}
     return (rest, averages) if _candidates(rest) or not _candidates(tensors) else (tensors, [])
 
 
@@ -184,15 +209,25 @@ def _other_states(content: Mapping[str, Any], trail: KeyPath, classifier: str, p
     """The dictionaries beside the one that was taken that have a classifier of the same name."""
     others = []
     for depth, taken in enumerate(trail):
-        for key, value in content.items():
-            if key == taken or key in _NOT_MODELS or not isinstance(value, Mapping) or not _holds_tensors(value):
+        within: dict[str, Any] = {str(key): value for key, value in content.items()}
+        # Lightning's callbacks keep averages, each under a name of its own.
+        for callback, kept in (within.get("callbacks") or {}).items() if isinstance(within.get("callbacks"), Mapping) else ():
+            if isinstance(kept, Mapping):
+                within |= {f"callbacks/{callback}/{key}": value for key, value in kept.items()}
+        for key, value in within.items():
+            if (
+                key in (taken, "/".join(trail[depth:]))
+                or key in _NOT_MODELS
+                or not isinstance(value, Mapping)
+                or not _holds_tensors(value)
+            ):
                 continue
             try:
-                inner, _ = _find_state(value, (str(key),), path)
+                inner, _ = _find_state(value, (key,), path)
             except ValueError:
                 continue
             if join(classifier, "weight") in short_names(_tensors(inner)).values():
-                others.append("/".join((*trail[:depth], str(key))))
+                others.append("/".join((*trail[:depth], key)))
         content = content[taken]
     return others
 

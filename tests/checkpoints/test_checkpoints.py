@@ -1540,3 +1540,70 @@ def test_a_default_device_does_not_matter(tmp_path: Path) -> None:
         write_repaired(checkpoint, checkpoint.linear(), torch.tensor(FEW, device="cpu"), tmp_path / "new.pth")
         save_linear(checkpoint.linear(), tmp_path / "linear.pth")
     assert read_checkpoint(tmp_path / "linear.pth").weight.device.type == "cpu"
+
+
+_CALLBACK = "StochasticWeightAveraging{'dirpath': '/data/run'}"  # as Lightning names them: with what they were made with
+
+
+def _prefixed(tensors, prefix):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("make", "average"),
+    [
+        (lambda own, other: {"state_dict": own, "current_model_state": other, "averaging_state": {}}, "current_model_state"),
+        (
+            lambda own, other: {"state_dict": own, "callbacks": {"EMACallback": {"ema_state_dict": other, "decay": 0.9}}},
+            "callbacks/EMACallback/ema_state_dict",
+        ),
+        (
+            lambda own, other: {"state_dict": own, "callbacks": {_CALLBACK: {"average_model_state": other}, "other": [1]}},
+            f"callbacks/{_CALLBACK}/average_model_state",
+        ),
+        (lambda own, other: {"state_dict": {**own, **_prefixed(other, "model_ema.module.")}}, "state_dict/model_ema"),
+        (lambda own, other: {"state_dict": {**own, **_prefixed(other, "swa_model.module.")}}, "state_dict/swa_model"),
+        (lambda own, other: {"state_dict": {**own, **_prefixed(other, "averaged._orig_mod.")}}, "state_dict/averaged"),
+    ],
+    ids=["lightning's averaging", "callback", "callback with slashes", "ema beside", "swa beside", "averaged beside"],
+)
+def test_averages_beside_the_weights_are_told_read_and_repaired(tmp_path, make, average):
+    own = {"conv.weight": torch.randn(8, 3, 1, 1), "fc.weight": torch.randn(5, 8), "fc.bias": torch.randn(5)}
+    other = {name: tensor + 1 for name, tensor in own.items()}
+    path, repaired = tmp_path / "epoch.ckpt", tmp_path / "repaired.ckpt"
+    torch.save({"pytorch-lightning_version": "2.6.0", **make(own, other)}, path)
+    with pytest.warns(UserWarning, match=rf"state_dict is read; {re.escape(average)} in the same file is neither read nor"):
+        checkpoint = read_checkpoint(path)
+    assert torch.equal(checkpoint.weight, own["fc.weight"]) and checkpoint.states == ("state_dict", average)
+    checkpoint = read_checkpoint(path, state=average)
+    assert torch.equal(checkpoint.weight, other["fc.weight"]) and checkpoint.states[0] == average
+    linear = checkpoint.linear()
+    linear.weight.data[3] = 7
+    write_repaired(checkpoint, linear, [3], repaired)
+    assert torch.equal(read_checkpoint(repaired, state=average).weight, linear.weight)
+    with pytest.warns(UserWarning, match="neither read nor"):
+        assert torch.equal(read_checkpoint(repaired).weight, own["fc.weight"])
+
+
+def test_averages_without_names_are_told(tmp_path):
+    own = {"conv.weight": torch.randn(8, 3, 1, 1), "fc.weight": torch.randn(5, 8)}
+    torch.save({"state_dict": own, "callbacks": {"EMA": {"ema_weights": [*own.values()], "step": 3}}}, tmp_path / "m.ckpt")
+    with pytest.warns(UserWarning, match=r"callbacks/EMA/ema_weights \(2 tensors\) has no names of layers, and is neither"):
+        read_checkpoint(tmp_path / "m.ckpt")
+
+
+def test_layers_that_are_called_as_averages_are_no_averages(tmp_path):
+    own = {"ema_block.norm.weight": torch.randn(8), "conv.weight": torch.randn(8, 3, 1, 1), "fc.weight": torch.randn(5, 8)}
+    torch.save({**own, "n_averaged": torch.tensor(3)}, tmp_path / "m.pth")
+    checkpoint = read_checkpoint(tmp_path / "m.pth")
+    assert checkpoint.states == () and "ema_block.norm.weight" in checkpoint._layout.backbone
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.module.", "module._orig_mod.", "module.module.", "model._orig_mod."])
+def test_prefixes_of_wrappers_in_any_order(tmp_path, prefix):
+    own = {"conv.weight": torch.randn(8, 3, 1, 1), "fc.weight": torch.randn(5, 8)}
+    within = {name.replace(".", "._orig_mod."): tensor for name, tensor in own.items()}
+    for tensors in (_prefixed(own, prefix), within):
+        torch.save(tensors, tmp_path / "m.pth")
+        checkpoint = read_checkpoint(tmp_path / "m.pth")
+        assert checkpoint.classifier == "fc" and torch.equal(checkpoint.weight, own["fc.weight"])
