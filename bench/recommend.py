@@ -45,7 +45,7 @@ def measure(name: str, classifier: str, draw: int, cache: Path, validation: bool
     makers, layers = Makers(linear, Builder(linear, *train, split=split), draw), {"original": linear}
     for method in METHODS:
         started = time.monotonic()
-        if method in ("few", "all"):
+        if method in ("few", "paper", "all"):
             layers[method] = repair(linear, *train, **val, split=split, preset=method, seed=draw, progress=False).linear
         elif not next(each.error for each in found.candidates if each.method == method):
             layers[method] = makers.layer(method, makers.numbers(method, *val.values()))

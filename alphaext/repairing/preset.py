@@ -38,7 +38,7 @@ class Repair:
         linear: the repaired layer: its base rows are the original ones, to the bit, but for preset ``"all"``, and where
             ``method="auto"`` took another method that changes them.
         head: the Alpha Net that it is folded from, with coefficients and neighbours; None where ``method="auto"`` took another
-            method than preset ``"few"`` or ``"all"``.
+            method than a preset.
         result: the training's history, and with validation samples the accuracies before and after.
         split: which classes are few, medium and many; ``split.empty``, classes without training samples, keep their rows.
         average: under preset ``"all"``, how the head's layer was averaged with others: which candidate was chosen, its weights.

@@ -45,15 +45,19 @@ METHODS = {
     "original": "the classifier as it is",
     "few-bias": "one constant on the few scores",
     "few": "preset few: the few rows made anew",
+    "paper": "preset paper: few rows composed as published",
     "tau": "rows divided by a power of their length",
     "logit-adjustment": "scores less a multiple of the log of how frequent a class is",
+    "ncm": "class means, compared by cosine",
+    "lws": "each row times a factor, trained on equally many samples of each class",
     "discriminant": "class means and one covariance, few means composed with near ones",
     "crt": "all rows trained anew on equally many samples of each class",
+    "average": "the classifier averaged with the discriminant",
     "all": "preset all: preset few averaged with the discriminant and with re-trained rows",
 }
 """The methods that are compared. Of equal ones the first is recommended: it changes less, or is simpler."""
 
-_FEW_ROWS_ONLY = ("original", "few-bias", "few")
+_FEW_ROWS_ONLY = ("original", "few-bias", "few", "paper")
 _FOLDS = 5
 # So many standard errors of the difference between two methods are noise: of accuracy, and of likelihood.
 _NOISE, _LIKELIHOOD_NOISE = 1.0, 0.5
@@ -61,8 +65,12 @@ _NOISE, _LIKELIHOOD_NOISE = 1.0, 0.5
 _MOST_OF_A_CLASS = 40
 # The spread of scores is measured on so many training samples, or up to twice as many.
 _SPREAD_SAMPLES = 4096
-_TRAINED = ("few", "discriminant", "crt", "all")
-_TRAINED_ONCE = ("original", "discriminant", "crt")
+_TRAINED = ("few", "paper", "ncm", "lws", "discriminant", "crt", "average", "all")
+# What is trained for a method that is not trained itself.
+_PART_OF = {"average": "discriminant"}
+_TRAINED_ONCE = ("original", "paper", "ncm", "lws", "discriminant", "crt")
+# Averages of the layers that are named, by the likelihood of the validation samples.
+_AVERAGES = ("average", "all")
 
 
 def recommend(
@@ -229,14 +237,13 @@ class Makers:
         """What validation samples choose for a method."""
         if method in _TRAINED_ONCE:
             return {}
-        if method != "all":
+        if method not in _AVERAGES:
             given = {"val_features": val_features, "val_labels": val_labels}
             return self._baseline(method, **given).chosen
-        layers = self._part("all")
+        layers, counts = self._layers(method)
         with warnings.catch_warnings():
             warnings.simplefilter("error", AlphaNetWarning)  # what keeps it from choosing
             try:
-                counts = self.builder.counts()
                 found = average(layers, val_features, val_labels, self.split, original=self.linear, class_counts=counts)
             except AlphaNetWarning as error:
                 raise ValueError(str(error)) from error
@@ -248,25 +255,32 @@ class Makers:
             return self.linear
         if method in _TRAINED_ONCE:
             return self._part(method)
-        if method == "all":
-            return averaged(self._part("all"), numbers, self.split, self.builder.counts())
+        if method in _AVERAGES:
+            layers, counts = self._layers(method)
+            return averaged(layers, numbers, self.split, counts)
         return self._baseline(method, **numbers).linear
 
     def prepare(self, method: str) -> None:
         """Train what the method needs."""
-        if method in _TRAINED and method not in self._parts:
-            self._part(method)
+        if method in _TRAINED:
+            self._part(_PART_OF.get(method, method))
 
     def scaled(self, method: str, numbers: Mapping[str, Any], power: int) -> dict[str, Any]:
         """Numbers relative to how widely the scores spread that they are added to or multiply (power -1), or back (1)."""
-        if method == "all":
-            spreads = [self._spread(layer) for layer in self._part("all")]
+        if method in _AVERAGES:
+            spreads = [self._spread(layer) for layer in self._layers(method)[0]]
             weights = [weight / spread**power for weight, spread in zip(numbers["weights"], spreads, strict=True)]
             return {**numbers, "weights": weights}
         if method in ("few-bias", "few", "logit-adjustment"):
             spread = self._spread(self._part("few") if method == "few" else self.linear)
             return {name: value * spread**power for name, value in numbers.items()}
         return dict(numbers)
+
+    def _layers(self, method: str) -> tuple[list[nn.Linear], Tensor | None]:
+        """What is averaged, and the classes' samples where their log is added."""
+        if method == "average":
+            return [self.linear, self._part("discriminant")], None
+        return self._part("all"), self.builder.counts()
 
     def _spread(self, linear: nn.Linear) -> float:
         features = self.builder.samples.real()
@@ -275,7 +289,8 @@ class Makers:
 
     def seconds(self, method: str) -> float:
         """How long what it trains has taken."""
-        return sum(self._seconds.get(part, 0.0) for part in ({"few", "all"} if method == "all" else {method}))
+        parts = {"few", "all"} if method == "all" else {_PART_OF.get(method, method)}
+        return sum(self._seconds.get(part, 0.0) for part in parts)
 
     def _baseline(self, method: str, **options: Any) -> BaselineResult:
         name, linear = ("few-bias", self._part("few")) if method == "few" else (method, self.linear)
@@ -295,17 +310,17 @@ class Makers:
     def _make(self, name: str) -> Any:
         data: dict[str, Any] = {"features": self.builder.samples.real(), "labels": self.builder.samples.labels}
         data["split"] = self.split
-        if name == "few":
-            return repair_by_preset(self.linear, self.builder, "few", {"seed": self.seed}, False).linear
+        if name in ("few", "paper"):
+            return repair_by_preset(self.linear, self.builder, name, {"seed": self.seed}, False).linear
         if name == "all":
             check_every_class(self.split)
             return layers_to_average(self._part("few"), self.builder, self.seed, False)
-        if name == "discriminant":
-            return run_baseline("discriminant", linear=self.linear, **data).linear
+        if name in ("ncm", "discriminant"):
+            return run_baseline(name, linear=self.linear, **data).linear
         # One training: a search for its settings would take longer than all other methods together.
-        factor = short_features_factor(data["features"])
+        factor = short_features_factor(data["features"]) if name == "crt" else 1.0
         settings: dict[str, Any] = {"lr": 0.2 * factor, "weight_decay": 5e-3 / factor, "seed": self.seed, "progress": False}
-        return run_baseline("crt", linear=self.linear, **data, **settings).linear
+        return run_baseline(name, linear=self.linear, **data, **settings).linear
 
 
 @dataclass(frozen=True)
@@ -458,7 +473,7 @@ def _made(
         means = {name: np.mean([own[name] for own in of_turns], axis=0).tolist() for name in of_turns[0]}
         return makers.layer(method, makers.scaled(method, means, 1))
     val: dict[str, Any] = {"val_features": builder.validation.real(), "val_labels": builder.validation.labels}
-    if method in ("few", "all"):
+    if method in ("few", "paper", "all"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AlphaNetWarning)  # what base classes lose stands in the table
             return repair_by_preset(linear, builder, method, {"seed": seed}, False)

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from alphaext import recommend, repair
+from alphaext.baselines import run_baseline
 from alphaext.checkpoints import save_linear
 from alphaext.classes import ClassSplit
 from alphaext.commands.recommend import Recommend
 from alphaext.commands.results import read_classifier
 from alphaext.features import Features, write_features
-from alphaext.repairing.recommend import METHODS, Measured, choose_method, classes_alike, deal
+from alphaext.repairing.recommend import METHODS, Makers, Measured, choose_method, classes_alike, deal
 from alphaext.repairing.recommendation import Candidate
+from alphaext.training.builder import Builder
 
 COUNTS = [60, 50, 40, 30, 25, 9, 7, 5]
 
@@ -46,11 +48,26 @@ def test_every_method_is_measured(found):
     original, *others = found.candidates
     assert original.base_change == 0 and original.few_rows_only and original.few < 0.6
     assert all(candidate.error or 0 <= candidate.all <= 1 for candidate in others)
-    assert {each.method for each in found.candidates if each.few_rows_only} == {"original", "few-bias", "few"}
+    assert {each.method for each in found.candidates if each.few_rows_only} == {"original", "few-bias", "few", "paper"}
+    assert not any(each.error for each in found.candidates)
     assert found.method != "original" and found.advice.startswith(f"Take {found.method} (")
     linear, _, _, val_features, val_labels = problem()
     right = [layer(val_features).argmax(dim=1).eq(val_labels).float().mean() for layer in (linear, found.linear)]
     assert right[1] > right[0]
+
+
+@pytest.mark.parametrize("method", ["ncm", "average", "paper"])
+def test_a_method_makes_what_its_own_function_makes(method):
+    linear, features, labels, *val = problem()
+    builder = Builder(linear, features, labels, few_below=10, many_above=45)
+    makers = Makers(linear, builder, seed=0)
+    made = makers.layer(method, makers.numbers(method, *val))
+    if method == "paper":
+        expected = repair(linear, features, labels, preset="paper", few_below=10, many_above=45).linear
+    else:
+        given = {"val_features": val[0], "val_labels": val[1]} if method == "average" else {}
+        expected = run_baseline(method, features, labels, linear=linear, split=builder.split, **given).linear
+    torch.testing.assert_close(made.weight, expected.weight)
 
 
 def test_it_shows_as_a_table(found):
