@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.loading import Batch
+from ..utils.checks import check_integer
 from ..utils.files import open_file, read_json, whole_file
 
 PARTS_FOLDER = "parts"
@@ -30,6 +32,8 @@ IDENTITY_FILE = "extraction.json"
 IMAGES_PER_SHARD = 256
 
 FORMAT = "alphaext extraction 1"
+
+_MOST = 10**12  # images, passes, or images a batch; beyond it, a note is damaged
 
 
 @dataclass(frozen=True)
@@ -143,11 +147,12 @@ def read_shard(path: Path, place: Batch, identity: str, shape: tuple[int, str], 
     width, dtype = shape
     try:
         with open_file(path) as file, np.load(file, allow_pickle=False) as archive:
+            _check_sizes(archive.zip)
             about = json.loads(archive["about"].tobytes())
             shard = Shard(
                 archive["features"] if features else np.empty((0, width), dtype),
                 archive["indices"],
-                tuple(Unreadable(*image) for image in about["unreadable"]),
+                tuple(Unreadable(int(index), str(name), str(reason)) for index, name, reason in about["unreadable"]),
                 float(about["seconds"]),
                 str(about["device"]),
             )
@@ -160,9 +165,22 @@ def read_shard(path: Path, place: Batch, identity: str, shape: tuple[int, str], 
     if not same:
         raise ValueError(f"{os.fspath(path)} belongs to another extraction")
     rows = len(shard.indices) if features else 0
-    if present != list(place.images) or shard.features.shape != (rows, width) or shard.features.dtype != dtype:
+    of_others = present != list(place.images) or shard.indices.dtype != np.int64
+    if of_others or shard.features.shape != (rows, width) or shard.features.dtype != dtype:
         raise ValueError(f"{os.fspath(path)} does not hold the features of its images")
     return shard
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """Check that arrays are as large as their headers say, for NumPy takes the memory before it reads."""
+    for member in archive.infolist():
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            said, there = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        if said != there:
+            raise ValueError(f"{member.filename} has {there} bytes, not the {said} of its header")
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -188,10 +206,13 @@ def count_done(folder: Path) -> tuple[int, int, int]:
     """
     identity = read_identity(folder)
     try:
-        plan = ShardPlan.of(int(identity["num_images"]), int(identity["passes"]), int(identity["batch_size"]))
+        numbers = [check_integer(identity[name], name, 1, _MOST) for name in ("num_images", "passes", "batch_size")]
+        plan = ShardPlan.of(*numbers)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(folder / IDENTITY_FILE)} is not the note of an extraction: {error}") from error
-    done = sum(len(plan.place(number).images) for number in range(len(plan)) if shard_path(folder, number).exists())
+    present = {path.stem for path in (folder / PARTS_FOLDER).glob("*.npz")}
+    numbered = (int(stem) for stem in present if stem.isascii() and stem.isdecimal())
+    done = sum(len(plan.place(number).images) for number in numbered if number < len(plan))
     return done, plan.num_images, plan.passes
 
 
