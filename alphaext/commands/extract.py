@@ -50,8 +50,11 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
     passes: int = option(1, help="features of each training image: above 1, each pass augments anew (training part only)")
     skip_unreadable: bool = option(False, help="leave out images that cannot be read, and count them")
 
-    def run(self, console: Console | None = None) -> dict[str, Any]:
-        """Extract all parts that are given; returns, for each, how many images, how wide, what was skipped."""
+    def run(self, console: Console | None = None, *, checked: bool = False) -> dict[str, Any]:
+        """Extract all parts that are given; returns, for each, how many images, how wide, what was skipped.
+
+        Whether the network knows its images is asked first, unless that was ``checked`` before.
+        """
         from ..utils.processes import keep_freed_memory, process_group, processors_per_process
 
         console, started = results.console_or_quiet(console), time.monotonic()
@@ -69,7 +72,7 @@ class Extract(CommonOptions, FeaturesOptions, DataOptions, ModelOptions):
             before = self._earlier_results()
             begun = [part for part in parts if (self.features / part).exists()]
             with group.together():
-                if group.is_main and not begun:
+                if group.is_main and not begun and not checked:
                     self._check_accuracy(console, model, next(iter(parts.values())))
             if group.is_main:
                 self.features.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ class Repair(Options):
         steps.run(Doctor, {})
         if steps.results["doctor"]["exit_code"]:
             raise ValueError("doctor found errors, which are above: mend them and run the same command again")
-        steps.run(Extract, {"features": features}, always=True)
+        steps.run(Extract, {"features": features}, always=True, checked=True)
         by = {"recommend": Recommend, "fit": Fit}[method]
         steps.run(by, {"features": features, "output": made}, made=made / results.RESULT)
         steps.run(
@@ -116,8 +116,13 @@ class _Steps:
         self.results: dict[str, dict[str, Any]] = {}
         self.commands: dict[str, str] = {}
 
-    def run(self, cls: type[CommonOptions], flags: dict[str, Any], *, made: Path | None = None, always: bool = False) -> None:
-        """Run a step, unless the same was done before and what it ``made`` is there still; or ``always``."""
+    def run(
+        self, cls: type[CommonOptions], flags: dict[str, Any], *, made: Path | None = None, always: bool = False, **how: Any
+    ) -> None:
+        """Run a step, and hand it ``how``, unless the same was done before and what it ``made`` is there still.
+
+        With ``always`` it runs all the same.
+        """
         name = cls.section
         options: Any = from_flags(cls, flags, self._config)
         identity = {**options.to_dict(), "checkpoint's file": _stamp(options)}
@@ -132,7 +137,7 @@ class _Steps:
         if made is not None and made.exists():
             options = from_flags(cls, {**flags, "overwrite": True}, self._config)
         self._anew = self._anew or not same
-        self.results[name] = options.run(self._console)
+        self.results[name] = options.run(self._console, **how)
         self._kept[name] = {"options": identity, "result": self.results[name]}
         write_json(self._output / _STEPS, self._kept)
 

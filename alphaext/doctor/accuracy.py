@@ -22,6 +22,7 @@ from .report import Finding, Level
 
 _BATCH = 16
 _SAMPLES_OF_OTHERS = 96  # each costs a pass through the network
+_FIRST = 32  # of these
 _FEWEST_GAINED = 10  # 2 ** -10 < _LEVEL: with fewer no other transform is better beyond chance
 # Chance alone gives one such accuracy in so many.
 _LEVEL = 0.001
@@ -108,8 +109,15 @@ def check_accuracy(
         predicted = _predicted(model, loaded, transform, report)
     usual = (predicted == targets)[: len(some)]
     tried = dict(others or {}) if int((~usual).sum()) >= _FEWEST_GAINED else {}
-    with task_bar(progress, "other transforms", total=len(some) * len(tried)) as report:
-        hits = {name: _predicted(model, some, each, report) == targets[: len(some)] for name, each in tried.items()}
+    hits = {}
+    with task_bar(progress if tried else False, "other transforms", total=len(some) * len(tried)) as report:
+        for name, each in tried.items():
+            first = _predicted(model, some[:_FIRST], each, report) == targets[:_FIRST]
+            if int(first.sum()) <= int(usual[:_FIRST].sum()):  # the rest would hardly make it better beyond chance
+                report(len(some[_FIRST:]))
+                continue
+            rest = _predicted(model, some[_FIRST:], each, report) == targets[_FIRST : len(some)]
+            hits[name] = torch.cat([first, rest])
     accuracy, chance, bad = at_chance(predicted, targets)
     said = f"of {len(loaded)} {images.noun}s the network knows {percent(accuracy)}%, where chance would know {percent(chance)}%"
     better = [name for name, each in hits.items() if _is_better(each, usual)]
@@ -138,7 +146,7 @@ def _predicted(model: SplitModel, images: list[Any], transform: Callable[[Any], 
         with torch.no_grad():
             found.append(layer(features.to(layer.weight.dtype)).argmax(dim=1).cpu())
         report(len(batch))
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _is_better(one: Tensor, other: Tensor) -> bool:
