@@ -74,8 +74,8 @@ class Fit(CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions, Clas
     preset: str = option(
         "few",
         choices=PRESETS_AND_ALL,
-        help="what all options below are where they are not given: what gains most, or exactly the paper's form; all: "
-        "preset few averaged with the discriminant and balanced re-training, which may change every row",
+        help="what all options below are where they are not given: what gains most, or the paper's form, but that epoch 0 and "
+        "the original classifier take part in the choice of the epoch; all: preset few averaged with the discriminant and balanced re-training, which may change every row",
     )
     policy: str | None = option(
         None,

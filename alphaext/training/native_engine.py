@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,11 +53,27 @@ def native_device(head: AlphaNet) -> torch.device:
     return head.weight.device if ops.trains_on(head.weight) else torch.device("cpu")
 
 
+class Trained(NamedTuple):
+    """What an epoch changes, as :func:`alphaext.ops.training.train_epoch` takes it; of several engines, each stacked."""
+
+    state: Tensor
+    b2: Tensor
+    b2_momentum: Tensor
+    raw: Tensor
+    alpha: Tensor
+
+
 class NativeEngine:
     """Trains in the extension, from cached member logits: no features, no classifier, no first layer.
 
     On one thread of the CPU, or, where the head is on a GPU and the extension has kernels for it, there. What a step needs of
     the first layer is its output; its weights are put back when the head is given its parameters.
+
+    Attributes:
+        trained: what an epoch changes.
+        scale: what multiplies the gradient of the first layer's output.
+        penalty: how strongly outputs are drawn to which values; None under ``regularize=0``.
+        few_offset: what is added to each few score while training; None without ``prior_correction``.
     """
 
     name = "native"
@@ -92,22 +108,25 @@ class NativeEngine:
         with torch.no_grad():
             start = head.evaluate_networks()[0]
             scale = head.gradient_scale if head.first_layer == "factored" else first_layer_scale(head.z, len(head.w1))
-            self._scale = scale.to(device=self.device, dtype=dtype).contiguous()
+            self.scale = scale.to(device=self.device, dtype=dtype).contiguous()
             w2, b2 = head.w2.detach().to(self.device), head.b2.detach().to(self.device, copy=True)
             if head.residual is not None:
                 w2 = w2.new_zeros(len(w2), members, 0)
                 b2 = torch.cat([b2, head.residual.detach().to(self.device)], dim=1)
-            self._state = ops.pack_state(start.to(device=self.device, dtype=dtype), w2)
-            self._b2 = b2
-            self._b2_momentum = torch.zeros_like(self._b2)
-            self._raw = torch.empty(num_few, members, dtype=dtype, device=self.device)
-            self._alpha = torch.empty(num_few, members, dtype=dtype, device=self.device)
-            self._penalty = self._few_offset = None
+            self.trained = Trained(
+                state=ops.pack_state(start.to(device=self.device, dtype=dtype), w2),
+                b2=b2,
+                b2_momentum=torch.zeros_like(b2),
+                raw=torch.empty(num_few, members, dtype=dtype, device=self.device),
+                alpha=torch.empty(num_few, members, dtype=dtype, device=self.device),
+            )
+            self.penalty: Tensor | None = None
+            self.few_offset: Tensor | None = None
             if options.regularize:
                 identity = head.identity_outputs().to(self.device)
-                self._penalty = torch.stack([torch.full_like(identity, options.regularize), identity])
+                self.penalty = torch.stack([torch.full_like(identity, options.regularize), identity])
             if options.prior_correction:
-                self._few_offset = self.sampler.log_prior[head.few_classes.cpu()].to(device=self.device, dtype=dtype)
+                self.few_offset = self.sampler.log_prior[head.few_classes.cpu()].to(device=self.device, dtype=dtype)
             # The dense first layer's change is told by how far its output has moved.
             self._start = start.to(device=self.device, dtype=torch.float64) if head.first_layer == "dense" else None
         self.train_rows(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)
@@ -116,9 +135,9 @@ class NativeEngine:
         """Train on ``rows``: float64 ``[3]``, the sum of their losses, and the step and class that failed, or -1."""
         cached = self.logits.training
         return ops.train_epoch(
-            self._state, self._b2, self._b2_momentum, self._raw, self._alpha,
-            rows, cached.logits, cached.base_logsumexp, cached.label_logit, cached.few_of_label, self.columns, self._scale,
-            self.options.batch_size, self.step_options(lr), self._penalty, self._few_offset,
+            *self.trained,
+            rows, cached.logits, cached.base_logsumexp, cached.label_logit, cached.few_of_label, self.columns, self.scale,
+            self.options.batch_size, self.step_options(lr), self.penalty, self.few_offset,
         )  # fmt: skip
 
     def step_options(self, lr: float) -> ops.StepOptions:
@@ -155,9 +174,9 @@ class NativeEngine:
         """Train one epoch at ``multiplier`` times the learning rate; the mean loss, or why there is none."""
         lr = self.learning_rate(multiplier)
         # All that the host asks of an epoch goes to it at once: it waits for a GPU once.
-        wanted = [self.train_rows(to_device(self.rows_of(epoch), self.device), lr), self._raw]
+        wanted = [self.train_rows(to_device(self.rows_of(epoch), self.device), lr), self.trained.raw]
         if self.logits.validation is not None:
-            wanted.append(self.logits.validation.hits(self._alpha, self.columns))
+            wanted.append(self.logits.validation.hits(self.trained.alpha, self.columns))
         self.draw_ahead(epoch)
         result, raw, *hits = on_host(wanted)
         self.keep_measured(raw, hits[0] if hits else None)
@@ -183,13 +202,13 @@ class NativeEngine:
         if self._kept_hits is not None:
             kept, self._kept_hits = self._kept_hits, None
             return kept
-        return None if self.logits.validation is None else self.logits.validation.hits(self._alpha, self.columns).cpu()
+        return None if self.logits.validation is None else self.logits.validation.hits(self.trained.alpha, self.columns).cpu()
 
     def original_hits(self) -> Tensor | None:
         """The same of the original classifier."""
         if self.logits.validation is None:
             return None
-        own = torch.zeros_like(self._alpha)
+        own = torch.zeros_like(self.trained.alpha)
         own[:, 0] = 1
         return self.logits.validation.hits(own, self.columns).cpu()
 
@@ -198,15 +217,15 @@ class NativeEngine:
         if self._kept_clamped is not None:
             kept, self._kept_clamped = self._kept_clamped, None
             return kept
-        return self._count_clamped(self._raw)
+        return self._count_clamped(self.trained.raw)
 
     def _count_clamped(self, raw: Tensor) -> int:
         return int(clamped_outputs(raw[:, : self.head.top_k + 1], self.head.rule, self.head.gamma).sum())
 
     def snapshot(self) -> list[Tensor]:
         """What is trained, copied."""
-        preactivation, w2 = ops.unpack_state(self._state, self.head.num_few, self._hidden)
-        return [preactivation.clone(), w2.clone(), self._b2.clone()]
+        preactivation, w2 = ops.unpack_state(self.trained.state, self.head.num_few, self._hidden)
+        return [preactivation.clone(), w2.clone(), self.trained.b2.clone()]
 
     @torch.no_grad()
     def restore(self, snapshot: list[Tensor], decay: float) -> None:
@@ -232,11 +251,11 @@ class NativeEngine:
     def state(self) -> dict[str, Any]:
         """All that training goes on from, for a checkpoint."""
         # Copies, because a part of a stacked tensor would be saved with all of it.
-        tensors = {"state": self._state, "b2": self._b2, "b2_momentum": self._b2_momentum}
+        tensors = {"state": self.trained.state, "b2": self.trained.b2, "b2_momentum": self.trained.b2_momentum}
         return {name: tensor.clone() for name, tensor in tensors.items()} | {"steps": self.steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for name, own in (("state", self._state), ("b2", self._b2), ("b2_momentum", self._b2_momentum)):
+        for name, own in (("state", self.trained.state), ("b2", self.trained.b2), ("b2_momentum", self.trained.b2_momentum)):
             copy_into(own, state[name], name)
         self.steps = check_integer(state["steps"], "steps", minimum=0)
         self.train_rows(torch.empty(0, dtype=torch.int64, device=self.device), 0.0)

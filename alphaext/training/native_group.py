@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..ops.training import train_epoch_many
 from ..utils.transfers import on_host
 from .engine import TrainingDiverged
-from .native_engine import NativeEngine
+from .native_engine import NativeEngine, Trained
 
 __all__ = ["EngineGroup", "group_key"]
-
-_STACKED = ("_state", "_b2", "_b2_momentum", "_raw", "_alpha")
-_OPTIONAL = ("_penalty", "_few_offset")
 
 
 def group_key(engine: NativeEngine) -> tuple[object, ...]:
     """What engines must have in common to be trained together."""
-    shapes = tuple(tuple(getattr(engine, name).shape) for name in _STACKED)
-    given = tuple(getattr(engine, name) is None for name in _OPTIONAL)
-    return (*shapes, *given, engine._scale.dim(), engine.options.batch_size, engine._state.dtype, id(engine.logits))
+    shapes = tuple(tuple(tensor.shape) for tensor in engine.trained)
+    given = engine.penalty is None, engine.few_offset is None
+    return (*shapes, *given, engine.scale.dim(), engine.options.batch_size, engine.trained.state.dtype, id(engine.logits))
 
 
 class EngineGroup:
@@ -33,18 +31,14 @@ class EngineGroup:
     def __init__(self, engines: Sequence[NativeEngine]) -> None:
         """``engines`` of one :func:`group_key`, whose logits are all kept (``SharedLogits.all_at_once``)."""
         self.engines = list(engines)
-        self._stacked = {name: torch.stack([getattr(engine, name) for engine in self.engines]) for name in _STACKED}
-        for name, stacked in self._stacked.items():
-            for engine, part in zip(self.engines, stacked.unbind(0), strict=True):
-                setattr(engine, name, part)
+        self._trained = Trained(*map(torch.stack, zip(*(engine.trained for engine in self.engines), strict=True)))
+        for engine, *parts in zip(self.engines, *(tensor.unbind(0) for tensor in self._trained), strict=True):
+            engine.trained = Trained(*parts)
         self._columns = torch.stack([engine.columns for engine in self.engines])
-        self._scale = torch.stack([engine._scale for engine in self.engines])
+        self._scale = torch.stack([engine.scale for engine in self.engines])
         # Those of one group all have it or none has.
-        penalty, few_offset = (
-            None if getattr(self.engines[0], name) is None else torch.stack([getattr(e, name) for e in self.engines])
-            for name in _OPTIONAL
-        )
-        self._optional = penalty, few_offset
+        self._penalty = _stacked([engine.penalty for engine in self.engines])
+        self._few_offset = _stacked([engine.few_offset for engine in self.engines])
 
     def train(self, epoch: int, multipliers: Sequence[float]) -> list[float | TrainingDiverged]:
         """Train one epoch of each, at its multiple of its learning rate: the mean losses, or what went wrong."""
@@ -53,14 +47,14 @@ class EngineGroup:
         lrs = [engine.learning_rate(multiplier) for engine, multiplier in zip(self.engines, multipliers, strict=True)]
         options = [engine.step_options(lr) for engine, lr in zip(self.engines, lrs, strict=True)]
         cached = first.logits.training
-        state, b2, b2_momentum, raw, alpha = self._stacked.values()
         results = train_epoch_many(
-            state, b2, b2_momentum, raw, alpha, rows, cached.logits, cached.base_logsumexp, cached.label_logit,
-            cached.few_of_label, self._columns, self._scale, first.options.batch_size, options, *self._optional,
+            *self._trained, rows, cached.logits, cached.base_logsumexp, cached.label_logit,
+            cached.few_of_label, self._columns, self._scale, first.options.batch_size, options,
+            self._penalty, self._few_offset,
         )  # fmt: skip
-        wanted = [results, raw]
+        wanted = [results, self._trained.raw]
         if validation is not None:
-            wanted.append(validation.hits(alpha, self._columns))
+            wanted.append(validation.hits(self._trained.alpha, self._columns))
         for engine in self.engines:
             engine.draw_ahead(epoch)
         results, raw, *hits = on_host(wanted)
@@ -71,3 +65,9 @@ class EngineGroup:
             engine.after_epoch(epoch, lr, loss, int(step), int(failed))
             for engine, lr, (loss, step, failed) in zip(self.engines, lrs, results.tolist(), strict=True)
         ]
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """All of them as one, or None where there are none."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None

@@ -21,9 +21,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 ``"few"`` changes the few rows and gains most: coefficients and a small residual learned directly, drawn toward the original
 classifier, on drawn samples of few classes and equally many of every class; then one constant on the few scores, chosen on
-validation samples (docs/results/findings.md). ``"paper"`` is exactly the published form, with the gamma that the paper chose on
-ImageNet-LT. Options that are not given to :func:`alphaext.fit_many` are the plain form's: the paper's, but from the original
-classifier on and with a gradient that lets a clamped coefficient return, gamma 1 (docs/reference/defaults.md).
+validation samples (docs/results/findings.md). ``"paper"`` is the published form, with the gamma that the paper chose on
+ImageNet-LT; but epoch 0, before training, takes part in the choice of the epoch, and the original classifier is kept where
+nothing is better on validation samples (``select="last"`` and ``keep_original=False`` leave that out). Options that are not
+given to :func:`alphaext.fit_many` are the plain form's: the paper's, but from the original classifier on and with a gradient
+that lets a clamped coefficient return, gamma 1 (docs/reference/defaults.md).
 """
 
 
