@@ -119,8 +119,9 @@ def test_init_sees_data_and_checkpoint(project, tmp_path, capsys):
     text = (project / "seen.toml").read_text()
     for line in ('train = "train.txt"', 'val = "val.txt"', 'test = "test.txt"', 'root = "."', 'checkpoint = "trained.pth"'):
         assert f"\n{line} " in text
-    assert '# backbone = ""' in text  # the small network is none of torchvision's
-    assert "backbone must be written in: the checkpoint's tensors are those of no common" in capsys.readouterr().out
+    assert '\nbackbone = "small" ' in text and "channels" not in text.partition("[model]")[2]
+    (project / "seen.toml").write_text(text.replace('backbone = "small"', '# backbone = ""'))
+    capsys.readouterr()
     assert cli.main(["repair", "--config", str(project / "seen.toml"), "--output", str(tmp_path / "none")]) == 2
     assert "backbone must be given in [model] of" in capsys.readouterr().err and not (tmp_path / "none").exists()
     (project / "classes.txt").write_text("\n".join(map(str, range(10))))
