@@ -75,7 +75,8 @@ class Fit(CommonOptions, FeaturesOptions, FewClassesOptions, OutputOptions, Clas
         "few",
         choices=PRESETS_AND_ALL,
         help="what all options below are where they are not given: what gains most, or the paper's form, but that epoch 0 and "
-        "the original classifier take part in the choice of the epoch; all: preset few averaged with the discriminant and balanced re-training, which may change every row",
+        "the original classifier take part in the choice of the epoch; all: preset few averaged with the discriminant "
+        "and balanced re-training, which may change every row",
     )
     policy: str | None = option(
         None,
