@@ -14,9 +14,10 @@ from scipy.special import stdtrit
 
 from ..metrics.accuracy import SPLITS_AND_ALL
 from ..training.options import OPTIONS
+from ..utils.checks import check_choice
 from ..utils.files import PathLike, without_nan
 from ..utils.records import Column, read_csv, write_csv
-from .plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, FORM_NAMES, RETRAINED
+from .plans import CANDIDATES, CONFIGURATION, EXPERIMENTS, FORM_NAMES, RETRAINED, Configuration
 
 Row = dict[str, Any]
 
@@ -117,6 +118,17 @@ def read_rows(path: PathLike) -> list[Row]:
     return read_csv(path, "a study's results", lambda _: _COLUMNS, dict)
 
 
+def _checked(row: Row, place: str) -> Row:
+    """A row that a study can go on from, of an experiment and of a configuration that there is."""
+    try:
+        check_choice(row["experiment"], "experiment", ROW_EXPERIMENTS)
+        if row["top_k"] is not None:
+            Configuration.of(**{name: row[name] for name in CONFIGURATION})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from None
+    return row
+
+
 class ResultsFile:
     """The rows of a study and the file that they are kept in; rows that it holds already are read.
 
@@ -128,7 +140,8 @@ class ResultsFile:
         self.path = path
         self.rows: dict[tuple[Any, ...], Row] = {}
         if path.exists():
-            self.rows = {row_key(row): row for row in read_rows(path)}
+            for number, row in enumerate(read_rows(path), start=2):
+                self.rows[row_key(row)] = _checked(row, f"{path}, line {number}")
         self._written, self._changed = time.monotonic(), not path.exists()
 
     def add(self, row: Row) -> None:

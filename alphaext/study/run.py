@@ -219,9 +219,23 @@ def _check_output(folder: Path, identity: Mapping[str, Any], overwrite: bool) ->
     earlier = read_json(folder / RESULTS, "a study's results")
     own = earlier.get("identity")
     if own == identity:
+        if not _can_go_on_from(earlier):
+            raise ValueError(f"{str(folder / RESULTS)!r} is damaged: options, experiments or choices are none; {advice}")
         return earlier
     found = differences(identity, own) if isinstance(own, Mapping) else ["it says not of which"]
     raise ValueError(f"output {str(folder)!r} holds another study: {'; '.join(found[:3])}; {advice}")
+
+
+def _can_go_on_from(earlier: Mapping[str, Any]) -> bool:
+    """Whether what a study goes on with is as it was written."""
+    options, done, choices = (earlier.get(name) for name in ("options", "experiments", "choices"))
+    if not isinstance(options, Mapping) or not isinstance(options.get("forms"), list):
+        return False
+    if not isinstance(done, list) or not all(isinstance(name, str) and name in EXPERIMENTS for name in done):
+        return False
+    return isinstance(choices, list) and all(
+        isinstance(each, Mapping) and isinstance(each.get("seed"), int | None) for each in choices
+    )
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
