@@ -14,7 +14,7 @@ from typing import Any
 
 from ..head.choices import COEFFICIENTS, INITS, METRICS, POOLS, RULES
 from ..utils.checks import check_integer
-from ..utils.option_table import OptionTable, check_known, table_option
+from ..utils.option_table import OptionTable, check_known, documented, table_option
 
 __all__ = ["HeadOptions", "TrainingOptions", "read_options", "selection_score"]
 
@@ -24,6 +24,7 @@ _SAME: Any = object()
 def _option(
     default: Any,
     help: str,
+    more_help: str = "",
     *,
     few: Any = _SAME,
     paper: Any = _SAME,
@@ -32,10 +33,11 @@ def _option(
 ) -> Any:
     """An option: its value in the plain form and in the presets, what it is, and which values are allowed.
 
-    ``several``: ``alphaext fit`` tries several values. ``more``: as of :func:`table_option`.
+    ``more_help``: what the docstring says besides ``help``. ``several``: ``alphaext fit`` tries several values. ``more``: as of
+    :func:`table_option`.
     """
     presets = {"few": default if few is _SAME else few, "paper": default if paper is _SAME else paper}
-    return table_option(default, help, presets=presets, several=several, **more)
+    return table_option(default, help, more_help=more_help, presets=presets, several=several, **more)
 
 
 @dataclass(frozen=True)
@@ -84,50 +86,10 @@ CHOOSING = ("best_all", "best_few")
 SELECTIONS = (*CHOOSING, "last")
 
 
+@documented
 @dataclass(frozen=True)
 class TrainingOptions(OptionTable):
     """How to train. The defaults are the paper's, but that the original classifier is kept where nothing is better.
-
-    Attributes:
-        epochs: 80 in the paper.
-        batch_size: 64 in the paper. A last, smaller batch is kept.
-        lr: learning rate, 0.1 in the paper.
-        momentum: 0.9 in the paper.
-        dampening: of the momentum; none in the paper.
-        weight_decay: L2 penalty; none in the paper.
-        nesterov: Nesterov momentum.
-        lr_schedule: ``"step"``, times ``lr_factor`` every ``lr_step`` epochs (default, as in the paper); ``"multistep"``, at
-            each of ``lr_milestones``; ``"cosine"``, down to 0 after ``epochs``; ``"constant"``. Of any optimiser.
-        lr_step: 20 in the paper.
-        lr_factor: 0.1 in the paper.
-        lr_milestones: for ``"multistep"``, after how many epochs.
-        negative_ratio: base samples for each few sample; 1 in the paper, 0 in its appendix E.
-        negative_sampling: ``"uniform"`` over base images, or ``"class_balanced"``: as many from each base class.
-        samples_per_class: so many samples of every class, few and base, in each epoch, instead of all few ones and
-            ``negative_ratio`` times as many base ones; None, as in the paper, for the latter. With replacement where a class
-            has fewer.
-        augment: ``"neighbors"``: few classes are trained on drawn samples instead of their own, each the class's mean moved
-            the way a sample of a near base class lies around its own mean (:mod:`alphaext.training.augmentation`); with
-            ``samples_per_class``.
-        augment_samples: drawn samples that there are of each few class.
-        augment_neighbors: nearest base classes whose samples are borrowed.
-        prior_correction: train with the log of how often an epoch has each class added to its score, so that the scores
-            themselves do not take up how often classes are drawn (which ``samples_per_class`` makes equal anyway).
-        regularize: half of this times the squared distance of the outputs (coefficients before ``rule``, and amounts of the
-            residual) from those of the original classifier is added to the loss of a step; not to the ``loss`` in the history.
-        few_bias: after training, add to all few scores the constant that is best on validation samples by ``select`` (under
-            ``"last"``, by ``"best_all"``). It is in the head and its ``fold()``, and in ``metrics_after``.
-        select: ``"best_all"``, the epoch with the best accuracy over all validation samples (default with validation data);
-            ``"best_few"``, the best few accuracy among those whose accuracy over all is not below ``min_all``;
-            ``"last"`` (default without, and with ``few_bias``, which epochs are measured without). Epoch 0, before training,
-            takes part; of equal epochs the first wins.
-        min_all: for ``"best_few"``, a fraction of 1; None takes the original classifier's own.
-        keep_original: where nothing that was trained is better than the original classifier on validation samples, by
-            ``select`` (under ``"last"``, by ``"best_all"``), keep the original; the result says so. Validation samples that
-            show less than half of the few or of the base classes, or less than ten samples of either, decide nothing.
-        max_base_drop: by how many points the accuracy over validation samples of base classes may fall; what falls further is
-            not chosen. None for no bound.
-        seed: of the samples drawn and their order; in :func:`alphaext.fit_many` also of the weights.
 
     Raises:
         TypeError, ValueError: a value out of range, or values that disagree; the message names the options.
@@ -138,44 +100,102 @@ class TrainingOptions(OptionTable):
     """
 
     epochs: int = _option(80, "of training", few=50, minimum=0, maximum=2**31)
-    batch_size: int = _option(64, "samples a step", few=256, minimum=1, maximum=2**40)
+    batch_size: int = _option(64, "samples a step", "A last, smaller batch is kept.", few=256, minimum=1, maximum=2**40)
     lr: float = _option(0.1, "learning rate", few=0.05, above=0)
     momentum: float = _option(0.9, "of SGD", minimum=0)
     dampening: float = _option(0.0, "of the momentum", minimum=0)
     weight_decay: float = _option(0.0, "L2 penalty toward 0", minimum=0)
-    regularize: float = _option(0.0, "L2 penalty toward the original classifier", few=0.03, minimum=0, maximum=1e6)
+    regularize: float = _option(
+        0.0,
+        "L2 penalty toward the original classifier",
+        "Half of this times the squared distance of the outputs (coefficients before ``rule``, and amounts of the residual) "
+        "from those of the original classifier is added to the loss of a step; not to the ``loss`` in the history.",
+        few=0.03,
+        minimum=0,
+        maximum=1e6,
+    )
     nesterov: bool = _option(False, "Nesterov momentum")
     lr_schedule: str = _option(
-        "step", "how the learning rate falls", few="cosine", choices=("constant", "step", "multistep", "cosine")
+        "step",
+        "how the learning rate falls",
+        '``"step"``, times ``lr_factor`` every ``lr_step`` epochs; ``"multistep"``, at each of ``lr_milestones``; '
+        '``"cosine"``, down to 0 after ``epochs``; ``"constant"``. Of any optimiser.',
+        few="cosine",
+        choices=("constant", "step", "multistep", "cosine"),
     )
     lr_step: int = _option(20, "epochs between falls, under step", minimum=1, maximum=2**31)
     lr_factor: float = _option(0.1, "what a fall multiplies by", above=0)
     lr_milestones: Sequence[int] = _option((), "epochs of the falls, under multistep")
-    negative_ratio: float = _option(1.0, "base samples for each few sample", minimum=0, maximum=1e6)
-    negative_sampling: str = _option("uniform", "how base samples are drawn", choices=("uniform", "class_balanced"))
+    negative_ratio: float = _option(
+        1.0, "base samples for each few sample", "0 in the paper's appendix E.", minimum=0, maximum=1e6
+    )
+    negative_sampling: str = _option(
+        "uniform",
+        "how base samples are drawn",
+        '``"class_balanced"``: as many from each base class.',
+        choices=("uniform", "class_balanced"),
+    )
     samples_per_class: int | None = _option(
-        None, "of every class in an epoch, instead of the two above", few=8, minimum=1, maximum=10**6
+        None,
+        "of every class in an epoch, instead of the two above",
+        "Few classes and base; with replacement where a class has fewer.",
+        few=8,
+        minimum=1,
+        maximum=10**6,
     )
     augment: str | None = _option(
-        None, "train few classes on samples drawn from near base classes", few="neighbors", choices=("neighbors",)
+        None,
+        "train few classes on samples drawn from near base classes",
+        "Instead of on their own; each is the class's mean moved the way a sample of a near base class lies around its own "
+        "mean (:mod:`alphaext.training.augmentation`). With ``samples_per_class``.",
+        few="neighbors",
+        choices=("neighbors",),
     )
     augment_samples: int = _option(200, "drawn samples of each few class", minimum=1, maximum=10**6)
     augment_neighbors: int = _option(5, "base classes whose samples are borrowed", few=10, minimum=1, maximum=10**6)
-    prior_correction: bool = _option(False, "train with the log of how often classes are drawn added")
-    few_bias: bool = _option(False, "add the constant to the few scores that validation features choose", few=True)
+    prior_correction: bool = _option(
+        False,
+        "train with the log of how often classes are drawn added",
+        "So the scores themselves do not take up how often that is (which ``samples_per_class`` makes equal anyway).",
+    )
+    few_bias: bool = _option(
+        False,
+        "add the constant to the few scores that validation features choose",
+        'After training, by ``select`` (under ``"last"``, by ``"best_all"``). It is in the head and its ``fold()``, and in '
+        "``metrics_after``.",
+        few=True,
+    )
     select: str | None = _option(
         None,
         "which epoch, and which gamma; without, best_all where there are validation features, else last",
+        '``"best_all"``, the best accuracy over all validation samples; ``"best_few"``, the best few accuracy among those '
+        'whose accuracy over all is not below ``min_all``; ``"last"`` (also with ``few_bias``, without which epochs are '
+        "measured). Epoch 0, before training, takes part; of equal epochs the first wins.",
         choices=SELECTIONS,
     )
     min_all: float | None = _option(
-        None, "under best_few: the least accuracy over all; without, the classifier's own", minimum=0
+        None, "under best_few: the least accuracy over all; without, the classifier's own", "A fraction of 1.", minimum=0
     )
-    keep_original: bool = _option(True, "keep the original classifier where nothing is better on validation features")
+    keep_original: bool = _option(
+        True,
+        "keep the original classifier where nothing is better on validation features",
+        'By ``select`` (under ``"last"``, by ``"best_all"``); the result says so. Validation samples that show less than half '
+        "of the few or of the base classes, or less than ten samples of either, decide nothing.",
+    )
     max_base_drop: float | None = _option(
-        None, "points of accuracy that base classes may lose on validation features", minimum=0, maximum=100
+        None,
+        "points of accuracy that base classes may lose on validation features",
+        "What loses more is not chosen. None for no bound.",
+        minimum=0,
+        maximum=100,
     )
-    seed: int = _option(0, "of everything random", minimum=0, maximum=2**63 - 1)
+    seed: int = _option(
+        0,
+        "of everything random",
+        "The samples drawn and their order; in :func:`alphaext.fit_many` also the weights.",
+        minimum=0,
+        maximum=2**63 - 1,
+    )
 
     def __post_init__(self) -> None:
         min_all = check_min_all(self.min_all, self.select)

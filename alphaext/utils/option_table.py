@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from .checks import check_choice, check_flag, check_integer, check_number
 
 _SAME: Any = object()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Table = TypeVar("_Table", bound="type[OptionTable]")
 
 _CHECKS: dict[str, Any] = {"bool": check_flag, "int": check_integer, "float": check_number}
 _BOUNDS = ("minimum", "maximum", "above", "below")
@@ -23,8 +25,9 @@ def table_option(default: Any, help: str = "", *, choices: Sequence[str] | None 
         default: its value where it is not given.
         help: a line that says what it is, in lower case; without, no command has a flag for it.
         choices: the words allowed.
-        more: bounds, those of :func:`check_integer` and :func:`check_number`; ``distinct=True``, a list of such values, each
-            kept once; ``metavar``, what stands for the value in a command's help; and what else readers of a table look for.
+        more: ``more_help``, sentences that :func:`documented` adds; bounds, those of :func:`check_integer` and
+            :func:`check_number`; ``distinct=True``, a list of such values, each kept once; ``metavar``, what stands for the
+            value in a command's help; and what else readers of a table look for.
     """
     return field(default=default, metadata={"help": help, "choices": choices, **more})
 
@@ -63,6 +66,22 @@ def with_options(entries: Iterable[Field[Any]], default: Any = _SAME) -> Callabl
         return function
 
     return decorate
+
+
+def documented(table: _Table) -> _Table:
+    """A decorator, above ``@dataclass``: what the fields say of themselves becomes the docstring's list of attributes."""
+    if table.__doc__:  # none under -OO
+        text = inspect.cleandoc(table.__doc__)
+        around: dict[str, Any] = {"width": 120, "initial_indent": 4 * " ", "subsequent_indent": 8 * " "}
+        lines = (textwrap.fill(_said(entry), **around) for entry in fields(table))  # type: ignore[arg-type]
+        before, mark, after = text.partition("Raises:\n")
+        table.__doc__ = f"{before}Attributes:\n" + "\n".join(lines) + f"\n\n{mark}{after}"
+    return table
+
+
+def _said(entry: Field[Any]) -> str:
+    more = entry.metadata.get("more_help", "")
+    return f"{entry.name}: {entry.metadata['help']}. {more}".rstrip()
 
 
 class OptionTable:

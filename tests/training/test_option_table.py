@@ -65,6 +65,12 @@ def test_flags_and_presets_are_the_tables():
         read_options(preset)  # each of its values is allowed
 
 
+def test_the_docstring_says_what_the_fields_say():
+    text = " ".join(TrainingOptions.__doc__.split())
+    assert all(f" {name}: {OPTIONS[name].metadata['help']}. " in text for name in TRAINING)
+    assert "drawn samples of each few class." in text and "0 in the paper's appendix E." in text
+
+
 def test_the_page_is_the_table():
     assert PAGE.read_text().endswith(table()), "python tests/helpers/option_table.py"
 
