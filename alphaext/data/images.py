@@ -63,6 +63,11 @@ class LabelledImages(Dataset["tuple[Image, int]"], ABC):
 
     An image is decoded when it is asked for. It can be sent to the workers of a ``DataLoader``, by fork or by spawn.
 
+    Args:
+        labels: the class of each, integers [n].
+        num_classes: N; default, the number of ``class_names``, or the largest label plus one.
+        class_names: a name for each class.
+
     Attributes:
         labels: int64 [n], CPU, in ``0 .. num_classes - 1``.
         num_classes: N; there may be classes without images.
@@ -168,9 +173,16 @@ class LabelledImages(Dataset["tuple[Image, int]"], ABC):
 class FileImages(LabelledImages):
     """Image files under one root; :func:`alphaext.data.read_list` and :func:`alphaext.data.read_image_folder` make them.
 
+    ``labels``, ``num_classes`` and ``class_names`` are those of :class:`LabelledImages`.
+
     Attributes:
         root: the folder that ``paths`` are relative to.
         paths: the path of each image, with ``/`` between its parts.
+
+    Example:
+        >>> images = FileImages("photographs", ["cats/1.jpg", "dogs/1.jpg"], [0, 1], class_names=["cat", "dog"])
+        >>> images, images.name(1)
+        (FileImages(2 images, 2 classes), 'dogs/1.jpg')
     """
 
     kind = "files"
@@ -233,6 +245,14 @@ class FileImages(LabelledImages):
 class RowImages(LabelledImages):
     """Images that are rows of one whole.
 
+    Args:
+        whole: what has the images, such as a data set.
+        labels: the class of each, integers [n].
+        source: the name of the whole.
+        num_classes: N; default, the number of ``class_names``, or the largest label plus one.
+        class_names: a name for each class.
+        rows: where each image is in the whole; default, all of it in order.
+
     Attributes:
         source: the name of the whole; images are called ``source[row]``.
         rows: int64 [n], where each image is in it.
@@ -269,8 +289,17 @@ class RowImages(LabelledImages):
 class ArrayImages(RowImages):
     """Images in one array in memory; :func:`alphaext.data.read_arrays` makes them. A subset shares the array.
 
+    ``labels``, ``num_classes`` and ``class_names`` are those of :class:`LabelledImages`; ``source`` is what the array is
+    called, and ``rows`` say where in it each image is (default: all in order).
+
     Attributes:
         pixels: uint8 [m, height, width] (gray) or [m, height, width, 3], whose rows the images are.
+
+    Example:
+        >>> import numpy
+        >>> images = ArrayImages(numpy.zeros((3, 8, 8), numpy.uint8), [0, 1, 1], "mine.npz")
+        >>> images.name(2), images.subset([2, 0]).labels
+        ('mine.npz[2]', tensor([1, 0]))
     """
 
     kind = "array"

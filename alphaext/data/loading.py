@@ -93,6 +93,14 @@ def image_batches(
 
     Yields:
         A function that returns an iterator over the batches, in their order.
+
+    Example:
+        >>> import numpy
+        >>> images = ArrayImages(numpy.zeros((4, 8, 8), numpy.uint8), [0, 1, 0, 1], "mine.npz")
+        >>> batches, transform = [[(0, 0), (1, 0)], [(2, 0), (3, 0)]], small_test_transform(8, channels=1)
+        >>> with image_batches(images, transform, batches, workers=0, pin_memory=False) as begin:
+        ...     [(batch.indices, tuple(batch.whole().shape)) for batch in begin()]
+        [((0, 1), (2, 1, 8, 8)), ((2, 3), (2, 1, 8, 8))]
     """
     loader: DataLoader[ImageBatch] = DataLoader(
         Reader(images, transform),

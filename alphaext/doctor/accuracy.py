@@ -89,6 +89,15 @@ def check_accuracy(
     Returns:
         A finding: an error where the network is no better than chance (a warning where there are few images), a warning where
         another transform is better beyond chance, else a note with the accuracy.
+
+    Example:
+        >>> import numpy
+        >>> pixels = numpy.arange(2, dtype=numpy.uint8).repeat(20)[:, None, None] * numpy.full((8, 8), 200, numpy.uint8)
+        >>> images = ArrayImages(pixels, [0] * 20 + [1] * 20, "mine.npz")
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> _ = network[1].weight.data.copy_(torch.tensor([[-1.0], [1.0]])), network[1].bias.data.zero_()
+        >>> check_accuracy(split_model(network), images, small_test_transform(8, channels=1)).level
+        'note'
     """
     samples = check_integer(samples, "samples", minimum=1)
     chosen = torch.randperm(len(images), generator=seeded_generator(0, len(images)), device="cpu")[:samples].tolist()

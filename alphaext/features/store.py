@@ -81,6 +81,12 @@ class Features:
         class_names: a name for each class, or None.
         metadata: all that the sidecar says, such as ``model``, ``images`` (their fingerprints) and ``transform``.
         folder: where they are; None for those in memory alone.
+
+    Example:
+        >>> data = torch.randn(30, 6), torch.tensor([0] * 29 + [2])
+        >>> found = extract_features(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), data)
+        >>> found, found.class_counts()
+        (Features(30 of 8 float32, 3 classes, in memory), tensor([29,  0,  1]))
     """
 
     features: npt.NDArray[Any]

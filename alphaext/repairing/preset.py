@@ -43,6 +43,13 @@ class Repair:
         split: which classes are few, medium and many; ``split.empty``, classes without training samples, keep their rows.
         average: under preset ``"all"``, how the head's layer was averaged with others: which candidate was chosen, its weights.
         recommendation: under ``method="auto"``, all methods compared, and why one was taken.
+
+    Example:
+        >>> labels = torch.arange(4).repeat_interleave(torch.tensor([30, 30, 30, 5]))
+        >>> linear, features = nn.Linear(8, 4), torch.randn(95, 8)
+        >>> made = repair(linear, features, labels, epochs=1)
+        >>> made.split.few, torch.equal(made.linear.weight[:3], linear.weight[:3])
+        (tensor([3]), True)
     """
 
     linear: nn.Linear
@@ -119,6 +126,11 @@ class Repair:
             return made
         model.set_submodule(name, made)
         return model
+
+    def table(self) -> Any:
+        """Metrics before and after, or under ``method="auto"`` all methods, as :meth:`FitResult.table` and
+        :meth:`Recommendation.table` have them."""
+        return (self.recommendation or self.result).table()
 
     def __str__(self) -> str:
         return f"{self._said()}\n{self.recommendation or self.result}"

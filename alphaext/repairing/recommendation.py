@@ -11,6 +11,7 @@ from torch import nn
 
 from ..classes import ClassSplit
 from ..metrics.accuracy import SPLITS_AND_ALL
+from ..utils.records import data_frame
 from ..utils.text import percent
 
 __all__ = ["Candidate", "Recommendation"]
@@ -62,12 +63,7 @@ class Recommendation:
 
     def table(self) -> Any:
         """The candidates as a pandas ``DataFrame`` where pandas is installed, else as a list of dictionaries."""
-        rows = [asdict(candidate) for candidate in self.candidates]
-        try:
-            import pandas
-        except ImportError:
-            return rows
-        return pandas.DataFrame(rows).set_index("method")
+        return data_frame([asdict(candidate) for candidate in self.candidates], "method")
 
     def _cells(self) -> list[tuple[str, ...]]:
         header = ("method", *(f"{part}, %" for part in SPLITS_AND_ALL), "ECE, %", "base change, %", "seconds", "few rows only")

@@ -38,6 +38,12 @@ class SweepRun:
         head: the trained head, or None if the training failed.
         result: what :func:`alphaext.fit` would return, or None.
         error: why it failed, or empty.
+
+    Example:
+        >>> labels = torch.arange(4).repeat_interleave(torch.tensor([30, 30, 30, 5]))
+        >>> runs = fit_many(nn.Linear(8, 4), torch.randn(95, 8), labels, [{"gamma": 0.7, "top_k": 2, "epochs": 1}])
+        >>> runs[0].config["gamma"], runs[0].head.top_k, runs[0].error
+        (0.7, 2, '')
     """
 
     config: dict[str, Any]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..metrics.accuracy import SPLITS_AND_ALL
 from ..utils.figures import COLOR_VARIABLES, INK, MUTED, own_style, render, require_matplotlib, series_color, series_marker
+from ..utils.records import data_frame
 from ..utils.text import percent
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ class FitResult:
         verified: validation samples have shown what was gained; False without them, and where they show too little.
         notes: what to know of the result, in sentences: that it is not verified, that the original is kept, what is lost.
         calibration: what measures ``calibration_errors``; None without validation samples, and in :func:`fit_many`.
+
+    Example:
+        >>> linear, features, labels = nn.Linear(8, 4), torch.randn(40, 8), torch.arange(40) % 4
+        >>> head = AlphaNet.from_linear(linear, members=[[3, 0, 1]], gamma=0.5, seed=0)
+        >>> result = fit(head, features, labels, epochs=2, progress=False)
+        >>> len(result.history), result.selected_epoch, result.engine, result.verified
+        (3, 2, 'native', False)
     """
 
     history: list[dict[str, float]] = field(repr=False)
@@ -86,6 +94,17 @@ class FitResult:
     def after(self) -> dict[str, float] | None:
         """The same of the head as it is now."""
         return _top1(self.metrics_after)
+
+    def table(self) -> Any:
+        """The metrics before and after, and the calibration errors, fractions of 1; without validation samples no rows.
+
+        A pandas ``DataFrame`` where pandas is installed, else a list of dictionaries.
+        """
+        errors, rows = self.calibration_errors or (math.nan, math.nan), []
+        for when, metrics, error in zip(("before", "after"), (self.metrics_before, self.metrics_after), errors, strict=True):
+            if metrics is not None:
+                rows.append({"when": when, **metrics, "calibration_error": error})
+        return data_frame(rows, "when")
 
     def plot(self) -> Any:
         """Loss and accuracies by epoch, as a matplotlib ``Figure``; it needs matplotlib."""

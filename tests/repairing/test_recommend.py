@@ -79,6 +79,20 @@ def test_it_shows_as_a_table(found):
     assert isinstance(table, pandas.DataFrame) and table.loc["original", "base_change"] == 0
 
 
+def test_a_repair_has_a_table_of_before_and_after():
+    pandas = pytest.importorskip("pandas")
+    linear, features, labels, val_features, val_labels = problem()
+    val = {"val_features": val_features, "val_labels": val_labels}
+    made = repair(linear, features, labels, **val, few_below=10, many_above=45, epochs=2)
+    table = made.table()
+    assert isinstance(table, pandas.DataFrame) and list(table.index) == ["before", "after"]
+    assert table.loc["after", "few"] == made.result.after["few"]
+    assert tuple(table["calibration_error"]) == made.result.calibration_errors
+    assert len(repair(linear, features, labels, few_below=10, many_above=45, epochs=2).table()) == 0
+    auto = repair(linear, features, labels, **val, few_below=10, many_above=45, method="auto")
+    assert list(auto.table().index) == list(METHODS)
+
+
 def test_same_seed_same_table():
     names = ("few", "medium", "many", "all", "calibration_error", "base_change")
     linear, *arrays = problem(1)
