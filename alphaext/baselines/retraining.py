@@ -35,6 +35,7 @@ from ..utils.tensors import (
     TensorLike,
     check_device,
     check_labels,
+    check_not_meta,
     check_whole,
     features_and_labels,
     floating_tensor,
@@ -144,6 +145,7 @@ def crt(
     features, labels = features_and_labels(features, labels)
     check_whole(features)
     source = floating_tensor(features, "features", ("n", "D"))
+    check_not_meta(source, "features")
     if num_classes is not None:
         num_classes = check_integer(num_classes, "num_classes", minimum=1)
     elif original is not None:

@@ -11,7 +11,17 @@ from ..classes import ClassSplit, class_counts, class_means
 from ..head.neighbors import nearest_classes
 from ..utils.checks import format_ids
 from ..utils.linear import linear_parameters, make_linear
-from ..utils.tensors import LabelledFeatures, TensorLike, as_tensor, check_labels, check_shape, check_whole, features_and_labels
+from ..utils.tensors import (
+    LabelledFeatures,
+    TensorLike,
+    as_tensor,
+    check_floating,
+    check_labels,
+    check_not_meta,
+    check_shape,
+    check_whole,
+    features_and_labels,
+)
 from .preset import Repair
 from .repair import repair
 
@@ -66,10 +76,12 @@ def add_classes(
     new_features, new_labels = features_and_labels(new_features, new_labels, "new_features", "new_labels")
     for each in (features, new_features):
         check_whole(each)
-    old = as_tensor(features, "features")
-    new = as_tensor(new_features, "new_features").to(old)
+    old, new = as_tensor(features, "features"), as_tensor(new_features, "new_features")
     for name, values in (("features", old), ("new_features", new)):
         check_shape(values, name, ("n", weight.shape[1]))
+        check_floating(values, name)
+        check_not_meta(values, name)
+    new = new.to(old)
     old_labels = check_labels(labels, len(weight))
     ids, first = check_labels(new_labels, None, "new_labels").cpu(), len(weight)
     if len(ids) != len(new) or len(old_labels) != len(old):

@@ -33,7 +33,7 @@ from ..training.selection import BaselineResult, unfit_to_choose
 from ..utils.checks import check_choice, check_number, if_given
 from ..utils.linear import make_linear
 from ..utils.seeds import seeded_generator
-from ..utils.tensors import LabelledFeatures, TensorLike
+from ..utils.tensors import LabelledFeatures, TensorLike, check_finite
 from ..utils.text import percent
 from .all_rows import check_every_class, layers_to_average
 from .preset import Repair, repair_by_preset
@@ -41,6 +41,7 @@ from .recommendation import Candidate, Recommendation
 
 __all__ = ["recommend"]
 
+_CHECKED_ROWS = 1024
 METHODS = {
     "original": "the classifier as it is",
     "few-bias": "one constant on the few scores",
@@ -143,6 +144,10 @@ def recommend(
         split=split,
         few_classes=few_classes,
     )
+    builder.means()  # where a feature is not finite, each method would fail by itself, and that would be no error
+    if builder.validation is not None:
+        for start, block in enumerate(builder.validation.real().split(_CHECKED_ROWS)):
+            check_finite(block, "val_features", first_row=start * _CHECKED_ROWS)
     bounds: dict[str, Any] = {"policy": policy, "min_all": min_all, "max_base_drop": max_base_drop}
     return compare_methods(linear, builder, **bounds, refit=refit, seed=seed).recommendation
 

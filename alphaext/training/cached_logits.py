@@ -22,6 +22,7 @@ from ..utils.tensors import (
     LabelledFeatures,
     TensorLike,
     check_finite,
+    check_not_meta,
     check_targets,
     features_and_labels,
     floating_tensor,
@@ -90,6 +91,7 @@ def check_samples(
     """Features and labels for a classifier ``weight`` ``[N, D]``, checked for all but their values."""
     features, labels = features_and_labels(features, labels, features_name, labels_name)
     data = floating_tensor(features, features_name, ("n", weight.shape[1]))
+    check_not_meta(data, features_name)
     targets = check_targets(labels, len(weight), len(data), features_name, labels_name).cpu()
     if len(data) == 0:
         raise ValueError(f"{features_name} must not be empty")

@@ -62,6 +62,8 @@ def optional_features_and_labels(
 def as_tensor(value: TensorLike, name: str) -> Tensor:
     """Return ``value`` as a tensor: a tensor as it is, an array or a list on the CPU (an array shares its memory)."""
     if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got {value.layout}; convert with .to_dense()")
         return value.resolve_neg()  # views that torch negates as it reads, such as imag of a conjugate, are no NumPy arrays
     try:
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
@@ -101,6 +103,12 @@ def check_floating(tensor: Tensor, name: str) -> None:
     """Check that ``tensor`` has a real floating-point dtype."""
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert with .float()")
+
+
+def check_not_meta(values: object, name: str) -> None:
+    """Check that there are numbers: a tensor on the device "meta" has a shape alone."""
+    if isinstance(values, Tensor) and values.is_meta:
+        raise ValueError(f'{name} must hold numbers, got a tensor on device "meta", which has none')
 
 
 def check_integral(tensor: Tensor, name: str) -> None:
@@ -191,7 +199,8 @@ def check_targets(labels: TensorLike, num_classes: int | None, samples: int, nam
 def check_rows(values: TensorLike, name: str, width: str) -> tuple[Tensor | npt.NDArray[Any], Tensor]:
     """``values`` [n, width] to be read by slices, and an empty slice, which has its dtype and device."""
     check_whole(values)
-    source = values if isinstance(values, (Tensor, np.ndarray)) else as_tensor(values, name)
+    source = values if isinstance(values, np.ndarray) else as_tensor(values, name)
+    check_not_meta(source, name)
     if source.ndim != 2:
         raise ValueError(f"{name} must have shape [n, {width}], got {list(source.shape)}")
     # Of a memory map, this reads no data.
