@@ -147,6 +147,14 @@ def repair_by_preset(
 ) -> Repair:
     """What :func:`alphaext.repair` makes of a classifier by a preset, and options in place of the preset's."""
     available = pool_size(builder.split, options.get("pool", "base"))
+    if available == 0:
+        largest = int(builder.counts().max())
+        if len(builder.split.base) > 0:
+            raise ValueError(f"pool must have a class, 'many' has none: the largest class has {largest} samples")
+        raise ValueError(
+            f"every class is few, the largest having {largest} samples, and rows are composed of classes that are not few: "
+            "a smaller few_below, or few_classes, leaves some as base"
+        )
     if preset == "all":
         check_all_rows(builder)
     of_few_rows = "few" if preset == "all" else preset

@@ -96,8 +96,11 @@ def test_options_take_the_place_of_the_presets(linear):
 
 def test_pools(linear):
     assert repair(linear, FEATURES, LABELS, pool="all", epochs=1, progress=False).head.top_k == 5
-    with pytest.raises(ValueError, match="candidates is empty"):
+    largest = int(LABELS.bincount().max())
+    with pytest.raises(ValueError, match=f"pool must have a class, 'many' has none: the largest class has {largest} samples"):
         repair(linear, FEATURES, LABELS, pool="many", epochs=1, progress=False)
+    with pytest.raises(ValueError, match=f"every class is few, the largest having {largest} samples, .* a smaller few_below"):
+        repair(linear, FEATURES, LABELS, few_below=largest + 1, many_above=largest + 1, progress=False)
     with pytest.raises(TypeError, match="split must be ClassSplit, got int"):
         repair(linear, FEATURES, LABELS, split=3)
 
