@@ -37,7 +37,7 @@ from ..utils.checks import check_class_names, check_integer, check_kind, if_give
 from ..utils.linear import make_linear, wide
 from ..utils.modules import evaluating
 from ..utils.progress import task_bar
-from ..utils.tensors import as_tensor, check_device, check_finite, check_labels
+from ..utils.tensors import as_tensor, check_device, check_finite, check_labels, check_not_meta
 from ..utils.text import percent
 from .preset import Repair
 from .repair import repair
@@ -266,6 +266,8 @@ def _warn_of_chance(layer: nn.Linear, features: Features) -> None:
 
 def _batches(data: Any, batch_size: int) -> tuple[Iterable[Any], int | None]:
     """The batches of data of any kind, and how many there are where that is known."""
+    if isinstance(data, tuple) and len(data) == 2 and _are_arrays(data[0]) and _are_numbers(data[1]):
+        data = data[0], as_tensor(data[1], "labels")
     if isinstance(data, tuple) and len(data) == 2 and _are_arrays(data[0]) and isinstance(data[1], (Tensor, np.ndarray)):
         return _slices(data, len(data[1]), batch_size)
     if isinstance(data, Mapping) and data and _are_arrays(data):
@@ -330,6 +332,10 @@ def _are_arrays(value: object) -> bool:
     return isinstance(value, (Tensor, np.ndarray))
 
 
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(each, (int, np.integer)) for each in value)
+
+
 def _slices(data: Any, samples: int, batch_size: int) -> tuple[Iterator[Any], int]:
     def cut(value: Any, rows: slice) -> Any:
         if isinstance(value, Mapping):
@@ -338,7 +344,7 @@ def _slices(data: Any, samples: int, batch_size: int) -> tuple[Iterator[Any], in
             return tuple(cut(entry, rows) for entry in value)
         if len(value) != samples:
             raise ValueError(f"data must have one entry a sample in each array, got {len(value)} and {samples}")
-        return value[rows]
+        return as_tensor(value, "data")[rows] if isinstance(value, Tensor) else value[rows]
 
     starts = range(0, samples, batch_size)
     return (cut(data, slice(start, start + batch_size)) for start in starts), len(starts)
@@ -378,6 +384,7 @@ def _prepared(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(inputs, np.ndarray):
         inputs = as_tensor(inputs, "inputs")
     if isinstance(inputs, Tensor):
+        check_not_meta(inputs, "inputs")
         return inputs.to(device, dtype if inputs.is_floating_point() else None)
     if isinstance(inputs, Mapping):
         kept = {name: value for name, value in inputs.items() if isinstance(value, (Tensor, np.ndarray))}

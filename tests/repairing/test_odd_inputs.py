@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from alphaext import add_classes, class_means, recommend, repair, split_classes
+from alphaext import add_classes, class_means, extract_features, recommend, repair, repair_model, split_classes
 from alphaext.baselines import choose_few_bias, crt, discriminant, lws, ncm
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -170,3 +170,40 @@ def test_what_is_wrong_is_named(name):
         with pytest.raises((TypeError, ValueError), match="labels|few"):
             function(FEATURES, labels)
             pytest.fail(what)
+
+
+MODEL = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
+IMAGES = torch.randn(len(LABELS), 1, 8, 8, generator=GENERATOR) + LABELS[:, None, None, None]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    form=st.sampled_from([name for name in FORMS if name not in ("transposed", "every third", "columns first", "masked")]),
+    of_labels=st.sampled_from([*LABEL_FORMS, "a column"]),
+    mode=st.sampled_from(list(MODES)),
+)
+def test_forms_of_a_models_inputs(form, of_labels, mode):
+    labels = LABELS[:, None] if of_labels == "a column" else LABEL_FORMS[of_labels](LABELS)
+    with MODES[mode]():
+        found = extract_features(MODEL, (FORMS[form](IMAGES), labels), progress=False)
+    right = extract_features(MODEL, (IMAGES, LABELS), progress=False)
+    np.testing.assert_allclose(found.features, right.features, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.labels, right.labels)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES.to_sparse(), LABELS, "data must be a dense tensor, got torch.sparse_coo"),
+        (IMAGES.to("meta"), LABELS, 'inputs must hold numbers, got a tensor on device "meta"'),
+        (IMAGES.long(), LABELS, r"the model, a Sequential, cannot take inputs \[64, 1, 8, 8\]"),
+        (IMAGES, LABELS > 1, "labels must be integers, got torch.bool"),
+        (IMAGES, LABELS[:-1], "one entry a sample in each array"),
+        (IMAGES[:0], LABELS[:0], "at least one batch, got none"),
+    ],
+    ids=["sparse", "meta", "integers", "truths", "one less", "none"],
+)
+def test_a_models_inputs_that_are_wrong_are_named(images, labels, message):
+    for use in (extract_features, repair_model):
+        with pytest.raises((TypeError, ValueError), match=message):
+            use(MODEL, (images, labels), progress=False)
