@@ -215,6 +215,7 @@ features = "features"            # the folder of cached features
 {root}  # where the paths of list files begin
 {classes}  # the classes' names, one a line, in the order of the labels
 {text_column}{label_column}few_below = 20                   # a class with fewer training images is few, and is repaired
+# few_classes = ["lynx"]         # the few classes by name or number, instead of few_below
 many_above = 100                 # a class with more is many
 
 [model]

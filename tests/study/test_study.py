@@ -360,6 +360,16 @@ def test_other_features_are_refused(problem, study, tmp_path):
         run_study(tmp_path, linear, study[0], OPTIONS, **SPLIT)
 
 
+def test_few_classes_may_be_named(problem, tmp_path):
+    options = replace(OPTIONS, experiments=["top-k"], top_ks=[1], seeds=1, epochs=1)
+    found = run_study(*problem, tmp_path, options, few_classes=["a", "c"], many_above=35)
+    assert found["classes"] == {"few": 2, "medium": 5, "many": 1} and found["identity"]["few_classes"] == [0, 2]
+    with pytest.raises(ValueError, match="few_classes"):
+        run_study(*problem, tmp_path, options, few_classes=["a"], many_above=35)
+    with pytest.raises(ValueError, match="few_below"):
+        run_study(*problem, tmp_path, options, **SPLIT)
+
+
 def test_overwrite_starts_anew(problem, tmp_path):
     small = replace(OPTIONS, experiments=["negatives"], seeds=1)
     run(problem, tmp_path, small)

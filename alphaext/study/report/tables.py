@@ -261,7 +261,9 @@ def error_table(studies: Sequence[StudyFiles]) -> list[DataTable]:
 
 def settings_table(study: StudyFiles) -> DataTable:
     """How a study was made."""
-    settings = study.info["options"] | {name: study.info["identity"].get(name) for name in ("few_below", "many_above")}
+    settings, identity = dict(study.info["options"]), study.info["identity"]
+    settings |= {name: identity.get(name) for name in ("few_below", "many_above")}
+    settings |= {"few_classes": identity["few_classes"]} if "few_classes" in identity else {}
     rows = [
         ("classifier", study.name),
         ("finished", clean_text(study.info["finished"] or "not finished")),
