@@ -721,6 +721,12 @@ def test_few_classes_are_named_by_the_user(digits, tmp_path, capsys):
     assert before.shape == after.shape
     run(digits, "evaluate", tmp_path / "alpha", "--few-classes", "0,4", "--part", "val", "--json")
     assert json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(["{", ""]))["classes"]["few"] == 2
+    run(digits, "doctor", "data", "--few-classes", "0", "4", "--no-read-images")
+    (few,) = (line for line in capsys.readouterr().out.splitlines() if "named" in line)
+    assert few.replace("│", " ").split()[:3] == ["few", "named", "2"]
+    run(digits, "baseline", "few-bias", "--few-classes", "0,4", "--offset", "1", "--output", tmp_path / "biased")
+    before, after = (read_classifier(folder).bias for folder in (digits / "joint", tmp_path / "biased"))
+    assert (after - before).nonzero().flatten().tolist() == [0, 4]
     for given, said in (
         (["12"], "few_classes must be in 0..9, got 12"),
         (["4", "4"], "few_classes must name each class once, got class 4 more than once"),
