@@ -788,6 +788,8 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_can_be_run_again(digits, tm
         for descriptor, said in ((1, "out.txt"), (2, "err.txt")):
             os.dup2(os.open(tmp_path / said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.stdout, sys.stderr, sys.argv = open(1, "w"), open(2, "w"), ["alphaext", *words]  # noqa: SIM115
+        original = cli.main
+        cli.main = lambda: ready.set() or original()  # on a busy machine the signal would come before all this
         code = process_main()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
@@ -795,10 +797,12 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_can_be_run_again(digits, tm
     def leftovers():
         return [path.name for path in tmp_path.rglob("*.tmp")]
 
-    codes = []
+    codes, fork = [], multiprocessing.get_context("fork")
     for delay in (0.02, 0.15, 0.4):
-        child = multiprocessing.get_context("fork").Process(target=command)
+        ready = fork.Event()
+        child = fork.Process(target=command)
         child.start()
+        assert ready.wait(60)
         child.join(delay)
         if child.exitcode is None:
             os.kill(child.pid, signal.SIGINT)
