@@ -277,10 +277,12 @@ class _Classifier(Model):
         self.samples, self.options = training.samples, training.options
         generator = seeded_generator(self.options.seed)
         bound = 1 / math.sqrt(max(shape.shape[1], 1))
-        start = [torch.empty(shape.shape, dtype=shape.dtype, device="cpu")]
-        if bias:
-            start.append(torch.empty(len(shape), dtype=shape.dtype, device="cpu"))
-        self.parameters = [tensor.uniform_(-bound, bound, generator=generator).to(device) for tensor in start]
+        # Drawn in float32 in every dtype, so that all start alike.
+        shapes = [shape.shape, shape.shape[:1]] if bias else [shape.shape]
+        start = [
+            torch.empty(own, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator) for own in shapes
+        ]
+        self.parameters = [tensor.to(device, shape.dtype) for tensor in start]
         self.momentum = [torch.zeros_like(parameter) for parameter in self.parameters]
 
     def step(self, indices: Tensor, lr: float) -> Tensor:

@@ -83,10 +83,11 @@ def test_crt_is_sgd_on_balanced_samples(bias, momentum, weight_decay):
     features, labels = make_data(dtype=torch.float64)
     options = dict(momentum=momentum, weight_decay=weight_decay)
     result = crt(features, labels, epochs=4, batch_size=100, lr=0.3, seed=3, images_per_class=2, bias=bias, **options)
-    expected = nn.Linear(IN_FEATURES, NUM_CLASSES, bias=bias, dtype=torch.float64)
+    expected = nn.Linear(IN_FEATURES, NUM_CLASSES, bias=bias)
     generator, bound = seeded_generator(3), 1 / math.sqrt(IN_FEATURES)
     for parameter in expected.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    expected.double()
     sampler = ClassBalancedSampler(labels, NUM_CLASSES, seed=3, images_per_class=2)
     losses, rates = train_by_torch(
         expected, lambda: expected.parameters(), lambda x: expected(x), sampler, features, labels, 4, options
