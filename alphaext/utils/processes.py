@@ -6,6 +6,7 @@ What processes tell each other is tensors and JSON, never pickles: a pickle from
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -168,6 +169,9 @@ def process_group(device: str | torch.device | None = None, *, timeout: float = 
     if chosen.type == "cuda" and world_size > 1:
         torch.cuda.set_device(chosen)
     if made:
+        # Its functions have the group as their default argument. Loaded while there is one, they would keep it, and with it
+        # gloo's threads, beyond the end of the block: at the end of Python these can abort the process.
+        importlib.import_module("torch.distributed.nn")
         backend, gpu = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=gpu)
     try:

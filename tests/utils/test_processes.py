@@ -163,10 +163,14 @@ def test_a_group_that_is_there_is_taken_and_left():
 def test_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
+        "import os, pathlib\n"
         "from alphaext.utils.processes import process_group\n"
         "with process_group('cpu') as group:\n"
+        "    import torch._dynamo  # as torchvision does\n"
         "    seen = group.all_gather_object(group.rank)\n"
         "    if group.is_main: print('seen', seen)\n"
+        "threads = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "assert not any('gloo' in name for name in threads), threads\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
