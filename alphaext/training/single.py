@@ -403,7 +403,9 @@ class Run(ResumableTraining):
             what = f"the loss is {last['loss']:.3g}, {times:.3g} times that before training, or of guessing"
         else:
             return None
-        doubt = f" (no other epoch was chosen, as {self.doubt})" if self.doubt else ""
+        # A comparison measures otherwise: its trainings are given no validation samples, though it has some.
+        why = "the training is given no validation samples" if self.data.validation is None else self.doubt
+        doubt = f" (no other epoch was chosen, as {why})" if self.doubt else ""
         return TrainingDiverged(what + doubt, int(last["epoch"]), last["lr"])
 
     def _losses(self, after: dict[str, float], linear: nn.Linear) -> list[str]:
