@@ -86,6 +86,29 @@ class Padded(Network):
         return self.norm(self.convolution(self.layer(features))) if self.then == "both again" else features
 
 
+class OwnPadding(nn.Conv2d):
+    """Its code takes the padding for what it is, and no other."""
+
+    def __init__(self, refuses: bool) -> None:
+        super().__init__(3, 3, 3)
+        self.refuses, self.zeros = refuses, nn.ZeroPad2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.refuses and self.padding != (0, 0):
+            raise RuntimeError("padded twice")
+        return images + nn.functional.conv2d(self.zeros(images), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_model_that_fails_as_it_was_changed_stays_as_it_is(refuses: bool) -> None:
+    network = Network()
+    network.convolution = OwnPadding(refuses)
+    split = SplitModel(network, "fc")
+    fast, count = for_cpu(split, images())
+    assert count == 0 and isinstance(fast.model.convolution.zeros, nn.ZeroPad2d)
+    torch.testing.assert_close(fast.features(images()), split.features(images()), rtol=1e-4, atol=1e-5)
+
+
 def images(size: int = 8) -> Tensor:
     return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
 
