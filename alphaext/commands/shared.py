@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -366,31 +366,9 @@ class ModelOptions(CheckpointOptions):
         transform, progress = self.test_transform(model.model), getattr(self, "progress", None)
         if self._tokens(model.model) is not None:
             return alphaext.doctor.check_accuracy(model, images, transform, progress=progress)
-        others = self._other_transforms(self._of_images(model.model)["image_size"], transform)
+        size = self._of_images(model.model)["image_size"]
+        others = alphaext.doctor.other_transforms(transform, size, self.channels, small=self.transform == "small")
         return alphaext.doctor.check_accuracy(model, images, transform, others, progress=progress)
-
-    def _other_transforms(self, size: int, used: alphaext.data.Transform) -> dict[str, Callable[[Any], torch.Tensor]]:
-        """Other ways, by their names, in which networks are often given their images."""
-
-        def usual(mean: Sequence[float], std: Sequence[float], squash: bool = False) -> alphaext.data.ImageTransform:
-            if self.transform == "small":
-                return alphaext.data.small_test_transform(size, self.channels, mean, std)
-            resize = size if squash else round(size * 8 / 7)
-            return alphaext.data.test_transform(size, resize, mean, std, self.channels, squash=squash)
-
-        mean, std = alphaext.data.IMAGENET_MEAN, alphaext.data.IMAGENET_STD
-        others: dict[str, Callable[[Any], torch.Tensor]] = {
-            "ImageNet's mean and std": usual(mean, std),
-            "mean and std of 0.5": usual((0.5,), (0.5,)),
-            "mean and std of 0.5, both sides resized alike": usual((0.5,), (0.5,), squash=True),
-            "values of 0 to 1 (mean 0, std 1)": usual((0,), (1,)),
-            "values of 0 to 255 (mean 0, std 0.0039216)": usual((0,), (1 / 255,)),
-        }
-        if self.channels == 3:
-            backwards = _Backwards(usual(mean[::-1], (1 / 255,)))
-            others["blue before red, values of 0 to 255 less ImageNet's mean"] = backwards
-            others["blue before red"] = _Backwards(used)
-        return {name: each for name, each in others.items() if getattr(each, "description", None) != used.description}
 
     def test_transform(self, model: nn.Module) -> alphaext.data.Transform:
         """For the network's features and accuracies."""
@@ -481,18 +459,6 @@ class ModelOptions(CheckpointOptions):
             return noise(2, 2, 8)
         size = check_integer(self._of_images(model)["image_size"], "image_size", minimum=1)
         return noise(2, check_integer(self.channels, "channels", minimum=1), size, size)
-
-
-class _Backwards:
-    """A transform for networks whose first channel is blue, as OpenCV reads images."""
-
-    def __init__(self, transform: Callable[[Any], torch.Tensor]) -> None:
-        self._transform = transform
-
-    def __call__(self, image: Any) -> torch.Tensor:
-        from PIL import Image
-
-        return self._transform(Image.merge("RGB", image.convert("RGB").split()[::-1]))
 
 
 def _named_value(text: str) -> tuple[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .accuracy import at_chance, chance_level, check_accuracy
 from .check import check_classifier_order, check_data
+from .other_transforms import other_transforms
 from .report import DataReport, Finding
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "check_accuracy",
     "check_classifier_order",
     "check_data",
+    "other_transforms",
 ]
