@@ -402,6 +402,15 @@ class _Unpickler(pickle._Unpickler):
         self._make = storage
         self._storages: dict[Any, torch.storage.TypedStorage] = {}
 
+    def _bytearray(self) -> None:
+        """Python's own makes one as large as the file claims, before it reads."""
+        read: Callable[[int], bytes] = self.read  # type: ignore[attr-defined]
+        length = int.from_bytes(read(8), "little")
+        content = read(length)
+        if len(content) < length:
+            raise EOFError("a bytearray is longer than the file")
+        self.stack.append(bytearray(content))  # type: ignore[attr-defined]
+
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module.replace('__builtin__', 'builtins')}.{name}"
         if module.startswith("torch") and name in _STORAGES:
@@ -441,6 +450,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **pickle._Unpickler.dispatch,
         pickle.BUILD[0]: _build,
+        pickle.BYTEARRAY8[0]: _bytearray,
         pickle.SETITEM[0]: _with_checked_keys("load_setitem", slice(-2, -1)),
         pickle.SETITEMS[0]: _with_checked_keys("load_setitems", slice(None, None, 2)),
         pickle.DICT[0]: _with_checked_keys("load_dict", slice(None, None, 2)),

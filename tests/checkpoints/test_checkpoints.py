@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -1045,6 +1045,8 @@ def test_files_cut_off_anywhere(tmp_path: Path, new_form: bool) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(min_size=1, max_size=200))
+@example(pickle.BYTEARRAY8 + (2**56).to_bytes(8, "little"))
+@example(pickle.BYTEARRAY8 + (2**36).to_bytes(8, "little") + b"few")
 def test_any_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("bytes") / "m.pth"
     path.write_bytes(content)

@@ -809,6 +809,10 @@ def test_ctrl_c_is_one_sentence_and_the_same_command_can_be_run_again(digits, tm
         child.join(60)
         codes.append(child.exitcode)
         said = (tmp_path / "err.txt").read_text()
+        if child.exitcode == 2 and name in ("init", "export"):
+            # Interrupted when its one file was there already.
+            assert "exists already" in said and Path(words[words.index("--output") + 1]).exists()
+            break
         assert child.exitcode in (0, 130), said
         if child.exitcode == 0:
             break
